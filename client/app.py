@@ -1,0 +1,45 @@
+"""The ClientApp: the same object in every grid.
+
+Which site it is comes from the node's own configuration, never from a message: `site-factory`
+names an installed `module:function` that opens the site.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from bract.client.site import Site
+from bract.shared import wire
+from bract.shared.errors import BractError, Reason, UsageError
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answers one train order: through the gate, or with a refusal."""
+    site = _site(context)
+    try:
+            reply = site.train(wire.decode_order(message.content))
+    except BractError:
+        reply = wire.RefusalReply(site=site.name, round=0, reason=Reason.CONTRACT_UNTRUSTED)
+    content = (
+        wire.encode_refusal(reply)
+        if isinstance(reply, wire.RefusalReply)
+        else wire.encode_reply(reply)
+    )
+    return Message(content, reply_to=message)
+
+
+def _site(context: Context) -> Site:
+    name = context.node_config.get("site-factory")
+    module, colon, function = str(name).partition(":")
+    if not colon:
+        raise UsageError("this node has no site-factory: start it by `bract simulate`")
+    site = getattr(importlib.import_module(module), function)(context)
+    if not isinstance(site, Site):
+        raise UsageError(f"{name} opened no site")
+    return site

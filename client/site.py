@@ -1,0 +1,81 @@
+"""A site in one process: its gate, its randomness, and a model kept warm between rounds."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from bract.client.gate import Gate, Permit
+from bract.client.training.randomness import Randomness
+from bract.client.training.trainer import Execution, Trainer
+from bract.shared import arrays
+from bract.shared.contract import Contract
+from bract.shared.errors import BractError, Reason, Refusal
+from bract.shared.wire import RefusalReply, TrainOrder, TrainReply
+
+logger = logging.getLogger("bract.client")
+
+
+@dataclass(slots=True)
+class Trainers:
+    """Warm models by contract; one process needs one, however many sites it serves."""
+
+    execution: Execution
+    _last: tuple[str, Trainer] | None = None
+
+    def of(self, contract: Contract) -> Trainer:
+        """Returns the trainer of a contract, made where another one was warm."""
+        name = contract.sha256
+        if self._last is None or self._last[0] != name:
+            self._last = (name, Trainer(contract, self.execution))
+        return self._last[1]
+
+
+@dataclass(slots=True, eq=False)
+class Site:
+    """What answers a train order."""
+
+    name: str
+    gate: Gate
+    randomness: Randomness
+    trainers: Trainers = field(repr=False)
+
+    def train(self, order: TrainOrder) -> TrainReply | RefusalReply:
+        """Returns an update, or a refusal whose only content is a reason of the closed list.
+
+        Any failure at all becomes such a refusal: an exception's text could quote private data.
+        """
+        try:
+            return self._train(order)
+        except Refusal as refusal:
+            reason = refusal.reason
+            logger.warning("%s", refusal, extra={"site": self.name})
+        except BractError as error:
+            reason = Reason.SITE_FAILED
+            logger.error("site failed: %s", error, extra={"site": self.name})
+        except Exception as error:
+            # Only the type: the text of a library's exception may hold a value of the data.
+            reason = Reason.SITE_FAILED
+            logger.error("site failed: %s", type(error).__name__, extra={"site": self.name})
+            logger.debug("traceback", exc_info=True)
+        return RefusalReply(site=self.name, round=order.round, reason=reason)
+
+    def _train(self, order: TrainOrder) -> TrainReply:
+        trainer = self._trainer(order)
+        if arrays.fault(order.weights, trainer.shapes):
+            raise Refusal(Reason.WEIGHTS_INVALID, "the weights are not the model's")
+        admitted = self.gate.admit(order)
+        if not isinstance(admitted, Permit):
+            return admitted
+        update = trainer.train(
+            terms=admitted.terms,
+            examples=admitted.open_examples(),
+            weights=order.weights,
+            stream=self.randomness.stream(admitted.round),
+        )
+        return self.gate.release(admitted, update)
+
+    def _trainer(self, order: TrainOrder) -> Trainer:
+        # Trust before construction: a model's factory is run only for a contract the gate takes.
+        self.gate.check(order)
+        return self.trainers.of(order.contract.contract)

@@ -1,0 +1,1 @@
+"""The private step: Poisson batches, per-example clipping, noise, and nothing else leaves."""

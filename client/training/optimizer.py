@@ -1,0 +1,90 @@
+"""Opacus' DP optimizer with our noise: one draw for each logical step, from a CSPRNG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bract.client.training.randomness import RandomStream
+
+GRID_BITS = 20
+
+
+class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Adds N(0, (σC)²) to sums of clipped gradients, divides by a public constant, and steps.
+
+    The sums are put into each parameter's `summed_grad` by `put`; Opacus' own clipping is not
+    used, and its guard against using one sum twice is.
+
+    Args:
+        optimizer: the optimizer that steps on the noised mean.
+        noise_multiplier: σ, relative to the clip norm.
+        clip_norm: C, the greatest norm that one example adds to the sum.
+        normaliser: the public constant q · nominal size; never the realised batch.
+        stream: where the noise comes from.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        noise_multiplier: float,
+        clip_norm: float,
+        normaliser: float,
+        stream: RandomStream,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=clip_norm,
+            expected_batch_size=None,
+            loss_reduction="sum",
+        )
+        self._normaliser = normaliser
+        self._stream = stream
+        self._stddev = noise_multiplier * clip_norm
+
+    def put(self, sums: list[Tensor]) -> None:
+        """Sets the sum of a logical batch, one tensor a parameter; zeros for an empty batch."""
+        for parameter, value in zip(self.params, sums, strict=True):
+            parameter.summed_grad = value
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        """Noises and scales the sums; no logical step is ever skipped."""
+        self.add_noise()
+        self.scale_grad()
+        return True
+
+    def add_noise(self) -> None:
+        """Adds the noise in float64 on the host, and rounds the result to a public grid.
+
+        The grid of σC·2⁻²⁰ hides the low bits, whose pattern could tell the sum from the noise
+        (Mironov 2012); rounding is post-processing.
+        """
+        for parameter in self.params:
+            _check_processed_flag(parameter.summed_grad)
+            total = parameter.summed_grad.detach().to("cpu", torch.float64).numpy()
+            noisy = total + self._stddev * self._stream.normals(total.size).reshape(total.shape)
+            released = torch.from_numpy(on_grid(noisy, self._stddev))
+            parameter.grad = released.to(parameter.device, parameter.dtype).view_as(parameter)
+            _mark_as_processed(parameter.summed_grad)
+
+    def scale_grad(self) -> None:
+        """Divides by the public normaliser."""
+        for parameter in self.params:
+            parameter.grad /= self._normaliser
+
+
+def on_grid(values: np.ndarray, stddev: float) -> np.ndarray:  # type: ignore[type-arg]
+    """Returns values rounded to multiples of the power of two just under stddev · 2⁻²⁰."""
+    if stddev == 0:
+        return values
+    step = 2.0 ** (math.floor(math.log2(stddev)) - GRID_BITS)
+    return np.asarray(np.rint(values / step) * step)

@@ -1,0 +1,150 @@
+"""One round at one site: Poisson batches, clipped sums, one noise draw a step, an update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bract.client.training import admission, gradients
+from bract.client.training.gradients import ClippedSum, Mode, PlainSum
+from bract.client.training.optimizer import PrivateOptimizer
+from bract.client.training.randomness import RandomStream
+from bract.shared import models
+from bract.shared.arrays import Array, Arrays
+from bract.shared.contract import Contract, SiteTerms
+from bract.shared.data import Examples
+from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate, Update
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How to compute, which cannot change privacy: device, per-example mode, memory bound.
+
+    `physical_batch` is the greatest number of examples in memory at once; a logical batch is
+    split into pieces of it.
+    """
+
+    device: str = "cpu"
+    mode: Mode = "opacus-hooks"
+    physical_batch: int = 256
+
+
+class Trainer:
+    """A model kept warm on its device, and the private rounds it runs.
+
+    Args:
+        contract: the verified contract; model, data terms and mechanism come from it.
+        execution: how to compute.
+
+    Raises:
+        ModelRejected: where the model cannot be trained with per-example privacy.
+    """
+
+    def __init__(self, contract: Contract, execution: Execution) -> None:
+        # TF32 keeps 10 bits of a product: a norm in it could pass the bound.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        data, terms = contract.data, contract.model
+        model = models.build(terms.name, data.shape, data.classes, terms.options)
+        admission.admit(model, shape=data.shape, classes=data.classes, name=terms.name)
+        self._device = torch.device(execution.device)
+        self._model = model.to(self._device).train()
+        self._contract, self._pieces = contract, execution.physical_batch
+        self.parameters = models.released_parameters(self._model)
+        self.shapes = models.released_shapes(self._model)
+        self._summer = _summer(contract, execution.mode, self._model)
+
+    def train(
+        self, *, terms: SiteTerms, examples: Examples, weights: Arrays, stream: RandomStream
+    ) -> Update:
+        """Returns the update of one round: the contract's local steps from `weights`.
+
+        Runs exactly `local_steps` steps, empty batches included: a skipped one would tell.
+
+        Args:
+            terms: this site's public terms.
+            examples: opened by the gate, after the charge.
+            weights: exactly the released parameters.
+            stream: the randomness of this attempt.
+        """
+        self._load(weights)
+        optimizer = self._optimizer(terms, stream)
+        rate = self._contract.privacy.sampling_rate
+        with gradients.expected_warnings():
+            for _ in range(self._contract.training.local_steps):
+                batch = stream.poisson_sample(len(examples), rate)
+                optimizer.put(list(self._sums(examples, batch).values()))
+                optimizer.step()
+                optimizer.zero_grad()
+        return self._update(weights)
+
+    def _sums(self, examples: Examples, batch: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+        """Returns the summed (clipped) gradients of a logical batch, piece by piece."""
+        while True:
+            sums = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+            try:
+                for piece in _pieces(batch, self._pieces):
+                    self._summer.add_(sums, *self._batch(examples, piece))
+                return sums
+            except torch.OutOfMemoryError:
+                # The same batch again in smaller pieces: no new sample, no new charge.
+                if self._pieces == 1:
+                    raise
+                self._pieces //= 2
+
+    def _batch(self, examples: Examples, piece: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        inputs = torch.from_numpy(examples.inputs[piece]).to(self._device, torch.float32)
+        targets = torch.from_numpy(examples.targets[piece]).to(self._device, torch.int64)
+        data = self._contract.data
+        return (inputs - data.offset) / data.scale, targets
+
+    def _optimizer(self, terms: SiteTerms, stream: RandomStream) -> PrivateOptimizer:
+        training, privacy = self._contract.training, self._contract.privacy
+        private = privacy.mechanism == "dp-sgd"
+        return PrivateOptimizer(
+            torch.optim.SGD(
+                list(self.parameters.values()),
+                lr=training.learning_rate,
+                momentum=training.momentum,
+            ),
+            noise_multiplier=privacy.noise_multiplier if private else 0.0,
+            clip_norm=privacy.clip_norm,
+            normaliser=self._contract.normaliser(terms),
+            stream=stream,
+        )
+
+    def _load(self, weights: Arrays) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
+
+    def _update(self, weights: Arrays) -> Update:
+        arrays: dict[str, Array] = {
+            name: parameter.detach().cpu().numpy() - weights[name]
+            for name, parameter in self.parameters.items()
+        }
+        if self._contract.privacy.mechanism == "dp-sgd":
+            return ProtectedUpdate(arrays)
+        return UnprotectedUpdate(arrays)
+
+
+def _summer(contract: Contract, mode: Mode, model: nn.Module) -> ClippedSum:
+    if contract.privacy.mechanism == "dp-sgd":
+        return gradients.clipped_sum(mode, model, _losses, contract.privacy.clip_norm)
+    return PlainSum(model, _losses)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns the cross-entropy of each example; never reduced, so none touches another."""
+    return functional.cross_entropy(logits, targets, reduction="none")
+
+
+def _pieces(batch: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
+    for start in range(0, len(batch), size):
+        yield batch[start : start + size]

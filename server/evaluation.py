@@ -1,0 +1,69 @@
+"""How good the model is, on public examples that the server holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bract.shared.arrays import Arrays
+from bract.shared.contract import DataTerms
+from bract.shared.data import Examples
+from bract.shared.models import released_parameters
+
+BATCH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Accuracy in [0, 1] and mean cross-entropy in nats (None where it is not finite)."""
+
+    accuracy: float
+    loss: float | None
+
+
+class Evaluator:
+    """A model kept warm to be scored with changing weights."""
+
+    def __init__(self, model: nn.Module, data: DataTerms) -> None:
+        self._model, self._data = model.eval(), data
+        self._parameters = released_parameters(model)
+
+    def score(self, weights: Arrays, examples: Examples) -> Score:
+        """Returns accuracy and loss on public examples."""
+        logits = self._logits(weights, examples)
+        targets = torch.from_numpy(examples.targets)
+        loss = float(functional.cross_entropy(logits, targets))
+        correct = (logits.argmax(1) == targets).float().mean()
+        return Score(accuracy=float(correct), loss=loss if np.isfinite(loss) else None)
+
+    def report(self, weights: Arrays, examples: Examples) -> dict[str, Any]:
+        """Returns macro precision, recall and F1, and the confusion matrix (rows: the truth)."""
+        from sklearn import metrics  # slow to import
+
+        guesses = self._logits(weights, examples).argmax(1).numpy()
+        truth, labels = examples.targets, list(range(self._data.classes))
+        precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+            truth, guesses, labels=labels, average="macro", zero_division=0
+        )
+        confusion = metrics.confusion_matrix(truth, guesses, labels=labels)
+        return {
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
+            "confusion": confusion.tolist(),
+        }
+
+    @torch.inference_mode()
+    def _logits(self, weights: Arrays, examples: Examples) -> torch.Tensor:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
+        pieces = []
+        for start in range(0, len(examples), BATCH):
+            inputs = torch.from_numpy(examples.inputs[start : start + BATCH]).to(torch.float32)
+            pieces.append(self._model((inputs - self._data.offset) / self._data.scale))
+        return torch.cat(pieces)

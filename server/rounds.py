@@ -1,0 +1,164 @@
+"""The round loop: ask, average, step, score, checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+
+from bract.server import checkpoint
+from bract.server.checkpoint import RoundState
+from bract.server.evaluation import Evaluator
+from bract.server.strategy import PublicFedAvg, from_record, to_record
+from bract.shared import canonical
+from bract.shared.arrays import Array, Arrays
+from bract.shared.contract import Contract
+from bract.shared.data import Examples
+from bract.shared.privacy import accounting, entries, events
+
+logger = logging.getLogger("bract.server")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundLoop:
+    """What does not change from round to round.
+
+    Args:
+        contract: the run's terms.
+        strategy: configures messages and averages what comes back.
+        evaluator: scores weights.
+        validation: public examples, scored after every round.
+        out: the run folder: its checkpoint and metrics.jsonl.
+        delta: at which ε is reported, round by round.
+        timeout_seconds: how long to wait for replies; None waits for all.
+    """
+
+    contract: Contract
+    strategy: PublicFedAvg
+    evaluator: Evaluator
+    validation: Examples
+    out: Path
+    delta: float
+    timeout_seconds: float | None = None
+
+    def run(self, grid: Grid, state: RoundState) -> RoundState:
+        """Returns the state after the last round that sites could serve, saved round by round."""
+        # Lines after the checkpoint are of a round that was killed and is run again.
+        canonical.write_atomically(
+            self.out / "metrics.jsonl", "".join(map(_line, state.metrics)).encode()
+        )
+        while state.round < self.contract.rounds and state.attempts < self.contract.max_attempts:
+            following = self._round(grid, state)
+            if following is None:
+                logger.info("no site is left to ask", extra={"event": "stopped"})
+                break
+            state = following
+        return state
+
+    def _round(self, grid: Grid, state: RoundState) -> RoundState | None:
+        """Returns the state after one attempt at the next round, None where none can be asked."""
+        started, number = time.monotonic(), state.round + 1
+        messages = self.strategy.configure_train(
+            number, to_record(state.weights), ConfigRecord(), grid
+        )
+        if not messages:
+            return None
+        replies = grid.send_and_receive(messages, timeout=self.timeout_seconds)
+        average, _ = self.strategy.aggregate_train(number, replies)
+        refused = tuple(
+            {"site": site, "round": number, "reason": reason}
+            for site, reason in sorted(self.strategy.refused)
+        )
+        state = replace(
+            state, attempts=state.attempts + 1, refused=(*state.refused, *refused)
+        )
+        if average is not None:
+            state = self._completed(state, from_record(average))
+        state = replace(state, seconds=state.seconds + time.monotonic() - started)
+        checkpoint.save(state, self.out / "checkpoint")
+        if average is not None:
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(_line(state.metrics[-1]))
+        self._tell(state, completed=average is not None)
+        return state
+
+    def _completed(self, state: RoundState, average: Arrays) -> RoundState:
+        weights, velocity = self._step(state, average)
+        score = self.evaluator.score(weights, self.validation)
+        heads = dict(state.heads)
+        for name, reply in self.strategy.replied.items():
+            heads[name] = {
+                "domain": reply.receipt.head_domain,
+                "sequence": reply.receipt.head_sequence,
+                "hash": reply.receipt.head_hash,
+            }
+        line = {
+            "round": state.round + 1,
+            "validation_accuracy": score.accuracy,
+            "validation_loss": score.loss,
+            "epsilon_run": self._epsilon(state.attempts),
+            "replied": len(self.strategy.replied),
+            "refused": len(self.strategy.refused),
+        }
+        return replace(
+            state,
+            round=state.round + 1,
+            weights=weights,
+            velocity=velocity,
+            heads=heads,
+            metrics=(*state.metrics, line),
+        )
+
+    def _step(
+        self, state: RoundState, average: Arrays
+    ) -> tuple[Mapping[str, Array], Mapping[str, Array]]:
+        """Returns weights and velocity after v ← m·v + average, w ← w + lr·v.
+
+        Hsu, Qi & Brown 2019 (arXiv 1909.06335); post-processing, so it costs no privacy.
+        """
+        terms = self.contract.training
+        velocity = {
+            name: np.float32(terms.server_momentum) * state.velocity[name] + value
+            for name, value in average.items()
+        }
+        weights = {
+            name: state.weights[name] + np.float32(terms.server_learning_rate) * value
+            for name, value in velocity.items()
+        }
+        return weights, velocity
+
+    def _epsilon(self, attempts: int) -> float | None:
+        """Returns what a site that served every attempt has spent in this run."""
+        event = events.decode(entries.event_for(self.contract))
+        spent = accounting.epsilon([event] * attempts, self.delta)
+        return spent if np.isfinite(spent) else None
+
+    def _tell(self, state: RoundState, *, completed: bool) -> None:
+        line: dict[str, Any] = dict(state.metrics[-1]) if completed else {"round": state.round + 1}
+        logger.info(
+            "round %d %s",
+            line["round"],
+            "completed" if completed else "void",
+            extra={"event": "round", "completed": completed, "line": line},
+        )
+
+
+def initial_state(contract: Contract, weights: Arrays) -> RoundState:
+    """Returns the state before round 1."""
+    return RoundState(
+        contract=contract.sha256,
+        weights=dict(weights),
+        velocity={name: np.zeros_like(value) for name, value in weights.items()},
+    )
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(dict(values), allow_nan=False) + "\n"

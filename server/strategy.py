@@ -1,0 +1,140 @@
+"""Federated averaging with public weights, on Flower's FedAvg."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from bract.shared import arrays as named
+from bract.shared import wire
+from bract.shared.arrays import Array, Arrays
+from bract.shared.contract import SignedContract
+from bract.shared.errors import Reason, VerificationFailed
+from bract.shared.models import Shape
+from bract.shared.updates import ProtectedUpdate
+
+logger = logging.getLogger("bract.server")
+
+_WEIGHT = "nominal-size"
+INVALID_UPDATE = "invalid-update"
+FAILED = "node-failed"
+
+
+class PublicFedAvg(FedAvg):
+    """FedAvg (McMahan et al. 2017, arXiv 1602.05629) whose weights stand in the contract.
+
+    A true number of examples would be an exact count of private data; the nominal size is public.
+    What arrives are differences of weights; `aggregate_train` averages those.
+
+    Args:
+        signed: the contract that every message carries.
+        shapes: names and shapes that an update must have exactly.
+    """
+
+    def __init__(self, signed: SignedContract, shapes: Mapping[str, Shape]) -> None:
+        super().__init__(fraction_evaluate=0.0, min_train_nodes=1, weighted_by_key=_WEIGHT)
+        self._signed, self._shapes = signed, shapes
+        self._order = {site.name: place for place, site in enumerate(signed.contract.cohort)}
+        self._retired: set[int] = set()
+        self.replied: dict[str, wire.TrainReply] = {}
+        self.refused: list[tuple[str, str]] = []
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Returns one train order for each node that has not refused for good."""
+        order = wire.TrainOrder(
+            contract=self._signed, round=server_round, weights=from_record(arrays)
+        )
+        content = wire.encode_order(order)
+        return [
+            Message(
+                content=content,
+                message_type=MessageType.TRAIN,
+                dst_node_id=node,
+                group_id=str(server_round),
+            )
+            for node in sorted(set(grid.get_node_ids()) - self._retired)
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Returns the average of the valid updates, None where there is none.
+
+        `replied` and `refused` then say who answered what.
+        """
+        self.replied, self.refused, accepted = {}, [], {}
+        for message in list(replies):
+            name = self._sort(message, server_round)
+            if name is not None:
+                accepted[name] = message
+        # In the contract's order: the sum of floats is the same whoever answers first.
+        ordered = sorted(accepted, key=self._order.__getitem__)
+        for name in ordered:
+            accepted[name].content = self._weighted(self.replied[name])
+        return super().aggregate_train(server_round, [accepted[name] for name in ordered])
+
+    def _weighted(self, reply: wire.TrainReply) -> RecordDict:
+        """Returns an update in the form that Flower's average takes, under its public weight."""
+        site = self._signed.contract.cohort[self._order[reply.receipt.site]]
+        return RecordDict(
+            {
+                self.arrayrecord_key: to_record(reply.update.arrays),
+                "metrics": MetricRecord({_WEIGHT: site.nominal_size}),
+            }
+        )
+
+    def _sort(self, message: Message, server_round: int) -> str | None:
+        """Returns the name of the site whose update is accepted, None where there is none."""
+        node = message.metadata.src_node_id
+        if message.has_error():
+            self.refused.append((f"node {node}", FAILED))
+            return None
+        try:
+            reply = wire.decode_reply(message.content)
+            if isinstance(reply, wire.RefusalReply):
+                self.refused.append((reply.site, reply.reason.value))
+                if Reason(reply.reason).final:
+                    self._retired.add(node)
+                return None
+            self._accept(reply, server_round)
+            return reply.receipt.site
+        except VerificationFailed as error:
+            logger.warning("update of node %d is not used: %s", node, error)
+            self.refused.append((f"node {node}", INVALID_UPDATE))
+            return None
+
+    def _accept(self, reply: wire.TrainReply, server_round: int) -> None:
+        contract, receipt = self._signed.contract, reply.receipt
+        terms = contract.site(receipt.site)
+        if terms is None:
+            raise VerificationFailed("from a site that the contract does not list")
+        reply.verify(terms.key)
+        if (receipt.contract, receipt.round) != (contract.sha256, server_round):
+            raise VerificationFailed("of another contract or round")
+        private = contract.privacy.mechanism == "dp-sgd"
+        if private != isinstance(reply.update, ProtectedUpdate):
+            raise VerificationFailed("of another mechanism than the contract's")
+        fault = named.fault(reply.update.arrays, self._shapes)
+        if fault:
+            raise VerificationFailed(fault)
+        if receipt.site in self.replied:
+            raise VerificationFailed("a second one from the same site")
+        self.replied[receipt.site] = reply
+
+
+def to_record(values: Arrays) -> ArrayRecord:
+    """Returns arrays as Flower's strategies hold them."""
+    return ArrayRecord({name: FlowerArray(np.asarray(value)) for name, value in values.items()})
+
+
+def from_record(record: ArrayRecord) -> dict[str, Array]:
+    """Returns the float32 arrays of a record."""
+    return {name: value.numpy().astype(np.float32) for name, value in record.items()}

@@ -1,0 +1,1 @@
+"""What server and site must agree on: contract, privacy, models, data, wire, keys."""

@@ -1,0 +1,59 @@
+"""Named arrays: their one byte form, their hash, and their rest as safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from bract.shared import canonical
+from bract.shared.errors import VerificationFailed
+
+Array = npt.NDArray[np.float32]
+Arrays = Mapping[str, Array]
+
+
+def digest(arrays: Arrays) -> str:
+    """Returns a hash of names, shapes and float32 values, in the order of the names."""
+    parts: list[bytes] = []
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name], dtype="<f4")
+        parts += [name.encode(), repr(value.shape).encode(), value.tobytes()]
+    return canonical.tagged("arrays/1", *parts).hex()
+
+
+def to_bytes(arrays: Arrays) -> bytes:
+    """Returns the arrays as a safetensors file."""
+    return bytes(safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
+
+
+def from_bytes(data: bytes) -> dict[str, Array]:
+    """Returns the float32 arrays of a safetensors file.
+
+    Raises:
+        VerificationFailed: where the bytes are no such file.
+    """
+    try:
+        return dict(safetensors.numpy.load(data))
+    except Exception as error:  # safetensors raises its own type for a damaged header
+        raise VerificationFailed("not a readable safetensors file") from error
+
+
+def fault(arrays: Arrays, expected: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Returns what keeps arrays from being exactly the expected ones, or None.
+
+    Exactly: these names, these shapes, float32, finite; nothing may be sent along.
+    """
+    if set(arrays) != set(expected):
+        different = sorted(set(arrays) ^ set(expected))[0]
+        return f"array {different!r} is {'extra' if different in arrays else 'missing'}"
+    for name, shape in expected.items():
+        if arrays[name].dtype != np.float32:
+            return f"array {name!r} has dtype {arrays[name].dtype}, not float32"
+        if arrays[name].shape != tuple(shape):
+            return f"array {name!r} has shape {arrays[name].shape}, not {tuple(shape)}"
+        if not np.isfinite(arrays[name]).all():
+            return f"array {name!r} holds a value that is not finite"
+    return None

@@ -1,0 +1,82 @@
+"""One byte string for one value: canonical JSON, and hashes that say what they are of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bract.shared.errors import VerificationFailed
+
+
+def encode(value: Any) -> bytes:
+    """Returns the canonical JSON of a value: sorted keys, no spaces, UTF-8, no NaN.
+
+    Raises:
+        ValueError: for NaN or an infinity, which JSON has no word for.
+
+    Example:
+        >>> encode({"b": 1, "a": [0.5, "ε"]})
+        b'{"a":[0.5,"\\xce\\xb5"],"b":1}'
+    """
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def decode(text: bytes) -> Any:
+    """Returns the value of canonical JSON.
+
+    Raises:
+        VerificationFailed: where the bytes are not exactly the canonical form of their value,
+            so that no second spelling of an entry verifies.
+    """
+    try:
+        value = json.loads(text)
+        canonical = encode(value)
+    except (ValueError, RecursionError) as error:
+        raise VerificationFailed("not canonical JSON") from error
+    if canonical != text:
+        raise VerificationFailed("not canonical JSON")
+    return value
+
+
+def sha256(data: bytes) -> str:
+    """Returns the SHA-256 of bytes in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def tagged(tag: str, *parts: bytes) -> bytes:
+    """Returns SHA-256 over a tag and length-prefixed parts; different uses never collide."""
+    digest = hashlib.sha256(b"bract/" + tag.encode() + b"\0")
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.digest()
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Writes a file so that after a crash it holds the old bytes or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

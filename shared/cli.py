@@ -1,0 +1,96 @@
+"""The `bract` command: a table of strings, so that `bract --help` imports nothing heavy.
+
+The strings are the one permitted reference from this floor upward.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+import click
+
+from bract.shared.errors import BractError
+
+# The private step and the ledger stand on these; nothing of Flower may phone home meanwhile.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+COMMANDS = {
+    "simulate": ("bract.simulations.commands:simulate", "Train over many sites on this machine."),
+    "calibrate": ("bract.shared.commands:calibrate", "The noise for a budget, and what it buys."),
+    "audit": ("bract.shared.commands:audit", "Check ledgers and what was spent."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command when it is asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Returns the names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Returns the command of a name, imported now."""
+        if name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        return command if isinstance(command, click.Command) else None
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the table's summaries, with no import."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
+@click.version_option(package_name="bract")
+def bract(debug: bool) -> None:
+    """Federated training in which every site enforces its own privacy budget, and can prove it.
+
+    Example: bract simulate digits
+    """
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if debug:
+        logging.getLogger("bract").setLevel(logging.DEBUG)
+
+
+def main() -> None:
+    """Runs the command; every failure is one line, and one JSON object where --json was asked."""
+    arguments = sys.argv[1:]
+    debug, as_json = "--debug" in arguments, "--json" in arguments
+    try:
+        code = bract.main(arguments, prog_name="bract", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Abort:
+        _fail("Interrupted", "stopped; every charge is kept", 130, as_json)
+    except click.ClickException as error:
+        _fail("UsageError", error.format_message(), 2, as_json)
+    except BractError as error:
+        if debug:
+            raise
+        _fail(type(error).__name__, " ".join(str(error).split()), error.exit_code, as_json)
+    except Exception as error:
+        if debug:
+            raise
+        # The text of an unforeseen exception may hold anything: name its type, not its words.
+        message = f"unexpected {type(error).__name__}: run again with --debug before the command"
+        _fail(type(error).__name__, message, 1, as_json)
+
+
+def _fail(kind: str, message: str, code: int, as_json: bool) -> None:
+    if as_json:
+        print_json({"error": {"type": kind, "message": message}})
+    click.echo(f"bract: {message}", err=True)
+    sys.exit(code)
+
+
+def print_json(value: Any) -> None:
+    """Prints one line with one strict JSON object."""
+    click.echo(json.dumps(value, allow_nan=False, ensure_ascii=False))

@@ -1,0 +1,75 @@
+"""Frozen configuration read from TOML: unknown keys are errors that name the nearest known key."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bract.shared.errors import UnknownName, UsageError
+
+
+class Frozen(BaseModel):
+    """A value: immutable, strict about its keys, finite in its numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Returns the tables of a TOML file.
+
+    Raises:
+        UsageError: where the file is missing or is not TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+
+
+def parse(model: type[Model], value: Any, *, source: str) -> Model:
+    """Returns `value` as a `model`, or raises one line that names the first bad key.
+
+    Raises:
+        UnknownName: for a key that does not exist, naming the nearest that does.
+        UsageError: for a value of the wrong type or out of range.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _one_line(model, error, source) from error
+
+
+def _one_line(model: type[BaseModel], error: ValidationError, source: str) -> UsageError:
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        known = [".".join([*path[:-1], name]) for name in _fields_at(model, path[:-1])]
+        return UnknownName(f"key in {source}", ".".join(path), known)
+    message = first["msg"].removeprefix("Value error, ")
+    where = f"{'.'.join(path)} " if path else ""
+    shown = first.get("input")
+    value = f" (got {shown!r})" if isinstance(shown, str | int | float | bool) else ""
+    return UsageError(f"{source}: {where}{message}{value}")
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        nested = [annotation, *getattr(annotation, "__args__", ())]
+        inner = next(
+            (t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)), None
+        )
+        if inner is None:
+            continue
+        model = inner
+    return list(model.model_fields)

@@ -1,0 +1,198 @@
+"""The contract: the frozen, public facts of one run, hashed and signed by the coordinator."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from bract.shared import canonical, keys
+from bract.shared.configuration import Frozen, parse
+from bract.shared.errors import UsageError, VerificationFailed
+
+Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,199}$")]
+Scalar = bool | int | float | str
+
+ADJACENCY = "add-or-remove-one"
+MAX_STEPS = 10_000_000
+
+
+class ModelTerms(Frozen):
+    """Which model: a registered name or `module:factory`, and its options."""
+
+    name: str = Field(min_length=1, max_length=200)
+    options: dict[str, Scalar] = {}
+
+
+class DataTerms(Frozen):
+    """What an example looks like, and the public constants that normalise it.
+
+    An input x of `shape` becomes (x − offset) / scale.
+    """
+
+    name: str = Field(min_length=1, max_length=200)
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    classes: int = Field(ge=2)
+    offset: float = 0.0
+    scale: float = Field(default=1.0, gt=0)
+
+
+class TrainingTerms(Frozen):
+    """How weights move: everything here is post-processing of protected sums, and free."""
+
+    local_steps: int = Field(ge=1, le=MAX_STEPS)
+    learning_rate: float = Field(gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    server_learning_rate: float = Field(default=1.0, gt=0)
+    server_momentum: float = Field(default=0.0, ge=0, lt=1)
+
+
+class PrivacyTerms(Frozen):
+    """The mechanism at each site: Poisson sampling at rate q, clip to C, noise of stddev σ·C."""
+
+    mechanism: Literal["dp-sgd", "none"] = "dp-sgd"
+    randomness: Literal["csprng", "seeded"] = "csprng"
+    adjacency: Literal["add-or-remove-one"] = ADJACENCY
+    unit: Literal["example"] = "example"
+    sampling_rate: float = Field(gt=0, le=1)
+    noise_multiplier: float = Field(ge=0)
+    clip_norm: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _noise_where_promised(self) -> PrivacyTerms:
+        if self.mechanism == "dp-sgd" and self.noise_multiplier <= 0:
+            raise ValueError("noise_multiplier must be above 0 for the mechanism 'dp-sgd'")
+        return self
+
+
+class SiteTerms(Frozen):
+    """One site of the cohort; `nominal_size` is public, its weight and its normaliser.
+
+    The true number of examples is never written down.
+    """
+
+    name: Name
+    key: Hex32
+    domain: Name
+    nominal_size: int = Field(ge=1)
+
+
+class Contract(Frozen):
+    """One run, as every site and the server read it.
+
+    `max_attempts` ≥ `rounds` bounds the charges at one site: a crashed round is charged again, so
+    the budget is checked for `max_attempts`, not for `rounds`.
+    """
+
+    schema_version: Literal[1] = 1
+    run: Name
+    nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    coordinator: Hex32
+    simulation: bool
+    rounds: int = Field(ge=1, le=1_000_000)
+    max_attempts: int = Field(ge=1, le=2_000_000)
+    model: ModelTerms
+    data: DataTerms
+    training: TrainingTerms
+    privacy: PrivacyTerms
+    cohort: tuple[SiteTerms, ...] = Field(min_length=1)
+
+    @field_validator("cohort")
+    @classmethod
+    def _names_are_unique(cls, cohort: tuple[SiteTerms, ...]) -> tuple[SiteTerms, ...]:
+        names = [site.name for site in cohort]
+        twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(
+            names
+        ) else set()
+        if twice:
+            raise ValueError(f"site {min(twice)!r} is listed twice; name each site once")
+        return cohort
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Contract:
+        if self.max_attempts < self.rounds:
+            raise ValueError("max_attempts must be at least rounds")
+        private = self.privacy.mechanism == "dp-sgd" and self.privacy.randomness == "csprng"
+        if not self.simulation and not private:
+            raise ValueError("only a simulation may be seeded or without noise")
+        return self
+
+    def site(self, name: str) -> SiteTerms | None:
+        """Returns the terms of one site, or None where it is not in the cohort."""
+        return next((site for site in self.cohort if site.name == name), None)
+
+    def normaliser(self, site: SiteTerms) -> float:
+        """Returns the public constant that divides a site's noisy sum: q · nominal size.
+
+        The true batch size would tell the batch (PRIVACY in the README).
+        """
+        return self.privacy.sampling_rate * site.nominal_size
+
+    @property
+    def sha256(self) -> str:
+        """The contract's name: SHA-256 of its canonical JSON."""
+        return canonical.sha256(canonical.encode(self.model_dump(mode="json")))
+
+
+class SignedContract(Frozen):
+    """A contract beside the coordinator's signature of its hash."""
+
+    contract: Contract
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+    def to_bytes(self) -> bytes:
+        """Returns the canonical JSON that travels and rests as contract.json."""
+        return canonical.encode(self.model_dump(mode="json"))
+
+    def verify(self, coordinator: str) -> Contract:
+        """Returns the contract where the pinned coordinator's key signed it.
+
+        Raises:
+            VerificationFailed: where another key is named, or the signature does not hold.
+        """
+        if self.contract.coordinator != coordinator:
+            raise VerificationFailed("contract is signed by another coordinator than the pinned")
+        keys.verify(coordinator, bytes.fromhex(self.signature), _digest(self.contract))
+        return self.contract
+
+
+def sign(contract: Contract, key: keys.SigningKey) -> SignedContract:
+    """Returns the contract with the signature of the coordinator it names."""
+    if key.public != contract.coordinator:
+        raise UsageError("the contract names another coordinator key; sign with that one")
+    return SignedContract(contract=contract, signature=key.sign(_digest(contract)).hex())
+
+
+def new_nonce() -> str:
+    """Returns 16 random bytes in hexadecimal: equal terms make different contracts."""
+    return secrets.token_hex(16)
+
+
+def from_bytes(text: bytes, *, source: str = "contract") -> SignedContract:
+    """Returns the signed contract in canonical JSON; its signature is not yet verified.
+
+    Raises:
+        VerificationFailed: where the text is not canonical.
+        UsageError: where a field is missing, unknown or out of range.
+    """
+    value: Any = canonical.decode(text)
+    signed = parse(SignedContract, value, source=source)
+    if signed.to_bytes() != text:
+        raise VerificationFailed(f"{source} is not in canonical form")
+    return signed
+
+
+def read(path: Path) -> SignedContract:
+    """Returns the signed contract in a file; its signature is not yet verified."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read the contract {path}: {error.strerror}") from error
+    return from_bytes(text, source=str(path))
+
+
+def _digest(contract: Contract) -> bytes:
+    return canonical.tagged("contract/1", bytes.fromhex(contract.sha256))

@@ -1,0 +1,99 @@
+"""How simulated sites share a data set, by flwr-datasets' partitioners."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from bract.shared.configuration import Frozen
+from bract.shared.errors import UsageError
+
+
+class Partition(Frozen):
+    """A partition of the training examples over sites.
+
+    `iid` shuffles and cuts; `dirichlet` draws each label's shares from Dirichlet(`alpha`);
+    `label` gives each site `labels_per_site` labels; `sizes` grows the sizes linearly.
+    """
+
+    kind: Literal["iid", "dirichlet", "label", "sizes"] = "iid"
+    alpha: float = Field(default=0.5, gt=0)
+    labels_per_site: int = Field(default=2, ge=1)
+    min_size: int = Field(default=10, ge=1)
+
+
+def split(
+    targets: npt.NDArray[np.int64], *, sites: int, partition: Partition, seed: int
+) -> list[npt.NDArray[np.int64]]:
+    """Returns the rows of each site, disjoint and sorted.
+
+    Raises:
+        UsageError: where the examples do not suffice for the sites.
+    """
+    if not 1 <= sites <= len(targets) // partition.min_size:
+        raise UsageError(
+            f"{sites} sites cannot share {len(targets)} examples with at least "
+            f"{partition.min_size} each: use 1 to {len(targets) // partition.min_size} sites"
+        )
+    order = np.random.default_rng(seed).permutation(len(targets))
+    partitioner = _partitioner(sites, partition, seed)
+    try:
+        partitioner.dataset = _dataset(targets[order])
+        parts = [
+            np.sort(order[np.asarray(partitioner.load_partition(site)["row"], dtype=np.int64)])
+            for site in range(sites)
+        ]
+    except ValueError as error:
+        raise UsageError(f"partition {partition.kind!r} over {sites} sites: {error}") from error
+    if min(len(part) for part in parts) < partition.min_size:
+        raise UsageError(
+            f"partition {partition.kind!r} leaves a site under {partition.min_size} examples: "
+            "use fewer sites, or lower data.partition.min_size"
+        )
+    return parts
+
+
+def nominal_size(true_size: int) -> int:
+    """Returns the public size an operator would declare: two digits, rounded down.
+
+    Example:
+        >>> nominal_size(5_987), nominal_size(260)
+        (5900, 260)
+    """
+    unit = 10 ** max(len(str(true_size)) - 2, 0)
+    return true_size // unit * unit
+
+
+def _partitioner(sites: int, partition: Partition, seed: int) -> Any:
+    from flwr_datasets import partitioner as flower  # slow to import
+
+    match partition.kind:
+        case "iid":
+            return flower.IidPartitioner(num_partitions=sites)
+        case "dirichlet":
+            return flower.DirichletPartitioner(
+                num_partitions=sites,
+                partition_by="label",
+                alpha=partition.alpha,
+                min_partition_size=partition.min_size,
+                seed=seed,
+            )
+        case "label":
+            return flower.PathologicalPartitioner(
+                num_partitions=sites,
+                partition_by="label",
+                num_classes_per_partition=partition.labels_per_site,
+                class_assignment_mode="deterministic",
+                seed=seed,
+            )
+        case "sizes":
+            return flower.LinearPartitioner(num_partitions=sites)
+
+
+def _dataset(targets: npt.NDArray[np.int64]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict({"label": targets.tolist(), "row": list(range(len(targets)))})

@@ -1,0 +1,94 @@
+"""Ed25519 signing keys: a site signs its ledger, a coordinator its contracts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from bract.shared.errors import UsageError, VerificationFailed
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """A private Ed25519 key; `public` is its 32-byte public half in hexadecimal."""
+
+    private: Ed25519PrivateKey
+    public: str
+
+    def sign(self, digest: bytes) -> bytes:
+        """Returns the 64-byte signature of a tagged digest."""
+        return self.private.sign(digest)
+
+    def __repr__(self) -> str:
+        return f"SigningKey(public={self.public})"
+
+
+def generate() -> SigningKey:
+    """Returns a new key from the operating system's randomness."""
+    return _with_public(Ed25519PrivateKey.generate())
+
+
+def save(key: SigningKey, path: Path) -> None:
+    """Writes a private key as PKCS#8 PEM, readable by its owner alone.
+
+    Raises:
+        UsageError: where the file exists; a key is never overwritten.
+    """
+    pem = key.private.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise UsageError(f"{path} exists: a key is never overwritten; name another file") from error
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(pem)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load(path: Path) -> SigningKey:
+    """Returns the key in a PEM file.
+
+    Raises:
+        UsageError: where the file is missing or holds no Ed25519 key.
+    """
+    try:
+        private = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except OSError as error:
+        raise UsageError(f"no key at {path}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path} holds no readable private key") from error
+    if not isinstance(private, Ed25519PrivateKey):
+        raise UsageError(f"{path} holds another kind of key; an Ed25519 key is needed")
+    return _with_public(private)
+
+
+def load_or_generate(path: Path) -> SigningKey:
+    """Returns the key in a file, made first where there is none."""
+    if not path.exists():
+        save(generate(), path)
+    return load(path)
+
+
+def verify(public: str, signature: bytes, digest: bytes) -> None:
+    """Returns when the signature of a tagged digest holds.
+
+    Raises:
+        VerificationFailed: for any other outcome, with no more said.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(signature, digest)
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise VerificationFailed("signature does not verify") from error
+
+
+def _with_public(private: Ed25519PrivateKey) -> SigningKey:
+    return SigningKey(private=private, public=private.public_key().public_bytes_raw().hex())

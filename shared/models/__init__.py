@@ -1,0 +1,73 @@
+"""Models that server and site build alike from a contract's terms."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+
+from bract.shared.contract import Scalar
+from bract.shared.errors import UnknownName, UsageError
+from bract.shared.models.cnn import cnn
+from bract.shared.models.linear import linear
+from bract.shared.models.mlp import mlp
+
+Shape = tuple[int, ...]
+Factory = Callable[..., nn.Module]
+
+MODELS: dict[str, Factory] = {"linear": linear, "mlp": mlp, "cnn": cnn}
+
+
+def build(name: str, shape: Shape, classes: int, options: dict[str, Scalar]) -> nn.Module:
+    """Returns a new model for inputs of `shape` (without the batch axis) and `classes` logits.
+
+    `name` is a registered model, or `module:factory` of installed code; a site takes the latter
+    only where its policy lists it.
+
+    Raises:
+        UnknownName: for an unknown model or option, naming the nearest.
+        UsageError: where the module, the factory or an option's value will not do.
+
+    Example:
+        >>> sum(p.numel() for p in build("linear", (1, 8, 8), 10, {}).parameters())
+        650
+    """
+    factory = _factory(name)
+    known = list(inspect.signature(factory).parameters)[2:]
+    for option in options:
+        if option not in known:
+            raise UnknownName(f"option of the model {name!r},", option, known or ["(none)"])
+    try:
+        model = factory(shape, classes, **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model {name!r}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model {name!r}: the factory returned no torch module")
+    return model
+
+
+def released_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that may leave a site, by name: the trainable ones, no buffers."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def released_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Returns the names and shapes that weights and updates must have exactly."""
+    return {name: tuple(value.shape) for name, value in released_parameters(model).items()}
+
+
+def _factory(name: str) -> Factory:
+    if name in MODELS:
+        return MODELS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UnknownName("model", name, MODELS)
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"model {name!r} cannot be imported: {error}") from error
+    if not callable(factory):
+        raise UsageError(f"model {name!r} is not a function")
+    return factory  # type: ignore[no-any-return]

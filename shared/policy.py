@@ -1,0 +1,151 @@
+"""The policy: a site's own hard limits, which no message can change."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from bract.shared import canonical
+from bract.shared.configuration import Frozen
+from bract.shared.contract import Contract, Hex32, Name, SiteTerms
+from bract.shared.errors import Reason, Refusal, UsageError
+
+
+class MenuClass(Frozen):
+    """One kind of step that a site will ever take, and how many of it at the most."""
+
+    sampling_rate: float = Field(gt=0, le=1)
+    noise_multiplier: float = Field(gt=0)
+    max_steps: int = Field(ge=1)
+
+
+class Filter(Frozen):
+    """A Rényi filter at one order: sound for contracts chosen after seeing earlier releases.
+
+    Feldman & Zrnic 2021, arXiv 2008.11193: the Rényi divergences of adaptively chosen Gaussian
+    steps add at an order that is fixed beforehand, and stopping when the sum would pass the
+    bound keeps the bound. `order` None takes the order that suits ε and δ best.
+    """
+
+    rule: Literal["filter"] = "filter"
+    order: float | None = Field(default=None, gt=1)
+
+
+class Menu(Frozen):
+    """A fixed menu whose whole composition is within ε: any order and any early stop is covered."""
+
+    rule: Literal["menu"] = "menu"
+    classes: tuple[MenuClass, ...] = Field(min_length=1)
+
+
+class DomainPolicy(Frozen):
+    """The budget of one body of data, and the domains that share examples with it."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    composition: Filter | Menu = Field(default=Filter(), discriminator="rule")
+    overlaps: tuple[Name, ...] = ()
+
+
+class Policy(Frozen):
+    """What one site allows: budgets by domain, mechanisms, models, least σ and greatest q."""
+
+    site: Name
+    coordinators: tuple[Hex32, ...] = Field(min_length=1)
+    domains: dict[Name, DomainPolicy] = Field(min_length=1)
+    models: tuple[str, ...] = Field(min_length=1)
+    mechanisms: tuple[Literal["dp-sgd", "none"], ...] = ("dp-sgd",)
+    min_noise_multiplier: float = Field(default=0.3, gt=0)
+    max_sampling_rate: float = Field(default=1.0, gt=0, le=1)
+
+    @field_validator("domains")
+    @classmethod
+    def _overlaps_are_declared(cls, domains: dict[str, DomainPolicy]) -> dict[str, DomainPolicy]:
+        for name, domain in domains.items():
+            missing = sorted(set(domain.overlaps) - set(domains))
+            if missing:
+                raise ValueError(f"domain {name!r} overlaps {missing[0]!r}, which is not declared")
+        return domains
+
+
+    @property
+    def sha256(self) -> str:
+        """The policy's name in every ledger entry: SHA-256 of its canonical JSON."""
+        return canonical.sha256(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Returns the canonical JSON of the policy."""
+        return canonical.encode(self.model_dump(mode="json"))
+
+    def charged_domains(self, domain: str) -> tuple[str, ...]:
+        """Returns the domains that one use of `domain` charges: itself first, then its overlaps.
+
+        Overlap is symmetric and transitive: sharing is declared from either side.
+        """
+        found = [domain]
+        for name in found:
+            declared = set(self.domains[name].overlaps)
+            reverse = {other for other, terms in self.domains.items() if name in terms.overlaps}
+            found.extend(sorted((declared | reverse) - set(found)))
+        return tuple(found)
+
+
+def check(policy: Policy, contract: Contract) -> SiteTerms:
+    """Returns this site's terms where the contract keeps to the policy.
+
+    Depends on the contract and the policy alone, so that a refusal tells nothing of the data.
+
+    Raises:
+        Refusal: with the reason; the detail is for this site's operator.
+    """
+    terms = contract.site(policy.site)
+    if terms is None:
+        raise Refusal(Reason.NOT_IN_CONTRACT, f"the contract does not list {policy.site!r}")
+    if terms.domain not in policy.domains:
+        raise Refusal(Reason.POLICY_DOMAIN, f"the policy has no domain {terms.domain!r}")
+    if contract.model.name not in policy.models:
+        raise Refusal(Reason.POLICY_MODEL, f"add {contract.model.name!r} to models to allow it")
+    privacy = contract.privacy
+    if privacy.mechanism not in policy.mechanisms:
+        raise Refusal(Reason.POLICY_MECHANISM, f"mechanism {privacy.mechanism!r} is not allowed")
+    if privacy.mechanism == "dp-sgd":
+        _check_private(policy, contract, policy.domains[terms.domain])
+    return terms
+
+
+def _check_private(policy: Policy, contract: Contract, domain: DomainPolicy) -> None:
+    privacy = contract.privacy
+    if privacy.noise_multiplier < policy.min_noise_multiplier:
+        raise Refusal(
+            Reason.POLICY_NOISE,
+            f"σ {privacy.noise_multiplier} is under min_noise_multiplier "
+            f"{policy.min_noise_multiplier}",
+        )
+    if privacy.sampling_rate > policy.max_sampling_rate:
+        raise Refusal(
+            Reason.POLICY_SAMPLING,
+            f"q {privacy.sampling_rate} is over max_sampling_rate {policy.max_sampling_rate}",
+        )
+    if isinstance(domain.composition, Menu) and not any(
+        entry.sampling_rate == privacy.sampling_rate
+        and entry.noise_multiplier == privacy.noise_multiplier
+        for entry in domain.composition.classes
+    ):
+        raise Refusal(
+            Reason.POLICY_MENU,
+            f"(q {privacy.sampling_rate}, σ {privacy.noise_multiplier}) is not on the menu",
+        )
+
+
+def check_delta(delta: float, nominal_size: int) -> None:
+    """Returns where δ < 1 / nominal size; above it, releasing one whole record would be allowed.
+
+    Raises:
+        UsageError: naming the greatest sensible δ.
+    """
+    if not 0 < delta < 1 / nominal_size:
+        raise UsageError(
+            f"delta {delta} must be above 0 and below 1/{nominal_size} = {1 / nominal_size:.3g}, "
+            "one over the nominal size"
+        )

@@ -1,0 +1,60 @@
+"""What an auditor holds against a ledger: pinned keys, and heads seen elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bract.shared import contract
+from bract.shared.errors import UsageError, VerificationFailed
+from bract.shared.privacy import ledger
+from bract.shared.privacy.entries import Head
+
+
+def site_keys(path: Path, site_key: str | None, beside: Path) -> Mapping[str, str]:
+    """Returns the pinned key of each site in a ledger.
+
+    Args:
+        path: the ledger.
+        site_key: the key that the user pins, for every site in the file.
+        beside: contract.json of the run folder; its signature must hold.
+
+    Raises:
+        VerificationFailed: where there is neither.
+    """
+    if site_key is not None:
+        if not re.fullmatch(r"[0-9a-f]{64}", site_key):
+            raise UsageError(f"--site-key {site_key!r} must be 64 hexadecimal digits")
+        return {site: site_key for site, _ in ledger.contents(path).rows}
+    if not beside.exists():
+        raise VerificationFailed(
+            f"{path}: key not pinned: give --site-key, or keep the ledger in its run folder beside "
+            "contract.json"
+        )
+    signed = contract.read(beside)
+    agreed = signed.verify(signed.contract.coordinator)
+    return {site.name: site.key for site in agreed.cohort}
+
+
+def heads(path: Path, *, named: bool) -> Mapping[tuple[str, str], Head]:
+    """Returns the heads in a summary or a head file, by (site, domain).
+
+    Args:
+        path: JSON with `heads`: {SITE: {domain, sequence, hash}}.
+        named: whether the user named the file; then it must exist.
+    """
+    if not path.exists() and not named:
+        return {}
+    try:
+        value: Any = json.loads(path.read_bytes())
+        return {
+            (site, str(head["domain"])): Head(
+                sequence=int(head["sequence"]), hash=str(head["hash"])
+            )
+            for site, head in value["heads"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} holds no heads: name a summary.json or a head file") from error

@@ -1,0 +1,112 @@
+"""Does a domain's budget hold a charge? The rule is fixed in the ledger's first entry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bract.shared.contract import Contract
+from bract.shared.errors import Reason, Refusal
+from bract.shared.policy import DomainPolicy, Filter, Policy
+from bract.shared.privacy import accounting
+from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.events import Event, PoissonGaussian, merge
+from bract.shared.privacy.orders import best_order
+
+
+def fixed_rule(domain: DomainPolicy) -> dict[str, Any]:
+    """Returns the composition rule as genesis records it: a filter's order is settled here."""
+    rule = domain.composition
+    if isinstance(rule, Filter):
+        order = rule.order if rule.order is not None else best_order(domain.epsilon, domain.delta)
+        return {"rule": "filter", "order": order}
+    return rule.model_dump(mode="json")
+
+
+def order_of(chain: Chain) -> float | None:
+    """Returns the order of a chain's filter, or None under a menu."""
+    return chain.genesis.composition.get("order") if chain.genesis else None
+
+
+def genesis_fault(chain: Chain, policy: Policy) -> str | None:
+    """Returns how a policy departs from what its ledger fixed at genesis, or None.
+
+    A rule that could be changed after seeing releases would protect nothing.
+    """
+    genesis, domain = chain.genesis, policy.domains.get(chain.domain)
+    if genesis is None or domain is None:
+        return f"domain {chain.domain!r} has no genesis or no policy"
+    if genesis.delta != domain.delta.hex():
+        return (
+            f"domain {chain.domain!r}: the ledger fixed delta {float.fromhex(genesis.delta)}, the "
+            f"policy says {domain.delta}; put it back, or begin another domain on other data"
+        )
+    rule = fixed_rule(domain)
+    free = isinstance(domain.composition, Filter) and domain.composition.order is None
+    if genesis.composition.get("rule") != rule["rule"] or (
+        not free and genesis.composition != rule
+    ):
+        return f"domain {chain.domain!r}: the ledger fixed another composition rule at genesis"
+    return None
+
+
+def check_room(chain: Chain, contract: Contract, domain: DomainPolicy) -> None:
+    """Returns where one more round of a contract may be charged to a domain.
+
+    At the first charge the WHOLE contract must fit, crashed rounds and all, so that a run is
+    refused before it costs anything. Later the same sum is asked for, which is remembered unless
+    another run has charged the domain since; then the single round must fit.
+
+    Raises:
+        Refusal: with a reason that depends on contract, policy and ledger alone.
+    """
+    genesis = chain.genesis
+    private = contract.privacy.mechanism == "dp-sgd"
+    if genesis is None or not (
+        genesis.simulation or (private and contract.privacy.randomness == "csprng")
+    ):
+        raise Refusal(Reason.SIMULATION_ONLY, "this ledger is not a simulation's")
+    spent = chain.attempts[contract.sha256]
+    if spent >= contract.max_attempts:
+        raise Refusal(Reason.ATTEMPTS_EXHAUSTED, f"{contract.max_attempts} charges were made")
+    if not private:
+        return
+    if accounting.is_unbounded(chain.events):
+        raise Refusal(Reason.DOMAIN_UNBOUNDED, f"domain {chain.domain!r} has no finite epsilon")
+    choices = [contract.max_attempts - spent, *([1] if spent else [])]
+    if not any(_fits(chain, contract, domain, rounds) for rounds in choices):
+        raise Refusal(
+            Reason.BUDGET_EXHAUSTED,
+            f"{choices[-1]} rounds more would pass epsilon {domain.epsilon} of the domain "
+            f"{chain.domain!r}",
+        )
+
+
+def within(chain: Chain, events: Sequence[Event], domain: DomainPolicy) -> bool:
+    """Returns whether events keep to a domain's ε under the rule of the chain's genesis."""
+    if not isinstance(domain.composition, Filter):
+        caps = {
+            (entry.sampling_rate, entry.noise_multiplier): entry.max_steps
+            for entry in domain.composition.classes
+        }
+        listed = all(
+            isinstance(event, PoissonGaussian)
+            and event.steps <= caps.get((event.sampling_rate, event.noise_multiplier), 0)
+            for event in merge(events)
+        )
+        # The whole menu within ε covers every order and every early stop of what is on it.
+        events = [PoissonGaussian(*kind, steps) for kind, steps in caps.items()]
+        if not listed:
+            return False
+    return accounting.fits(
+        events, limit=domain.epsilon, delta=domain.delta, order=order_of(chain)
+    )
+
+
+def _fits(chain: Chain, contract: Contract, domain: DomainPolicy, rounds: int) -> bool:
+    ahead = PoissonGaussian(
+        sampling_rate=contract.privacy.sampling_rate,
+        noise_multiplier=contract.privacy.noise_multiplier,
+        steps=rounds * contract.training.local_steps,
+    )
+    return within(chain, (*chain.events, ahead), domain)

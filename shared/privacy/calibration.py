@@ -1,0 +1,105 @@
+"""From a budget to a noise multiplier, and from a noise multiplier to steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from bract.shared.errors import UsageError
+from bract.shared.privacy.accounting import epsilon, filter_epsilon, fits
+from bract.shared.privacy.events import Event, PoissonGaussian
+from bract.shared.privacy.orders import best_order
+
+GREATEST_NOISE = 1e5
+DIGITS = 4
+
+
+def check_budget(epsilon_target: float, delta: float) -> None:
+    """Returns for 0 < ε < ∞ and 0 < δ < 1; raises `UsageError` otherwise, NaN included."""
+    if not 0 < epsilon_target < math.inf:
+        raise UsageError(f"epsilon {epsilon_target} must be a finite number above 0")
+    if not 0 < delta < 1:
+        raise UsageError(f"delta {delta} must be above 0 and below 1")
+
+
+def noise_multiplier(
+    *, epsilon_target: float, delta: float, sampling_rate: float, steps: int
+) -> float:
+    """Returns the least σ of four digits with which `steps` Poisson-Gaussian steps keep to (ε, δ).
+
+    Rounded up, so that the ε bought is at most the ε asked for.
+
+    Raises:
+        UsageError: where ε or δ is out of range, or no σ up to 1e5 is enough.
+
+    Example:
+        >>> sigma = noise_multiplier(
+        ...     epsilon_target=3.0, delta=1e-5, sampling_rate=0.1, steps=100)
+        >>> epsilon([PoissonGaussian(0.1, sigma, 100)], 1e-5) <= 3.0
+        True
+    """
+    check_budget(epsilon_target, delta)
+
+    def over(sigma: float) -> bool:
+        event = PoissonGaussian(sampling_rate, sigma, steps)
+        return epsilon([event], delta) > epsilon_target
+
+    low, high = _bracket(epsilon_target, delta, sampling_rate, steps)
+    if over(high):
+        raise UsageError(
+            f"no noise multiplier up to {GREATEST_NOISE:g} keeps {steps} steps at rate "
+            f"{sampling_rate:g} within epsilon {epsilon_target}: ask for fewer steps or more epsilon"
+        )
+    while _round_up(low) < _round_up(high) and high - low > 10.0 ** (-DIGITS) * high:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if over(middle) else (low, middle)
+    return _round_up(high)
+
+
+def max_steps(
+    *,
+    prior: Iterable[Event],
+    sampling_rate: float,
+    noise_multiplier: float,
+    limit: float,
+    delta: float,
+    order: float | None,
+) -> int:
+    """Returns how many further steps of one kind a budget still holds, on top of `prior`."""
+    events = tuple(prior)
+
+    def within(steps: int) -> bool:
+        if steps == 0:
+            return fits(events, limit=limit, delta=delta, order=order)
+        event = PoissonGaussian(sampling_rate, noise_multiplier, steps)
+        return fits((*events, event), limit=limit, delta=delta, order=order)
+
+    if not within(1):
+        return 0
+    low, high = 1, 2
+    while high < 10**7 and within(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if within(middle) else (low, middle)
+    return low
+
+
+def _bracket(target: float, delta: float, rate: float, steps: int) -> tuple[float, float]:
+    # The filter's ε is an upper bound and costs little: it brackets σ before PLD is asked.
+    order = best_order(target, delta)
+    low, high = 0.05, GREATEST_NOISE
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        event = PoissonGaussian(rate, middle, steps)
+        low, high = (
+            (middle, high)
+            if filter_epsilon([event], delta, order) > target
+            else (low, middle)
+        )
+    return low / 4, high
+
+
+def _round_up(sigma: float) -> float:
+    scale = 10.0 ** (DIGITS - 1 - math.floor(math.log10(sigma)))
+    return math.ceil(sigma * scale - 1e-9) / scale

@@ -1,0 +1,150 @@
+"""One chain of entries as a fold: the gate that appends and the auditor that verifies share it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+from bract.shared.errors import VerificationFailed
+from bract.shared.privacy import events
+from bract.shared.privacy.entries import (
+    NO_PREVIOUS,
+    Charge,
+    Entry,
+    Genesis,
+    Head,
+    Release,
+    event_of,
+)
+
+RoundKey = tuple[str, int]
+
+
+@dataclass(slots=True, eq=False)
+class Chain:
+    """What the entries of one (site, domain) say so far.
+
+    `charges` maps (contract, round) to its charges in order; `releases` maps (contract, round)
+    to the last release; `events` are merged.
+    """
+
+    site: str
+    domain: str
+    key: str
+    genesis: Genesis | None = None
+    genesis_hash: str = ""
+    head: Head | None = None
+    charges: defaultdict[RoundKey, list[Charge]] = field(default_factory=lambda: defaultdict(list))
+    releases: dict[RoundKey, Release] = field(default_factory=dict)
+    attempts: Counter[str] = field(default_factory=Counter)
+    policies: dict[str, int] = field(default_factory=dict)
+    seeded: bool = False
+    _events: Counter[events.Event] = field(default_factory=Counter)
+
+    @property
+    def events(self) -> tuple[events.Event, ...]:
+        """Everything charged, merged."""
+        return events.merge(
+            event if isinstance(event, events.Unbounded) else _times(event, count)
+            for event, count in self._events.items()
+        )
+
+    @property
+    def length(self) -> int:
+        """The number of entries."""
+        return 0 if self.head is None else self.head.sequence + 1
+
+    def events_of(self, contract: str) -> tuple[events.Event, ...]:
+        """Returns what one contract was charged, merged."""
+        return events.merge(
+            event_of(charge)
+            for (name, _), charges in self.charges.items()
+            if name == contract
+            for charge in charges
+        )
+
+    def extend_(self, entry: Entry) -> None:
+        """Adds the next entry.
+
+        Raises:
+            VerificationFailed: naming the entry and the rule it breaks.
+        """
+        body = entry.body
+        self._check_link(entry)
+        match body:
+            case Genesis():
+                self._check(body.sequence == 0, body.sequence, "a second genesis")
+                self.genesis, self.genesis_hash = body, entry.hash
+            case Charge():
+                self._add_charge(body)
+            case Release():
+                self._add_release(body)
+        self.policies[body.policy] = body.sequence
+        self.head = Head(sequence=body.sequence, hash=entry.hash)
+
+    def _check_link(self, entry: Entry) -> None:
+        body, number = entry.body, self.length
+        self._check(body.sequence == number, number, f"sequence number is {body.sequence}")
+        previous = NO_PREVIOUS if self.head is None else self.head.hash
+        self._check(body.previous == previous, number, "does not follow the entry before it")
+        self._check(body.site == self.site, number, f"belongs to the site {body.site!r}")
+        self._check(body.domain == self.domain, number, f"belongs to the domain {body.domain!r}")
+        if number == 0:
+            self._check(isinstance(body, Genesis), 0, "the first entry is no genesis")
+            self._check(body.genesis == NO_PREVIOUS, 0, "a genesis names no genesis")
+        else:
+            self._check(body.genesis == self.genesis_hash, number, "names another genesis")
+
+    def _add_charge(self, charge: Charge) -> None:
+        number = charge.sequence
+        before = self.charges[charge.contract, charge.round]
+        self._check(charge.attempt == len(before) + 1, number, f"attempt {charge.attempt}")
+        if before:
+            self._check(
+                charge.weights == before[0].weights, number, "the same round with other weights"
+            )
+        assert self.genesis is not None  # noqa: S101  checked by _check_link
+        private = charge.mechanism == "dp-sgd" and charge.randomness == "csprng"
+        self._check(
+            private or self.genesis.simulation, number, "seeded or without noise on a real ledger"
+        )
+        event = event_of(charge)
+        unbounded = isinstance(event, events.Unbounded)
+        self._check(
+            unbounded == (charge.mechanism == "none"), number, "event and mechanism disagree"
+        )
+        self._events[_single(event)] += 1 if unbounded else _steps(event)
+        self.seeded |= charge.randomness == "seeded"
+        self.attempts[charge.contract] += 1
+        before.append(charge)
+
+    def _add_release(self, release: Release) -> None:
+        charges = self.charges.get((release.contract, release.round), [])
+        self._check(bool(charges), release.sequence, "a release without a charge")
+        self._check(
+            release.attempt == len(charges), release.sequence, "a release of another attempt"
+        )
+        self._check(
+            charges[-1].primary == self.domain, release.sequence, "a release of another domain"
+        )
+        self.releases[release.contract, release.round] = release
+
+    def _check(self, holds: bool, number: int, fault: str) -> None:
+        if not holds:
+            raise VerificationFailed(
+                f"ledger of {self.site!r}, domain {self.domain!r}, entry {number}: {fault}"
+            )
+
+
+def _single(event: events.Event) -> events.Event:
+    return event if isinstance(event, events.Unbounded) else _times(event, 1)
+
+
+def _steps(event: events.Event) -> int:
+    return event.steps if isinstance(event, events.PoissonGaussian) else 0
+
+
+def _times(event: events.Event, steps: int) -> events.Event:
+    if not isinstance(event, events.PoissonGaussian):
+        raise TypeError("only steps can be counted")
+    return events.PoissonGaussian(event.sampling_rate, event.noise_multiplier, steps)

@@ -1,0 +1,149 @@
+"""The entries of a ledger: what is written, hashed and signed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from bract.shared import canonical, keys
+from bract.shared.contract import Contract, Hex32, Name
+from bract.shared.errors import VerificationFailed
+from bract.shared.privacy import events
+
+SCHEMA_VERSION = 1
+NO_PREVIOUS = "0" * 64
+FloatHex = Annotated[str, Field(pattern=r"^-?0x[01]\.[0-9a-f]+p[+-][0-9]+$")]
+
+
+class _Body(BaseModel):
+    """What every entry carries."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    schema_version: Literal[1]
+    site: Name
+    key: Hex32
+    domain: Name
+    sequence: Annotated[int, Field(ge=0)]
+    previous: Hex32
+    genesis: Hex32
+    policy: Hex32
+    attempt: Annotated[int, Field(ge=0)]
+
+
+class Genesis(_Body):
+    """The first entry: what stays fixed for the life of the ledger."""
+
+    kind: Literal["genesis"]
+    simulation: bool
+    unit: Literal["example"]
+    adjacency: Literal["add-or-remove-one"]
+    delta: FloatHex
+    composition: dict[str, Any]
+
+
+class Charge(_Body):
+    """One round's cost, committed before any example is read; never refunded."""
+
+    kind: Literal["charge"]
+    contract: Hex32
+    run: Name
+    round: Annotated[int, Field(ge=1)]
+    primary: Name
+    weights: Hex32
+    event: dict[str, Any]
+    clip_norm: FloatHex
+    clipping: Literal["flat-l2", "none"]
+    normaliser: FloatHex
+    sampler: Literal["poisson"]
+    mechanism: Literal["dp-sgd", "none"]
+    randomness: Literal["csprng", "seeded"]
+    versions: dict[str, str]
+
+
+class Release(_Body):
+    """The hash of what left the site for a charge."""
+
+    kind: Literal["release"]
+    contract: Hex32
+    round: Annotated[int, Field(ge=1)]
+    update: Hex32
+
+
+Body = Genesis | Charge | Release
+BodyT = TypeVar("BodyT", bound=_Body)
+_ADAPTER: TypeAdapter[Body] = TypeAdapter(Annotated[Body, Field(discriminator="kind")])
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry as it rests: canonical body, signature, and the hash that both stand for."""
+
+    body: Body
+    text: bytes
+    signature: bytes
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last entry of a chain: an anchor against a cut tail."""
+
+    sequence: int
+    hash: str
+
+
+def write(body: Body, key: keys.SigningKey) -> Entry:
+    """Returns the signed entry of a body."""
+    text = canonical.encode(body.model_dump())
+    digest = _hash(body.previous, text)
+    signature = key.sign(_signed(digest))
+    return Entry(body=body, text=text, signature=signature, hash=digest.hex())
+
+
+def read(text: bytes, signature: bytes, *, key: str) -> Entry:
+    """Returns an entry whose form is canonical and whose signature by `key` holds.
+
+    Raises:
+        VerificationFailed: for anything else.
+    """
+    value = canonical.decode(text)
+    try:
+        body = _ADAPTER.validate_python(value)
+    except ValidationError as error:
+        raise VerificationFailed(f"not an entry of schema {SCHEMA_VERSION}") from error
+    if body.key != key:
+        raise VerificationFailed("entry names another key than the pinned")
+    digest = _hash(body.previous, text)
+    keys.verify(key, signature, _signed(digest))
+    return Entry(body=body, text=text, signature=signature, hash=digest.hex())
+
+
+def event_of(charge: Charge) -> events.Event:
+    """Returns what a charge costs."""
+    return events.decode(charge.event)
+
+
+def _hash(previous: str, text: bytes) -> bytes:
+    # H(previous ‖ H(body)): a link can be shown to a server without the body of another run.
+    return canonical.tagged("entry/1", bytes.fromhex(previous), canonical.tagged("body/1", text))
+
+
+def _signed(digest: bytes) -> bytes:
+    return canonical.tagged("head/1", digest)
+
+
+def event_for(agreed: Contract) -> dict[str, Any]:
+    """Returns the event that one round of a contract costs, as a charge records it."""
+    privacy = agreed.privacy
+    if privacy.mechanism == "none":
+        return events.encode(events.Unbounded())
+    return events.encode(
+        events.PoissonGaussian(
+            sampling_rate=privacy.sampling_rate,
+            noise_multiplier=privacy.noise_multiplier,
+            steps=agreed.training.local_steps,
+        )
+    )

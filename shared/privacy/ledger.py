@@ -1,0 +1,254 @@
+"""The ledger on disk: an append-only SQLite file, one transaction for check and charge.
+
+journal_mode=TRUNCATE and synchronous=EXTRA: a committed charge survives a crash, and a copy of
+the one file holds all of it (with a write-ahead log it would not).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from bract.shared.errors import LedgerBusy, LedgerError, LedgerUnwritable, VerificationFailed
+from bract.shared.keys import SigningKey
+from bract.shared.privacy import entries
+from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.entries import Body, Entry
+
+APPLICATION_ID = 0x62726163  # "brac"
+DocumentKind = Literal["contract", "policy"]
+
+_SCHEMA = """
+CREATE TABLE entries (
+    site TEXT NOT NULL, domain TEXT NOT NULL, sequence INTEGER NOT NULL,
+    body BLOB NOT NULL, signature BLOB NOT NULL,
+    PRIMARY KEY (site, domain, sequence)
+) WITHOUT ROWID, STRICT;
+CREATE TABLE documents (
+    kind TEXT NOT NULL, sha256 TEXT NOT NULL, body BLOB NOT NULL,
+    PRIMARY KEY (kind, sha256)
+) WITHOUT ROWID, STRICT;
+CREATE TRIGGER entries_are_final BEFORE UPDATE ON entries
+    BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+CREATE TRIGGER entries_stay BEFORE DELETE ON entries
+    BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+"""
+
+
+@dataclass(slots=True, eq=False)
+class Transaction:
+    """Sole writer of the file until it ends; nothing is kept unless it ends well."""
+
+    _connection: sqlite3.Connection
+    _chains: dict[tuple[str, str], Chain]
+    touched: set[tuple[str, str]] = field(default_factory=set)
+
+    def chain(self, site: str, domain: str, *, key: str) -> Chain:
+        """Returns the verified chain of a domain, read on from where this process last saw it.
+
+        Raises:
+            VerificationFailed: where an entry was altered, or entries seen before are gone.
+        """
+        name = (site, domain)
+        chain = self._chains.get(name)
+        if chain is None:
+            chain = Chain(site=site, domain=domain, key=key)
+        self.touched.add(name)
+        rows = self._connection.execute(
+            "SELECT body, signature FROM entries WHERE site = ? AND domain = ? AND sequence >= ?"
+            " ORDER BY sequence",
+            (site, domain, max(chain.length - 1, 0)),
+        ).fetchall()
+        if chain.head is not None:
+            seen = [entries.read(*row, key=key).hash for row in rows[:1]]
+            if seen != [chain.head.hash]:
+                raise VerificationFailed(_rolled_back(site, domain))
+            rows = rows[1:]
+        for text, signature in rows:
+            chain.extend_(entries.read(text, signature, key=key))
+        self._chains[name] = chain
+        return chain
+
+    def append(self, chain: Chain, body: Body, key: SigningKey) -> Entry:
+        """Signs and adds the next entry of a chain."""
+        entry = entries.write(body, key)
+        chain.extend_(entry)
+        self._connection.execute(
+            "INSERT INTO entries VALUES (?, ?, ?, ?, ?)",
+            (body.site, body.domain, body.sequence, entry.text, entry.signature),
+        )
+        return entry
+
+    def keep(self, kind: DocumentKind, sha256: str, text: bytes) -> None:
+        """Stores the contract or policy that entries name, so that the file explains itself."""
+        self._connection.execute(
+            "INSERT OR IGNORE INTO documents VALUES (?, ?, ?)", (kind, sha256, text)
+        )
+
+
+class Ledger:
+    """A ledger file that may hold the chains of one site or of many.
+
+    Args:
+        path: the SQLite file; made where it is missing.
+        timeout_seconds: how long to wait for another process that is charging.
+    """
+
+    def __init__(self, path: Path, *, timeout_seconds: float = 30.0) -> None:
+        self.path = path
+        self._chains: dict[tuple[str, str], Chain] = {}
+        with _typed_errors(path):
+            self._connection = sqlite3.connect(
+                path, timeout=timeout_seconds, isolation_level=None, check_same_thread=False
+            )
+            self._connection.execute("PRAGMA journal_mode = TRUNCATE")
+            self._connection.execute("PRAGMA synchronous = EXTRA")
+            self._create()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Runs a block as the only writer, then commits; any exception undoes all of it.
+
+        Raises:
+            LedgerBusy: another process held the file for longer than the time allowed.
+            LedgerUnwritable: the disk is full or the file is read-only.
+        """
+        with _typed_errors(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            transaction = Transaction(self._connection, self._chains)
+            try:
+                yield transaction
+                self._connection.execute("COMMIT")
+            except BaseException:
+                # What the fold holds may be ahead of the file now: read it anew next time.
+                for name in transaction.touched:
+                    self._chains.pop(name, None)
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def copy_to(self, target: Path) -> None:
+        """Writes a consistent copy of the file."""
+        target.unlink(missing_ok=True)
+        with _typed_errors(target):
+            copy = sqlite3.connect(target)
+            try:
+                self._connection.backup(copy)
+            finally:
+                copy.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._connection.close()
+
+    def _create(self) -> None:
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                for statement in _statements(_SCHEMA):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {entries.SCHEMA_VERSION}")
+            elif version != entries.SCHEMA_VERSION:
+                raise LedgerError(
+                    f"{self.path} has ledger schema {version}, this bract writes "
+                    f"{entries.SCHEMA_VERSION}: use the bract that wrote it, or a newer one"
+                )
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contents:
+    """Everything in a ledger file, as bytes, not yet verified."""
+
+    rows: dict[tuple[str, str], list[tuple[int, bytes, bytes]]]
+    documents: dict[tuple[str, str], bytes]
+
+
+def contents(path: Path) -> Contents:
+    """Returns what a ledger file holds, opened read-only.
+
+    Raises:
+        LedgerError: where the file is missing, is no ledger, or a write was interrupted.
+    """
+    for suffix in ("-journal", "-wal"):
+        leftover = path.with_name(path.name + suffix)
+        if leftover.exists() and leftover.stat().st_size > 0:
+            raise LedgerError(
+                f"{leftover} holds an interrupted write: let the site finish, or start it once "
+                "so that it is undone, and verify then"
+            )
+    if not path.is_file():
+        raise LedgerError(f"no ledger at {path}: name the .sqlite file")
+    with _typed_errors(path):
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            return _contents(connection, path)
+        finally:
+            connection.close()
+
+
+def _contents(connection: sqlite3.Connection, path: Path) -> Contents:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    if application != APPLICATION_ID:
+        raise LedgerError(f"{path} is no bract ledger")
+    if version != entries.SCHEMA_VERSION:
+        raise LedgerError(
+            f"{path} has ledger schema {version}, this bract reads {entries.SCHEMA_VERSION}: "
+            "use the bract that wrote it, or a newer one"
+        )
+    rows: dict[tuple[str, str], list[tuple[int, bytes, bytes]]] = {}
+    for site, domain, sequence, text, signature in connection.execute(
+        "SELECT site, domain, sequence, body, signature FROM entries ORDER BY 1, 2, 3"
+    ):
+        rows.setdefault((site, domain), []).append((sequence, text, signature))
+    documents = {
+        (kind, sha256): text
+        for kind, sha256, text in connection.execute("SELECT kind, sha256, body FROM documents")
+    }
+    return Contents(rows=rows, documents=documents)
+
+
+@contextmanager
+def _typed_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorname", "") or ""
+        if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            raise LedgerBusy(
+                f"another process is charging {path}: wait for it to end, then run again"
+            ) from error
+        if code.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
+            raise LedgerUnwritable(
+                f"cannot write {path} ({code}): free some space or fix its rights; "
+                "nothing was charged"
+            ) from error
+        raise LedgerError(f"{path} cannot be used as a ledger: {error}") from error
+
+
+def _statements(script: str) -> Iterator[str]:
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def _rolled_back(site: str, domain: str) -> str:
+    return (
+        f"ledger of {site!r}, domain {domain!r}: entries seen before are gone or changed; "
+        "restore the newest copy before training again"
+    )

@@ -1,0 +1,36 @@
+"""ε by a second hand: Opacus' PRV accountant, to hold against the first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from opacus.accountants import PRVAccountant
+
+from bract.shared.privacy.accounting import epsilon
+from bract.shared.privacy.events import Event, PoissonGaussian, merge
+
+# Above this the PRV accountant's domain grows until its time and memory have no bound.
+GREATEST = 500.0
+AGREEMENT = 0.02
+
+
+def epsilon_prv(events: Iterable[Event], delta: float) -> float | None:
+    """Returns ε at δ by PRV (Gopi, Lee & Wutschitz 2021, arXiv 2106.02848), or None over 500.
+
+    Its upper bound, whose error is set to 0.01.
+    """
+    merged = merge(events)
+    if not merged:
+        return 0.0
+    known = epsilon(merged, delta)
+    if not known < GREATEST:
+        return None
+    accountant = PRVAccountant()
+    accountant.history = [
+        (event.noise_multiplier, event.sampling_rate, event.steps)
+        for event in merged
+        if isinstance(event, PoissonGaussian)
+    ]
+    value = float(accountant.get_epsilon(delta=delta))
+    return value if math.isfinite(value) else None

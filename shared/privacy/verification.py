@@ -1,0 +1,220 @@
+"""Is this ledger whole, signed, and within its contracts and policies? Offline, with no secrets.
+
+Imports neither torch nor Opacus: an auditor's machine needs none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bract.shared import canonical, contract
+from bract.shared.configuration import parse
+from bract.shared.contract import Contract
+from bract.shared.errors import BractError, VerificationFailed
+from bract.shared.policy import Policy
+from bract.shared.privacy import accounting, budget, entries, ledger
+from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.entries import Charge, Head
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A chain that holds, and whether an anchor excludes that its tail was cut."""
+
+    chain: Chain
+    anchored: bool
+    policies: Mapping[str, Policy]
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force at the last entry."""
+        return self.policies[max(self.chain.policies, key=self.chain.policies.__getitem__)]
+
+
+def verify(
+    path: Path, *, site_keys: Mapping[str, str], anchors: Mapping[tuple[str, str], Head]
+) -> list[Verified]:
+    """Returns the chains of a ledger file where every one of them holds.
+
+    Args:
+        path: the SQLite file, opened read-only.
+        site_keys: the pinned public key of each site; from the contract or from `--site-key`,
+            never from the ledger.
+        anchors: heads by (site, domain), seen elsewhere; a chain must contain its anchor.
+
+    Raises:
+        VerificationFailed: naming the ledger, the entry and the fault. Any exception at all on
+            the way means 'not verified'.
+    """
+    try:
+        return _verify(path, site_keys, anchors)
+    except BractError as error:
+        raise VerificationFailed(f"{path}: {error}") from error
+    except Exception as error:
+        raise VerificationFailed(f"{path}: not verified ({type(error).__name__})") from error
+
+
+def _verify(
+    path: Path, site_keys: Mapping[str, str], anchors: Mapping[tuple[str, str], Head]
+) -> list[Verified]:
+    held = ledger.contents(path)
+    if not held.rows:
+        raise VerificationFailed("the ledger is empty")
+    contracts, policies = _documents(held)
+    chains = {
+        name: _chain(rows, name, site_keys, anchors) for name, rows in sorted(held.rows.items())
+    }
+    used: set[tuple[str, str]] = set()
+    for chain in chains.values():
+        used |= _check_policies(chain, policies)
+        used |= _check_contracts(chain, contracts, policies)
+    unused = sorted(set(held.documents) - used)
+    if unused:
+        raise VerificationFailed(f"{unused[0][0]} {unused[0][1]} is stored but no entry names it")
+    _check_overlaps(chains)
+    return [
+        Verified(chain=chain, anchored=name in anchors, policies=policies)
+        for name, chain in chains.items()
+    ]
+
+
+def _chain(
+    rows: list[tuple[int, bytes, bytes]],
+    name: tuple[str, str],
+    site_keys: Mapping[str, str],
+    anchors: Mapping[tuple[str, str], Head],
+) -> Chain:
+    site, domain = name
+    key = site_keys.get(site)
+    if key is None:
+        raise VerificationFailed(
+            f"key not pinned for the site {site!r}: give --site-key, or keep the ledger beside the "
+            "contract that lists it"
+        )
+    chain, anchor = Chain(site=site, domain=domain, key=key), anchors.get(name)
+    for sequence, text, signature in rows:
+        try:
+            entry = entries.read(text, signature, key=key)
+        except VerificationFailed as error:
+            raise VerificationFailed(
+                f"ledger of {site!r}, domain {domain!r}, entry {sequence}: {error}"
+            ) from error
+        chain.extend_(entry)
+        if sequence != entry.body.sequence:
+            raise VerificationFailed(f"entry {sequence} is stored under another number")
+        if anchor and entry.body.sequence == anchor.sequence and entry.hash != anchor.hash:
+            raise VerificationFailed(
+                f"ledger of {site!r}, domain {domain!r}, entry {sequence}: "
+                "is not the entry that the anchor names"
+            )
+    if anchor and chain.length <= anchor.sequence:
+        raise VerificationFailed(
+            f"ledger of {site!r}, domain {domain!r}: cut short, ends at entry {chain.length - 1} "
+            f"but the anchor names entry {anchor.sequence}"
+        )
+    return chain
+
+
+def _documents(held: ledger.Contents) -> tuple[dict[str, Contract], dict[str, Policy]]:
+    contracts, policies = {}, {}
+    for (kind, sha256), text in held.documents.items():
+        if kind == "contract":
+            signed = contract.from_bytes(text, source=f"contract {sha256}")
+            document = signed.verify(signed.contract.coordinator)
+            contracts[sha256] = document
+            found = document.sha256
+        elif kind == "policy":
+            policy = parse(Policy, canonical.decode(text), source=f"policy {sha256}")
+            policies[sha256] = policy
+            found = policy.sha256
+        else:
+            raise VerificationFailed(f"unknown kind of document {kind!r}")
+        if found != sha256:
+            raise VerificationFailed(f"{kind} {sha256} is not what its hash says")
+    return contracts, policies
+
+
+def _check_policies(chain: Chain, policies: Mapping[str, Policy]) -> set[tuple[str, str]]:
+    for sha256 in chain.policies:
+        policy = policies.get(sha256)
+        if policy is None:
+            raise VerificationFailed(f"the policy {sha256} that entries name is missing")
+        if policy.site != chain.site or chain.domain not in policy.domains:
+            raise VerificationFailed(f"the policy {sha256} is of another site or domain")
+        fault = budget.genesis_fault(chain, policy)
+        if fault:
+            raise VerificationFailed(fault)
+    last = policies[max(chain.policies, key=chain.policies.__getitem__)].domains[chain.domain]
+    if not accounting.is_unbounded(chain.events) and not budget.within(
+        chain, chain.events, last
+    ):
+        raise VerificationFailed(
+            f"ledger of {chain.site!r}, domain {chain.domain!r}: its charges are over the policy's "
+            f"epsilon {last.epsilon}"
+        )
+    return {("policy", sha256) for sha256 in chain.policies}
+
+
+def _check_contracts(
+    chain: Chain, contracts: Mapping[str, Contract], policies: Mapping[str, Policy]
+) -> set[tuple[str, str]]:
+    used = set()
+    for charges in chain.charges.values():
+        for charge in charges:
+            agreed = contracts.get(charge.contract)
+            if agreed is None:
+                raise VerificationFailed(f"the contract {charge.contract} of a charge is missing")
+            fault = _departure(charge, agreed, policies[charge.policy])
+            if fault:
+                raise VerificationFailed(
+                    f"ledger of {chain.site!r}, domain {chain.domain!r}, entry {charge.sequence}: "
+                    f"{fault}"
+                )
+            used.add(("contract", charge.contract))
+    for name, attempts in chain.attempts.items():
+        if attempts > contracts[name].max_attempts:
+            raise VerificationFailed(f"more charges than the contract {name} allows")
+    return used
+
+
+def _departure(charge: Charge, agreed: Contract, policy: Policy) -> str | None:
+    """Returns how a charge departs from its contract or policy, or None."""
+    terms = agreed.site(charge.site)
+    if terms is None or terms.key != charge.key or terms.domain != charge.primary:
+        return "the contract does not list this site, key and domain"
+    if agreed.coordinator not in policy.coordinators:
+        return "the contract's coordinator is not in the policy"
+    if charge.domain not in policy.charged_domains(charge.primary):
+        return "charges a domain that the policy does not share"
+    privacy = agreed.privacy
+    expected = {
+        "run": agreed.run,
+        "event": entries.event_for(agreed),
+        "clip_norm": privacy.clip_norm.hex(),
+        "clipping": "flat-l2" if privacy.mechanism == "dp-sgd" else "none",
+        "normaliser": agreed.normaliser(terms).hex(),
+        "mechanism": privacy.mechanism,
+        "randomness": privacy.randomness,
+    }
+    different = [name for name, value in expected.items() if getattr(charge, name) != value]
+    if different:
+        return f"{different[0]} is not the contract's"
+    if charge.round > agreed.rounds:
+        return f"round {charge.round} is over the contract's {agreed.rounds}"
+    return None
+
+
+def _check_overlaps(chains: Mapping[tuple[str, str], Chain]) -> None:
+    """Every charge of a shared domain stands in its primary domain too."""
+    for (site, domain), chain in chains.items():
+        for key, charges in chain.charges.items():
+            for charge in charges:
+                primary = chains.get((site, charge.primary))
+                held = primary.charges.get(key, []) if primary else []
+                if len(held) < charge.attempt:
+                    raise VerificationFailed(
+                        f"ledger of {site!r}, domain {domain!r}, entry {charge.sequence}: "
+                        f"has no counterpart in the domain {charge.primary!r}"
+                    )

@@ -1,0 +1,28 @@
+"""What training yields: a type says whether it may leave as private or only as unprotected.
+
+Only `bract.client.training` makes these; a test holds that. Each update is the difference of the
+weights after a round and before, by parameter name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bract.shared.arrays import Arrays
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProtectedUpdate:
+    """A difference of weights whose every step was clipped and noised."""
+
+    arrays: Arrays
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnprotectedUpdate:
+    """A difference of weights without any privacy; only a simulation's ledger admits it."""
+
+    arrays: Arrays
+
+
+Update = ProtectedUpdate | UnprotectedUpdate

@@ -1,0 +1,131 @@
+"""`bract simulate`."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from bract.shared import canonical
+from bract.shared.cli import print_json
+from bract.shared.errors import BractError, UsageError
+from bract.shared.reports import Summary
+
+
+@click.command(epilog="Example: bract simulate digits --sites 5 --rounds 20 --out runs/mine")
+@click.argument("experiment", required=False)
+@click.option("--set", "settings", multiple=True, metavar="key=value", help="Change any key.")
+@click.option("--sites", type=int, metavar="N", help="How many sites share the data.")
+@click.option("--rounds", type=int, metavar="R", help="How many rounds.")
+@click.option("--model", metavar="M", help="linear, mlp, cnn, or module:factory.")
+@click.option("--device", metavar="D", help="auto, cpu, cuda:N or mps.")
+@click.option("--workers", type=int, metavar="W", help="Processes that train; default: the cores.")
+@click.option("--seed", type=int, metavar="S", help="Repeats partition, start, batches and noise.")
+@click.option("--data-dir", type=click.Path(path_type=Path), metavar="ROOT",
+              help="A folder of data sets; default: $BRACT_DATA.")  # fmt: skip
+@click.option("--state", type=click.Path(path_type=Path), metavar="DIR",
+              help="The sites' lasting ledgers, over runs.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+              help="The run folder; default: runs/NAME-TIME.")  # fmt: skip
+@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR",
+              help="Go on with a run that was stopped.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+def simulate(
+    experiment: str | None,
+    settings: tuple[str, ...],
+    sites: int | None,
+    rounds: int | None,
+    model: str | None,
+    device: str | None,
+    workers: int | None,
+    seed: int | None,
+    data_dir: Path | None,
+    state: Path | None,
+    out: Path | None,
+    resume: Path | None,
+    as_json: bool,
+) -> None:
+    """Train a shared model over many sites on this machine.
+
+    Each site's gate charges its own ledger before any example is read. EXPERIMENT is a name
+    (digits, fashion-mnist) or a TOML file; digits where none is given.
+    """
+    from bract.simulations import experiment as experiments
+    from bract.simulations import simulation
+
+    count = _workers(workers)
+    if resume is not None:
+        named = [experiment, *settings, sites, rounds, model, device, seed, data_dir, state, out]
+        if any(value is not None for value in named):
+            raise UsageError(f"--resume {resume} takes only --workers and --json beside it")
+        run = simulation.resume(resume, workers=count)
+    else:
+        chosen = experiments.load(
+            experiment or "digits",
+            model=model,
+            overrides={"sites": sites, "rounds": rounds, "device": device, "seed": seed},
+            settings=settings,
+        )
+        folder = out or Path("runs") / f"{chosen.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+        run = simulation.begin(
+            chosen, out=folder, state=state, data_dir=data_dir, workers=count
+        )
+    summary = _run(run)
+    if as_json and summary.rounds:
+        print_json(summary.model_dump(mode="json"))
+    if summary.rounds == 0:
+        reasons = sorted({refusal.reason for refusal in summary.refused})
+        raise BractError(
+            f"no round was completed: {len({r.site for r in summary.refused})} of {summary.sites} "
+            f"sites refused ({', '.join(reasons)}); see bract audit budget {run.out}/ledgers/*"
+        )
+
+
+def _run(run: "Simulation") -> Summary:  # noqa: UP037  imported where it is needed
+    from bract.simulations import summary
+    from bract.simulations.progress import showing
+
+    with run.prepared() as (plan, signed):
+        agreed = signed.contract
+        with showing(agreed, run.out):
+            run.run()
+        result = canonical.decode((run.out / "checkpoint" / "result.json").read_bytes())
+        report = summary.summarise(
+            plan=plan, agreed=agreed, out=run.out, result=result, workers=run.workers
+        )
+        summary.save(report, run.out)
+    _table(report)
+    return report
+
+
+def _workers(asked: int | None) -> int:
+    if asked is not None and asked < 1:
+        raise UsageError(f"--workers {asked} must be at least 1")
+    return asked or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _table(report: Summary) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def shown(value: float | None) -> str:
+        return "unbounded" if value is None else f"{value:.4f}"
+
+    table = Table("site", "ε of this run", "ε of its ledger", "charges", title=report.run)
+    for name, site in list(report.per_site.items())[:20]:
+        table.add_row(name, shown(site.epsilon_run), shown(site.epsilon), str(site.charges))
+    console = Console(stderr=True)
+    console.print(table)
+    console.print(
+        f"{report.rounds} rounds in {report.seconds:.1f} s   test accuracy "
+        f"{report.test_accuracy:.4f}   macro F1 {report.f1:.4f}"
+    )
+    console.print(
+        f"ε {shown(report.epsilon)} at δ {report.delta:g}, {report.adjacency}, per "
+        f"{report.unit}   guarantee: {report.guarantee}"
+    )
+    if report.refused:
+        console.print(f"{len(report.refused)} refusals; the first: {report.refused[0]}")
+    console.print(f"{report.out}: contract.json, metrics.jsonl, model.safetensors, ledgers/")

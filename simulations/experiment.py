@@ -1,0 +1,156 @@
+"""An experiment: everything a simulation needs, from TOML, options and `--set`."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from bract.shared.configuration import Frozen, parse, read_toml
+from bract.shared.contract import ModelTerms, TrainingTerms
+from bract.shared.data.partitions import Partition
+from bract.shared.errors import UnknownName, UsageError
+from bract.shared.policy import Filter, Menu
+
+PACKAGE = "bract.simulations.experiments"
+
+
+class DataSettings(Frozen):
+    """Which data set; `dir` is its folder, where it is not found by itself."""
+
+    name: str
+    dir: str | None = None
+    partition: Partition = Partition()
+    offset: float | None = None
+    scale: float | None = Field(default=None, gt=0)
+
+
+class PrivacySettings(Frozen):
+    """What a run may cost a site; σ is calibrated to ε unless it is given.
+
+    `batch` is the expected logical batch at a site of mean size: q = batch / mean nominal size.
+    """
+
+    mechanism: Literal["dp-sgd", "none"] = "dp-sgd"
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    clip_norm: float = Field(gt=0)
+    batch: float = Field(gt=0)
+    noise_multiplier: float | None = Field(default=None, gt=0)
+
+
+class PolicySettings(Frozen):
+    """The ceiling of every simulated site's ledger."""
+
+    epsilon: float = Field(gt=0)
+    composition: Filter | Menu = Field(default=Filter(), discriminator="rule")
+    min_noise_multiplier: float = Field(default=0.3, gt=0)
+    max_sampling_rate: float = Field(default=1.0, gt=0, le=1)
+
+
+class ExecutionSettings(Frozen):
+    """How to compute; nothing here changes privacy."""
+
+    mode: Literal["opacus-hooks", "opacus-ghost"] = "opacus-hooks"
+    physical_batch: int = Field(default=256, ge=1)
+
+
+class Experiment(Frozen):
+    """A simulated federation.
+
+    `spare_attempts` is what crashed and void rounds may cost: σ is calibrated to
+    rounds + spare_attempts. `seed` makes partition, start, sampling and noise repeatable, which is
+    why a simulation never carries a guarantee.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")
+    seed: int = Field(ge=0, lt=2**63)
+    sites: int = Field(ge=1, le=1_000_000)
+    rounds: int = Field(ge=1)
+    spare_attempts: int = Field(default=2, ge=0)
+    device: str = "cpu"
+    data: DataSettings
+    model: ModelTerms
+    training: TrainingTerms
+    privacy: PrivacySettings
+    policy: PolicySettings
+    execution: ExecutionSettings = ExecutionSettings()
+
+    @model_validator(mode="after")
+    def _target_within_ceiling(self) -> Experiment:
+        if self.privacy.mechanism == "dp-sgd" and self.privacy.epsilon > self.policy.epsilon:
+            raise ValueError(
+                f"privacy.epsilon {self.privacy.epsilon} is over policy.epsilon "
+                f"{self.policy.epsilon}; no site would take part"
+            )
+        return self
+
+
+def names() -> list[str]:
+    """Returns the experiments that ship with bract."""
+    files = resources.files(PACKAGE).iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def load(
+    name: str, *, model: str | None, overrides: Mapping[str, Any], settings: Iterable[str]
+) -> Experiment:
+    """Returns an experiment by name or file, with options and `key=value` settings applied.
+
+    Later wins: the file, its `variants.MODEL` table where `--model` names one, options, `--set`.
+
+    Raises:
+        UnknownName: for an unknown experiment or key.
+        UsageError: for a value that will not do.
+    """
+    table = _read(name)
+    variants = table.pop("variants", {})
+    assignments = [_assignment(setting) for setting in settings]
+    chosen = dict(assignments).get("model.name", model)
+    if chosen is not None and chosen != table.get("model", {}).get("name"):
+        table["model"] = {"name": chosen}
+        _merge_(table, variants.get(chosen, {}))
+    for key, value in [*overrides.items(), *assignments]:
+        if value is not None:
+            _put_(table, key, value)
+    return parse(Experiment, table, source=f"experiment {name!r}")
+
+
+def _read(name: str) -> dict[str, Any]:
+    if name.endswith(".toml"):
+        return read_toml(Path(name))
+    if name not in names():
+        raise UnknownName("experiment", name, names())
+    return tomllib.loads((resources.files(PACKAGE) / f"{name}.toml").read_text())
+
+
+def _assignment(setting: str) -> tuple[str, Any]:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {setting!r} must be key=value, as in --set training.momentum=0.9")
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, text  # a bare word or path is a string
+
+
+def _merge_(table: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(table.get(key), dict):
+            _merge_(table[key], value)
+        else:
+            table[key] = value
+
+
+def _put_(table: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"--set {key}: {part} is a value, not a table")
+        table = inner
+    table[last] = value

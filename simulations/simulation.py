@@ -1,0 +1,294 @@
+"""One simulated run from an experiment to its summary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bract.client.app import app as client_app
+from bract.client.training import admission, devices
+from bract.server.app import app as server_app
+from bract.shared import canonical, contract, keys, models
+from bract.shared.configuration import Frozen, parse
+from bract.shared.contract import (
+    Contract,
+    DataTerms,
+    PrivacyTerms,
+    SignedContract,
+    SiteTerms,
+)
+from bract.shared.data import dataset, load
+from bract.shared.data.locations import folder_of
+from bract.shared.data.partitions import nominal_size, split
+from bract.shared.errors import UsageError
+from bract.shared.policy import check_delta
+from bract.shared.privacy.calibration import check_budget, noise_multiplier
+from bract.simulations import flower
+from bract.simulations.experiment import Experiment
+from bract.simulations.grid import RUN, SERVER, LocalGrid
+from bract.simulations.sites import FACTORY, Plan, site_name
+from bract.simulations.state import State
+
+
+class Begun(Frozen):
+    """What a run was begun with, so that it can be resumed by its folder alone."""
+
+    experiment: Experiment
+    data_folder: str | None
+    state: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """A run on disk, ready to go on from wherever it is."""
+
+    begun: Begun
+    out: Path
+    workers: int
+
+    @property
+    def state(self) -> State:
+        """The sites' lasting state: of this run alone, or the folder that `--state` named."""
+        shared = self.begun.state
+        return State.of_run(self.out) if shared is None else State.under(Path(shared))
+
+    @contextmanager
+    def prepared(self) -> Iterator[tuple[Plan, SignedContract]]:
+        """Holds the state's lock and yields plan and contract, made where they are new.
+
+        The plan is written anew each time, since folders may have moved; the contract never is.
+        """
+        state = self.state
+        state.prepare()
+        with state.locked():
+            rows = self._rows()
+            plan = self._plan(state, self._domain(state))
+            canonical.write_atomically(
+                self._checkpoint / "plan.json", plan.model_dump_json().encode()
+            )
+            path = self.out / "contract.json"
+            if not path.exists():
+                signed = self._contract(plan, [nominal_size(len(part)) for part in rows])
+                canonical.write_atomically(path, signed.to_bytes())
+            yield plan, contract.read(path)
+
+    def run(self) -> None:
+        """Runs the ServerApp over the grid; what it leaves behind lies in the run folder."""
+        experiment = self.begun.experiment
+        node_configs = [
+            {
+                "site-factory": FACTORY,
+                "plan": str(self._checkpoint / "plan.json"),
+                "partition-id": place,
+            }
+            for place in range(experiment.sites)
+        ]
+        grid = LocalGrid(client_app, node_configs, workers=min(self.workers, experiment.sites))
+        run_config = {
+            "contract": str(self.out / "contract.json"),
+            "out": str(self.out),
+            "data-folder": self.begun.data_folder or "",
+            "delta": experiment.privacy.delta,
+            "init-seed": experiment.seed,
+        }
+        try:
+            server_app(
+                grid, flower.context(run=RUN, node=SERVER, node_config={}, run_config=run_config)
+            )
+        finally:
+            grid.close()
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.out / "checkpoint"
+
+    def _rows(self) -> list[np.ndarray]:  # type: ignore[type-arg]
+        """Returns each site's rows; computed once and kept, since partitioners are slow to load."""
+        path = self._checkpoint / "rows.npz"
+        if not path.exists():
+            experiment = self.begun.experiment
+            parts = split(
+                self._splits().train.targets,
+                sites=experiment.sites,
+                partition=experiment.data.partition,
+                seed=experiment.seed,
+            )
+            temporary = path.with_name(f".rows.{os.getpid()}.npz")
+            cuts = np.cumsum([len(part) for part in parts])[:-1]
+            np.savez(temporary, rows=np.concatenate(parts), cuts=cuts)
+            temporary.replace(path)
+        with np.load(path, allow_pickle=False) as stored:
+            return np.split(stored["rows"], stored["cuts"])
+
+    def _splits(self) -> Any:
+        folder = self.begun.data_folder
+        return load(self.begun.experiment.data.name, Path(folder) if folder else None)
+
+    def _domain(self, state: State) -> str:
+        experiment = self.begun.experiment
+        facts: dict[str, Any] = {
+            "data": experiment.data.name,
+            "partition": experiment.data.partition.model_dump(mode="json"),
+            "seed": experiment.seed,
+            "sites": experiment.sites,
+        }
+        state.bind(facts)
+        digest = canonical.sha256(canonical.encode(facts))
+        return f"{experiment.data.name}.{digest[:12]}"
+
+    def _plan(self, state: State, domain: str) -> Plan:
+        experiment = self.begun.experiment
+        return Plan(
+            data_name=experiment.data.name,
+            data_folder=self.begun.data_folder,
+            rows=str(self._checkpoint / "rows.npz"),
+            ledgers=str(state.ledgers),
+            private=str(state.private),
+            domain=domain,
+            sites=experiment.sites,
+            seed=experiment.seed,
+            coordinator=keys.load_or_generate(state.key("coordinator")).public,
+            model=experiment.model.name,
+            mechanism=experiment.privacy.mechanism,
+            delta=experiment.privacy.delta,
+            policy=experiment.policy,
+            device=str(devices.resolve(experiment.device)),
+            execution=experiment.execution,
+        )
+
+    def _contract(self, plan: Plan, sizes: list[int]) -> SignedContract:
+        experiment, state = self.begun.experiment, self.state
+        names = [site_name(place, experiment.sites) for place in range(experiment.sites)]
+        cohort = tuple(
+            SiteTerms(
+                name=name,
+                key=keys.load_or_generate(state.key(name)).public,
+                domain=plan.domain_of(name),
+                nominal_size=size,
+            )
+            for name, size in zip(names, sizes, strict=True)
+        )
+        agreed = Contract(
+            run=experiment.name,
+            nonce=contract.new_nonce(),
+            coordinator=plan.coordinator,
+            simulation=True,
+            rounds=experiment.rounds,
+            max_attempts=experiment.rounds + experiment.spare_attempts,
+            model=experiment.model,
+            data=_data_terms(experiment),
+            training=experiment.training,
+            privacy=_privacy_terms(experiment, sizes),
+            cohort=cohort,
+        )
+        return contract.sign(agreed, keys.load(state.key("coordinator")))
+
+
+def begin(
+    experiment: Experiment, *, out: Path, state: Path | None, data_dir: Path | None, workers: int
+) -> Simulation:
+    """Returns a new run whose settings are checked and on disk; nothing is charged yet.
+
+    Raises:
+        UsageError: where `out` holds something, or a setting will not do.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and isn't empty: name another --out, or --resume {out}")
+    folder = folder_of(
+        experiment.data.name,
+        folder=Path(experiment.data.dir) if experiment.data.dir else None,
+        root=data_dir,
+    )
+    _check(experiment, folder)
+    begun = Begun(
+        experiment=experiment,
+        data_folder=str(folder.resolve()) if folder else None,
+        state=str(state.resolve()) if state else None,
+    )
+    out = out.resolve()
+    (out / "checkpoint").mkdir(parents=True, exist_ok=True)
+    canonical.write_atomically(
+        out / "checkpoint" / "begun.json", canonical.encode(begun.model_dump(mode="json"))
+    )
+    return Simulation(begun=begun, out=out, workers=workers)
+
+
+def resume(out: Path, *, workers: int) -> Simulation:
+    """Returns the run in a folder.
+
+    Raises:
+        UsageError: where nothing was begun there.
+    """
+    path = out / "checkpoint" / "begun.json"
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{out} holds no run to resume: nothing was charged there; run it anew"
+        ) from error
+    begun = parse(Begun, canonical.decode(text), source=str(path))
+    return Simulation(begun=begun, out=out.resolve(), workers=workers)
+
+
+def _check(experiment: Experiment, folder: Path | None) -> None:
+    """Fails early and cheaply on what would fail later."""
+    check_budget(experiment.privacy.epsilon, experiment.privacy.delta)
+    devices.resolve(experiment.device)
+    data = _data_terms(experiment)
+    splits = load(data.name, folder)
+    model = models.build(
+        experiment.model.name, data.shape, data.classes, experiment.model.options
+    )
+    admission.admit(model, shape=data.shape, classes=data.classes, name=experiment.model.name)
+    mean = nominal_size(len(splits.train) // experiment.sites)
+    check_delta(experiment.privacy.delta, max(mean, 1))
+    _sampling_rate(experiment, [max(mean, 1)])
+
+
+def _data_terms(experiment: Experiment) -> DataTerms:
+    settings = experiment.data
+    changed: Mapping[str, Any] = {
+        name: value
+        for name, value in (("offset", settings.offset), ("scale", settings.scale))
+        if value is not None
+    }
+    return dataset(settings.name).terms.model_copy(update=dict(changed))
+
+
+def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:
+    privacy = experiment.privacy
+    check_delta(privacy.delta, max(sizes))
+    rate = _sampling_rate(experiment, sizes)
+    steps = (experiment.rounds + experiment.spare_attempts) * experiment.training.local_steps
+    if privacy.mechanism == "none":
+        sigma = 0.0
+    elif privacy.noise_multiplier is not None:
+        sigma = privacy.noise_multiplier
+    else:
+        sigma = noise_multiplier(
+            epsilon_target=privacy.epsilon, delta=privacy.delta, sampling_rate=rate, steps=steps
+        )
+    return PrivacyTerms(
+        mechanism=privacy.mechanism,
+        randomness="seeded",
+        sampling_rate=rate,
+        noise_multiplier=sigma,
+        clip_norm=privacy.clip_norm,
+    )
+
+
+def _sampling_rate(experiment: Experiment, sizes: list[int]) -> float:
+    mean, batch = sum(sizes) / len(sizes), experiment.privacy.batch
+    if batch > mean:
+        raise UsageError(
+            f"privacy.batch {batch:g} is over the mean nominal size {mean:g}: lower it, or use "
+            "fewer sites"
+        )
+    return batch / mean
+

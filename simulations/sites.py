@@ -1,0 +1,141 @@
+"""Simulated sites: the real gate, ledger and trainer, over one part of a data set."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from flwr.app import Context
+
+from bract.client.gate import Gate
+from bract.client.site import Site, Trainers
+from bract.client.training.trainer import Execution
+from bract.client.updates import UpdateStore
+from bract.shared import keys
+from bract.shared.configuration import Frozen
+from bract.shared.data import Examples, load
+from bract.shared.policy import DomainPolicy, Policy
+from bract.shared.privacy.ledger import Ledger
+from bract.simulations.experiment import ExecutionSettings, PolicySettings
+from bract.simulations.randomness import SeededRandomness
+from bract.simulations.state import State
+
+FACTORY = "bract.simulations.sites:open_site"
+_OPEN_LEDGERS = 256
+
+
+class Plan(Frozen):
+    """What workers need to open sites: written by the simulation, read once in each process."""
+
+    data_name: str
+    data_folder: str | None
+    rows: str
+    ledgers: str
+    private: str
+    domain: str
+    sites: int
+    seed: int
+    coordinator: str
+    model: str
+    mechanism: Literal["dp-sgd", "none"]
+    delta: float
+    policy: PolicySettings
+    device: str
+    execution: ExecutionSettings
+
+    @property
+    def state(self) -> State:
+        """The sites' lasting state."""
+        return State(ledgers=Path(self.ledgers), private=Path(self.private))
+
+    def domain_of(self, site: str) -> str:
+        """Returns the id of a site's data domain.
+
+        Runs without privacy take a domain of their own, so that they leave the others' finite.
+        """
+        suffix = ".unprotected" if self.mechanism == "none" else ""
+        return f"{self.domain}.{site}{suffix}"
+
+    def policy_of(self, site: str) -> Policy:
+        """Returns the policy that a simulated site enforces."""
+        budget = DomainPolicy(
+            epsilon=self.policy.epsilon, delta=self.delta, composition=self.policy.composition
+        )
+        return Policy(
+            site=site,
+            coordinators=(self.coordinator,),
+            domains={self.domain_of(site): budget},
+            models=(self.model,),
+            mechanisms=(self.mechanism,),
+            min_noise_multiplier=self.policy.min_noise_multiplier,
+            max_sampling_rate=self.policy.max_sampling_rate,
+        )
+
+
+def site_name(index: int, sites: int) -> str:
+    """Returns the name of a site, zero-padded so that names sort.
+
+    Example:
+        >>> site_name(3, 12)
+        'site-03'
+    """
+    return f"site-{index:0{len(str(sites - 1))}d}"
+
+
+def open_site(context: Context) -> Site:
+    """Returns the site that a node's configuration names; the ClientApp calls this."""
+    plan = str(context.node_config["plan"])
+    return _site(plan, int(context.node_config["partition-id"]))
+
+
+@lru_cache(maxsize=4096)
+def _site(plan_path: str, index: int) -> Site:
+    plan = _plan(plan_path)
+    name = site_name(index, plan.sites)
+    randomness = SeededRandomness(plan.seed, name)
+    gate = Gate(
+        policy=plan.policy_of(name),
+        key=keys.load(plan.state.key(name)),
+        ledger=_ledger(str(plan.state.ledger(name, plan.sites))),
+        updates=UpdateStore(plan.state.updates(name)),
+        examples=lambda: _examples(plan_path, index),
+        simulation=True,
+        randomness=randomness.kind,
+    )
+    return Site(name=name, gate=gate, randomness=randomness, trainers=_trainers(plan_path))
+
+
+@lru_cache(maxsize=4)
+def _plan(path: str) -> Plan:
+    return Plan.model_validate_json(Path(path).read_bytes())
+
+
+@lru_cache(maxsize=_OPEN_LEDGERS)
+def _ledger(path: str) -> Ledger:
+    return Ledger(Path(path))
+
+
+@lru_cache(maxsize=4)
+def _trainers(plan_path: str) -> Trainers:
+    plan = _plan(plan_path)
+    return Trainers(
+        Execution(
+            device=plan.device,
+            mode=plan.execution.mode,
+            physical_batch=plan.execution.physical_batch,
+        )
+    )
+
+
+def _examples(plan_path: str, index: int) -> Examples:
+    plan = _plan(plan_path)
+    folder = Path(plan.data_folder) if plan.data_folder else None
+    return load(plan.data_name, folder).train.take(_rows(plan.rows)[index])
+
+
+@lru_cache(maxsize=4)
+def _rows(path: str) -> list[np.ndarray]:  # type: ignore[type-arg]
+    with np.load(path, allow_pickle=False) as stored:
+        return np.split(stored["rows"], stored["cuts"])

@@ -1,0 +1,109 @@
+"""What simulated sites keep: ledgers, keys and stored updates, under one lock."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bract.shared import canonical
+from bract.shared.errors import BractError, UsageError
+
+SHARED_FILE_ABOVE = 100
+LOCK_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The folders of the sites' lasting state.
+
+    `ledgers` holds SITE.sqlite, or all.sqlite for over 100 sites; `private` holds keys, updates
+    and what the state was begun with.
+    """
+
+    ledgers: Path
+    private: Path
+
+    @classmethod
+    def under(cls, root: Path) -> State:
+        """Returns the state in a folder of its own, as `--state` names it."""
+        return cls(ledgers=root / "ledgers", private=root / "private")
+
+    @classmethod
+    def of_run(cls, out: Path) -> State:
+        """Returns the state of a run that shares it with no other: it lies in the run folder."""
+        return cls(ledgers=out / "ledgers", private=out / "state")
+
+    def ledger(self, site: str, sites: int) -> Path:
+        """Returns the ledger file of a site among `sites`."""
+        return self.ledgers / ("all.sqlite" if sites > SHARED_FILE_ABOVE else f"{site}.sqlite")
+
+    def key(self, name: str) -> Path:
+        """Returns the file of a signing key."""
+        return self.private / "keys" / f"{name}.pem"
+
+    def updates(self, site: str) -> Path:
+        """Returns the folder of a site's stored update."""
+        return self.private / "updates" / site
+
+    def prepare(self) -> None:
+        """Makes the folders."""
+        self.ledgers.mkdir(parents=True, exist_ok=True)
+        (self.private / "keys").mkdir(parents=True, exist_ok=True, mode=0o700)
+        (self.private / "updates").mkdir(exist_ok=True, mode=0o700)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the state for one process and its workers; they inherit the lock.
+
+        Waits a little, for the workers of a killed run to notice that they are orphans.
+
+        Raises:
+            BractError: where another run holds it.
+        """
+        descriptor = os.open(self.private / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            _lock(descriptor, self.private)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def bind(self, facts: dict[str, Any]) -> None:
+        """Returns where the state was begun with the same facts, which decide its data domain.
+
+        Raises:
+            UsageError: where another partition of the data would be counted as the same domain.
+        """
+        path = self.private / "domain.json"
+        if not path.exists():
+            canonical.write_atomically(path, canonical.encode(facts))
+            return
+        begun = json.loads(path.read_bytes())
+        different = sorted(name for name in facts if begun.get(name) != facts[name])
+        if different:
+            name = different[0]
+            raise UsageError(
+                f"{self.private.parent} was begun with {name} {begun.get(name)!r}, this run has "
+                f"{facts[name]!r}: another partition is another domain; use another --state"
+            )
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise BractError(
+                    f"another run is using {folder.parent}: wait for it to end, or name another "
+                    "--state or --out"
+                ) from error
+            time.sleep(0.05)

@@ -1,0 +1,133 @@
+"""The summary of a run: the server's result beside what the sites' ledgers prove."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bract.shared import canonical, versions
+from bract.shared.contract import Contract
+from bract.shared.privacy import accounting, prv, verification
+from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.ledger import Ledger
+from bract.shared.reports import (
+    GUARANTEE_SIMULATION,
+    GUARANTEE_UNPROTECTED,
+    LedgerHead,
+    SitePrivacy,
+    Summary,
+)
+from bract.simulations.sites import Plan
+from bract.simulations.state import State
+
+
+def publish_ledgers(plan: Plan, agreed: Contract, out: Path) -> list[Path]:
+    """Returns the ledger files in the run folder; copied there where the state lies elsewhere."""
+    target = State.of_run(out)
+    paths = []
+    for name in sorted({plan.state.ledger(s.name, plan.sites) for s in agreed.cohort}):
+        if not name.exists():
+            continue
+        path = target.ledgers / name.name
+        if path != name:
+            target.ledgers.mkdir(exist_ok=True)
+            ledger = Ledger(name)
+            ledger.copy_to(path)
+            ledger.close()
+        paths.append(path)
+    return paths
+
+
+def summarise(
+    *, plan: Plan, agreed: Contract, out: Path, result: Mapping[str, Any], workers: int
+) -> Summary:
+    """Returns the summary, after verifying every ledger of the run.
+
+    Raises:
+        VerificationFailed: where a ledger does not hold.
+    """
+    pinned = {site.name: site.key for site in agreed.cohort}
+    chains: dict[tuple[str, str], Chain] = {}
+    for path in publish_ledgers(plan, agreed, out):
+        for found in verification.verify(path, site_keys=pinned, anchors={}):
+            chains[found.chain.site, found.chain.domain] = found.chain
+    used = {
+        site.name: chains[site.name, site.domain]
+        for site in agreed.cohort
+        if (site.name, site.domain) in chains
+    }
+    per_site = {
+        site.name: _privacy(used.get(site.name), site.domain, agreed, plan.delta)
+        for site in agreed.cohort
+    }
+    return Summary(
+        run=agreed.run,
+        **_worst(list(used.values()), per_site, plan.delta),
+        delta=plan.delta,
+        adjacency=agreed.privacy.adjacency,
+        unit=agreed.privacy.unit,
+        mechanism=agreed.privacy.mechanism,
+        noise_multiplier=agreed.privacy.noise_multiplier,
+        sampling_rate=agreed.privacy.sampling_rate,
+        clip_norm=agreed.privacy.clip_norm,
+        sites=len(agreed.cohort),
+        per_site=per_site,
+        heads={
+            name: LedgerHead(
+                domain=chain.domain, sequence=chain.head.sequence, hash=chain.head.hash
+            )
+            for name, chain in used.items()
+            if chain.head is not None
+        },
+        device=plan.device,
+        workers=workers,
+        versions=versions.installed(),
+        contract_sha256=agreed.sha256,
+        guarantee=GUARANTEE_UNPROTECTED
+        if agreed.privacy.mechanism == "none"
+        else GUARANTEE_SIMULATION,
+        out=str(out),
+        **{name: value for name, value in result.items() if name != "heads"},
+    )
+
+
+def save(summary: Summary, out: Path) -> None:
+    """Writes summary.json."""
+    canonical.write_atomically(
+        out / "summary.json", canonical.encode(summary.model_dump(mode="json"))
+    )
+
+
+def _worst(
+    chains: list[Chain], per_site: Mapping[str, SitePrivacy], delta: float
+) -> dict[str, Any]:
+    unbounded = any(site.unbounded for site in per_site.values())
+    spent = {chain.events for chain in chains}
+    dearest = max(spent, key=lambda events: accounting.epsilon(events, delta), default=())
+    in_run = [site.epsilon_run for site in per_site.values() if site.epsilon_run is not None]
+    return {
+        "epsilon": None if unbounded else accounting.epsilon(dearest, delta),
+        "epsilon_run": None if unbounded else max(in_run, default=0.0),
+        "epsilon_prv": None if unbounded else prv.epsilon_prv(dearest, delta),
+        "unbounded": unbounded,
+    }
+
+
+def _privacy(
+    chain: Chain | None, domain: str, agreed: Contract, delta: float
+) -> SitePrivacy:
+    events = chain.events if chain else ()
+    in_run = chain.events_of(agreed.sha256) if chain else ()
+    return SitePrivacy(
+        epsilon=_finite(accounting.epsilon(events, delta)),
+        epsilon_run=_finite(accounting.epsilon(in_run, delta)),
+        unbounded=accounting.is_unbounded(events),
+        charges=chain.attempts[agreed.sha256] if chain else 0,
+        domain=domain,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,116 @@
+"""Worker processes that answer messages, one torch thread each."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Generic, TypeVar
+
+import torch
+
+from bract.shared.errors import BractError
+
+Task = TypeVar("Task")
+Answer = TypeVar("Answer")
+
+
+class Pool(Generic[Task, Answer]):
+    """Answers tasks with a handler, in this process or in forked workers.
+
+    Args:
+        handler: what answers one task; it must not raise.
+        lost: the answer for a task whose worker died.
+        workers: how many processes; 1 answers here.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[Task], Answer],
+        lost: Callable[[Task], Answer],
+        *,
+        workers: int,
+    ) -> None:
+        # One thread everywhere: sums of floats must not depend on how work is spread.
+        torch.set_num_threads(1)
+        self._handler, self._lost = handler, lost
+        self._workers: list[Connection] = []
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        # fork shares the data sets already read; macOS cannot fork after its frameworks are up.
+        method = "fork" if sys.platform == "linux" else "spawn"
+        start = multiprocessing.get_context(method)
+        for _ in range(workers if workers > 1 else 0):
+            ours, theirs = start.Pipe()
+            inherited = [*self._workers, ours] if method == "fork" else []
+            process = start.Process(
+                target=_serve, args=(theirs, handler, inherited, os.getpid()), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append(ours)
+            self._processes.append(process)
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[Answer]:
+        """Yields the answers as they come, in any order; each task is copied on its way."""
+        if not self._processes:
+            for task in tasks:
+                yield copy.deepcopy(self._handler(copy.deepcopy(task)))
+            return
+        waiting, busy = deque(tasks), dict[Connection, Task]()
+        while waiting or busy:
+            for worker in [w for w in self._workers if w not in busy]:
+                if waiting:
+                    self._send(worker, waiting, busy)
+            if waiting and not self._workers:
+                raise BractError("every worker process died: lower --workers, or free some memory")
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)  # noqa: S101  only connections were given
+                task = busy.pop(ready)
+                try:
+                    yield ready.recv()
+                except (EOFError, OSError):
+                    self._workers.remove(ready)
+                    yield self._lost(task)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for worker in self._workers:
+            worker.close()
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.terminate()
+
+    def _send(
+        self, worker: Connection, waiting: deque[Task], busy: dict[Connection, Task]
+    ) -> None:
+        task = waiting.popleft()
+        try:
+            worker.send(task)
+            busy[worker] = task
+        except OSError:
+            self._workers.remove(worker)
+            waiting.appendleft(task)
+
+
+def _serve(
+    tasks: Connection,
+    handler: Callable[[Task], Answer],
+    inherited: Sequence[Connection],
+    parent: int,
+) -> None:
+    # The ends of other pipes, inherited by fork, would hide that the parent was killed.
+    for end in inherited:
+        end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    while os.getppid() == parent:
+        try:
+            tasks.send(handler(tasks.recv()))
+        except (EOFError, OSError):
+            return
