@@ -23,7 +23,7 @@ def train(message: Message, context: Context) -> Message:
     """Answers one train order: through the gate, or with a refusal."""
     site = _site(context)
     try:
-            reply = site.train(wire.decode_order(message.content))
+        reply = site.train(wire.decode_order(message.content))
     except BractError:
         reply = wire.RefusalReply(site=site.name, round=0, reason=Reason.CONTRACT_UNTRUSTED)
     content = (

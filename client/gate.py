@@ -87,7 +87,9 @@ class Gate:
             )
             entry = transaction.append(chain, body, self.key)
         head = Head(sequence=entry.body.sequence, hash=entry.hash)
-        return self._reply(permit.contract, permit.terms, permit.round, permit.attempt, update, head)
+        return self._reply(
+            permit.contract, permit.terms, permit.round, permit.attempt, update, head
+        )
 
     def check(self, order: TrainOrder) -> tuple[Contract, SiteTerms]:
         """Returns the contract and this site's terms where signature and policy hold.
@@ -224,9 +226,7 @@ class Gate:
             head_sequence=head.sequence,
             head_hash=head.hash,
         )
-        return TrainReply(
-            update=update, receipt=receipt, signature=self.key.sign(receipt.digest())
-        )
+        return TrainReply(update=update, receipt=receipt, signature=self.key.sign(receipt.digest()))
 
     def _common(self, chain: Chain, attempt: int) -> dict[str, Any]:
         return {

@@ -77,9 +77,7 @@ class RoundLoop:
             {"site": site, "round": number, "reason": reason}
             for site, reason in sorted(self.strategy.refused)
         )
-        state = replace(
-            state, attempts=state.attempts + 1, refused=(*state.refused, *refused)
-        )
+        state = replace(state, attempts=state.attempts + 1, refused=(*state.refused, *refused))
         if average is not None:
             state = self._completed(state, from_record(average))
         state = replace(state, seconds=state.seconds + time.monotonic() - started)

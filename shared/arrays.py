@@ -26,7 +26,9 @@ def digest(arrays: Arrays) -> str:
 
 def to_bytes(arrays: Arrays) -> bytes:
     """Returns the arrays as a safetensors file."""
-    return bytes(safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
+    return bytes(
+        safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
+    )
 
 
 def from_bytes(data: bytes) -> dict[str, Array]:

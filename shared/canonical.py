@@ -12,14 +12,14 @@ from bract.shared.errors import VerificationFailed
 
 
 def encode(value: Any) -> bytes:
-    """Returns the canonical JSON of a value: sorted keys, no spaces, UTF-8, no NaN.
+    r"""Returns the canonical JSON of a value: sorted keys, no spaces, UTF-8, no NaN.
 
     Raises:
         ValueError: for NaN or an infinity, which JSON has no word for.
 
     Example:
         >>> encode({"b": 1, "a": [0.5, "ε"]})
-        b'{"a":[0.5,"\\xce\\xb5"],"b":1}'
+        b'{"a":[0.5,"\xce\xb5"],"b":1}'
     """
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False

@@ -19,8 +19,10 @@ LEDGERS = click.argument(
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-@click.command(epilog="Example: bract calibrate --examples 6000 --batch 300 --rounds 100 "
-    "--steps 1 --epsilon 3 --delta 1e-5")  # fmt: skip
+@click.command(
+    epilog="Example: bract calibrate --examples 6000 --batch 300 --rounds 100 "
+    "--steps 1 --epsilon 3 --delta 1e-5"
+)
 @click.option("--examples", type=int, required=True, help="Nominal size of the site.")
 @click.option("--batch", type=float, required=True, help="Expected logical batch.")
 @click.option("--rounds", type=int, required=True, help="Rounds, crashed ones included.")
@@ -64,9 +66,13 @@ def calibrate(
         sampling_rate=rate,
         steps=total,
         max_steps=calibration.max_steps(
-            prior=(), sampling_rate=rate, noise_multiplier=sigma, limit=epsilon, delta=delta,
+            prior=(),
+            sampling_rate=rate,
+            noise_multiplier=sigma,
+            limit=epsilon,
+            delta=delta,
             order=None,
-        ),  # fmt: skip
+        ),
         adjacency=ADJACENCY,
     )
     if as_json:
@@ -136,13 +142,9 @@ def verify(
 @click.option("--site-key", metavar="K", help="The site's public key, hexadecimal; pins it.")
 @click.option("--thorough", is_flag=True, help="Account on a grid of 1e-4 instead of 1e-3.")
 @AS_JSON
-def budget(
-    ledgers: tuple[Path, ...], site_key: str | None, thorough: bool, as_json: bool
-) -> None:
+def budget(ledgers: tuple[Path, ...], site_key: str | None, thorough: bool, as_json: bool) -> None:
     """Print ε spent, left and forecast, by domain over all runs, by two accountants."""
-    domains = [
-        domain for path in ledgers for domain in _domain_budgets(path, site_key, thorough)
-    ]
+    domains = [domain for path in ledgers for domain in _domain_budgets(path, site_key, thorough)]
     if as_json:
         print_json(Budget(domains=domains).model_dump())
         return
@@ -168,7 +170,9 @@ def _verify(path: Path, site_key: str | None, head: Path | None) -> list[Any]:
 
     run = path.resolve().parent.parent
     pinned = anchors.site_keys(path, site_key, run / "contract.json")
-    known = anchors.heads(head if head is not None else run / "summary.json", named=head is not None)
+    known = anchors.heads(
+        head if head is not None else run / "summary.json", named=head is not None
+    )
     return verification.verify(path, site_keys=pinned, anchors=known)
 
 
@@ -250,5 +254,3 @@ def _finite(value: float | None) -> float | None:
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-

@@ -66,9 +66,7 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
         nested = [annotation, *getattr(annotation, "__args__", ())]
-        inner = next(
-            (t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)), None
-        )
+        inner = next((t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)), None)
         if inner is None:
             continue
         model = inner

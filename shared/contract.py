@@ -16,7 +16,7 @@ Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,199}$")]
 Scalar = bool | int | float | str
 
-ADJACENCY = "add-or-remove-one"
+ADJACENCY: Literal["add-or-remove-one"] = "add-or-remove-one"
 MAX_STEPS = 10_000_000
 
 
@@ -24,7 +24,7 @@ class ModelTerms(Frozen):
     """Which model: a registered name or `module:factory`, and its options."""
 
     name: str = Field(min_length=1, max_length=200)
-    options: dict[str, Scalar] = {}
+    options: dict[str, Scalar] = Field(default={})
 
 
 class DataTerms(Frozen):
@@ -104,9 +104,11 @@ class Contract(Frozen):
     @classmethod
     def _names_are_unique(cls, cohort: tuple[SiteTerms, ...]) -> tuple[SiteTerms, ...]:
         names = [site.name for site in cohort]
-        twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(
-            names
-        ) else set()
+        twice = (
+            {name for name in names if names.count(name) > 1}
+            if len(set(names)) < len(names)
+            else set()
+        )
         if twice:
             raise ValueError(f"site {min(twice)!r} is listed twice; name each site once")
         return cohort

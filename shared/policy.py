@@ -68,7 +68,6 @@ class Policy(Frozen):
                 raise ValueError(f"domain {name!r} overlaps {missing[0]!r}, which is not declared")
         return domains
 
-
     @property
     def sha256(self) -> str:
         """The policy's name in every ledger entry: SHA-256 of its canonical JSON."""

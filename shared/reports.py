@@ -1,4 +1,4 @@
-"""What the commands print with --json and leave in files: models from which the schemas are made."""
+"""What commands print with --json and leave in files: the schemas are made from these."""
 
 from __future__ import annotations
 

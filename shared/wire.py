@@ -1,8 +1,8 @@
 """The messages between server and site: the only place that knows their keys.
 
-    train    server → site   weights: arrays   order: contract, round
-    update   site → server   update (or unprotected-update): arrays   receipt: signed facts
-    refusal  site → server   refusal: reason, site, round
+train    server → site   weights: arrays   order: contract, round
+update   site → server   update (or unprotected-update): arrays   receipt: signed facts
+refusal  site → server   refusal: reason, site, round
 """
 
 from __future__ import annotations
@@ -138,15 +138,21 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
     records = _exactly(content, {name, _RECEIPT})
     values = _unpack(records[name])
     facts = _config(records[_RECEIPT])
-    kinds = {"round": int, "attempt": int, "head_sequence": int}
     if set(facts) != {*Receipt.__dataclass_fields__, "signature"}:
         raise VerificationFailed("a receipt with other fields")
-    fields = {
-        field: _typed(facts, field, kinds.get(field, str)) for field in Receipt.__dataclass_fields__
-    }
+    receipt = Receipt(
+        contract=_typed(facts, "contract", str),
+        site=_typed(facts, "site", str),
+        round=_typed(facts, "round", int),
+        attempt=_typed(facts, "attempt", int),
+        update=_typed(facts, "update", str),
+        head_domain=_typed(facts, "head_domain", str),
+        head_sequence=_typed(facts, "head_sequence", int),
+        head_hash=_typed(facts, "head_hash", str),
+    )
     made = ProtectedUpdate if name == _UPDATE else UnprotectedUpdate
     return TrainReply(
-        update=made(values), receipt=Receipt(**fields), signature=_typed(facts, "signature", bytes)
+        update=made(values), receipt=receipt, signature=_typed(facts, "signature", bytes)
     )
 
 

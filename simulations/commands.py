@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from bract.shared import canonical
 from bract.shared.cli import print_json
 from bract.shared.errors import BractError, UsageError
 from bract.shared.reports import Summary
+
+if TYPE_CHECKING:
+    from bract.simulations.simulation import Simulation
 
 
 @click.command(epilog="Example: bract simulate digits --sites 5 --rounds 20 --out runs/mine")
@@ -23,14 +27,30 @@ from bract.shared.reports import Summary
 @click.option("--device", metavar="D", help="auto, cpu, cuda:N or mps.")
 @click.option("--workers", type=int, metavar="W", help="Processes that train; default: the cores.")
 @click.option("--seed", type=int, metavar="S", help="Repeats partition, start, batches and noise.")
-@click.option("--data-dir", type=click.Path(path_type=Path), metavar="ROOT",
-              help="A folder of data sets; default: $BRACT_DATA.")  # fmt: skip
-@click.option("--state", type=click.Path(path_type=Path), metavar="DIR",
-              help="The sites' lasting ledgers, over runs.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
-              help="The run folder; default: runs/NAME-TIME.")  # fmt: skip
-@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR",
-              help="Go on with a run that was stopped.")  # fmt: skip
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    metavar="ROOT",
+    help="A folder of data sets; default: $BRACT_DATA.",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The sites' lasting ledgers, over runs.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The run folder; default: runs/NAME-TIME.",
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Go on with a run that was stopped.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def simulate(
     experiment: str | None,
@@ -69,9 +89,7 @@ def simulate(
             settings=settings,
         )
         folder = out or Path("runs") / f"{chosen.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
-        run = simulation.begin(
-            chosen, out=folder, state=state, data_dir=data_dir, workers=count
-        )
+        run = simulation.begin(chosen, out=folder, state=state, data_dir=data_dir, workers=count)
     summary = _run(run)
     if as_json and summary.rounds:
         print_json(summary.model_dump(mode="json"))
@@ -83,7 +101,7 @@ def simulate(
         )
 
 
-def _run(run: "Simulation") -> Summary:  # noqa: UP037  imported where it is needed
+def _run(run: Simulation) -> Summary:
     from bract.simulations import summary
     from bract.simulations.progress import showing
 
@@ -103,7 +121,7 @@ def _run(run: "Simulation") -> Summary:  # noqa: UP037  imported where it is nee
 def _workers(asked: int | None) -> int:
     if asked is not None and asked < 1:
         raise UsageError(f"--workers {asked} must be at least 1")
-    return asked or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    return asked or (os.cpu_count() or 1)
 
 
 def _table(report: Summary) -> None:

@@ -1,4 +1,4 @@
-"""The simulation's only touch of Flower's internals (flwr 1.41): run, task identity, message ids."""
+"""The simulation's only touch of Flower's internals (1.41): run, task identity, message ids."""
 
 from __future__ import annotations
 

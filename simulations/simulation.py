@@ -108,7 +108,7 @@ class Simulation:
     def _checkpoint(self) -> Path:
         return self.out / "checkpoint"
 
-    def _rows(self) -> list[np.ndarray]:  # type: ignore[type-arg]
+    def _rows(self) -> list[np.ndarray]:
         """Returns each site's rows; computed once and kept, since partitioners are slow to load."""
         path = self._checkpoint / "rows.npz"
         if not path.exists():
@@ -242,9 +242,7 @@ def _check(experiment: Experiment, folder: Path | None) -> None:
     devices.resolve(experiment.device)
     data = _data_terms(experiment)
     splits = load(data.name, folder)
-    model = models.build(
-        experiment.model.name, data.shape, data.classes, experiment.model.options
-    )
+    model = models.build(experiment.model.name, data.shape, data.classes, experiment.model.options)
     admission.admit(model, shape=data.shape, classes=data.classes, name=experiment.model.name)
     mean = nominal_size(len(splits.train) // experiment.sites)
     check_delta(experiment.privacy.delta, max(mean, 1))
@@ -291,4 +289,3 @@ def _sampling_rate(experiment: Experiment, sizes: list[int]) -> float:
             "fewer sites"
         )
     return batch / mean
-

@@ -136,6 +136,6 @@ def _examples(plan_path: str, index: int) -> Examples:
 
 
 @lru_cache(maxsize=4)
-def _rows(path: str) -> list[np.ndarray]:  # type: ignore[type-arg]
+def _rows(path: str) -> list[np.ndarray]:
     with np.load(path, allow_pickle=False) as stored:
         return np.split(stored["rows"], stored["cuts"])

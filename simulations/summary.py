@@ -115,9 +115,7 @@ def _worst(
     }
 
 
-def _privacy(
-    chain: Chain | None, domain: str, agreed: Contract, delta: float
-) -> SitePrivacy:
+def _privacy(chain: Chain | None, domain: str, agreed: Contract, delta: float) -> SitePrivacy:
     events = chain.events if chain else ()
     in_run = chain.events_of(agreed.sha256) if chain else ()
     return SitePrivacy(

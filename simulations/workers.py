@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -42,11 +42,11 @@ class Pool(Generic[Task, Answer]):
         self._workers: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
         # fork shares the data sets already read; macOS cannot fork after its frameworks are up.
-        method = "fork" if sys.platform == "linux" else "spawn"
-        start = multiprocessing.get_context(method)
+        fork = sys.platform == "linux"
+        start: Any = multiprocessing.get_context("fork" if fork else "spawn")
         for _ in range(workers if workers > 1 else 0):
             ours, theirs = start.Pipe()
-            inherited = [*self._workers, ours] if method == "fork" else []
+            inherited = [*self._workers, ours] if fork else []
             process = start.Process(
                 target=_serve, args=(theirs, handler, inherited, os.getpid()), daemon=True
             )
@@ -86,9 +86,7 @@ class Pool(Generic[Task, Answer]):
             if process.is_alive():
                 process.terminate()
 
-    def _send(
-        self, worker: Connection, waiting: deque[Task], busy: dict[Connection, Task]
-    ) -> None:
+    def _send(self, worker: Connection, waiting: deque[Task], busy: dict[Connection, Task]) -> None:
         task = waiting.popleft()
         try:
             worker.send(task)

@@ -65,6 +65,6 @@ def _per_example_gradients(probe: GradSampleModule, inputs: Tensor, targets: Ten
         torch.manual_seed(1)  # the same dropout on both sides of the comparison
         losses = functional.cross_entropy(probe(inputs), targets, reduction="none")
     with expected_warnings():
-        losses.sum().backward()
+        torch.autograd.backward([losses.sum()])
     rows = [p.grad_sample.flatten(1) for p in probe.parameters() if p.requires_grad]
     return torch.cat(rows, dim=1)

@@ -40,7 +40,7 @@ def expected_warnings() -> Iterator[None]:
 
 
 def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
-    """Returns min(1, C(1 − 1e-3) / norm) by example; 0 where the norm is not finite or too large."""
+    """Returns min(1, C(1 − 1e-3) / norm) by example; 0 where the norm is too large or no number."""
     factors = (clip_norm * (1 - SLACK) / norms).clamp(max=1.0)
     # A subnormal factor has lost its precision: its product could pass C.
     usable = torch.isfinite(norms) & (factors >= torch.finfo(torch.float32).tiny)
@@ -58,7 +58,7 @@ class HooksSum:
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         """Adds the clipped gradients of a physical batch."""
         self._clear()
-        self._loss(self._module(inputs), targets).sum().backward()
+        _backward(self._loss(self._module(inputs), targets).sum())
         samples = {name: _samples(p) for name, p in self._parameters.items()}
         # float64: a square that overflows float32 is still clipped, not lost
         squares = [
@@ -91,14 +91,17 @@ def _linear_norms(
     if backprops.dim() == 2:
         outer = torch.linalg.vector_norm(backprops, dim=1, dtype=torch.float64)
         inner = torch.linalg.vector_norm(activations[0], dim=1, dtype=torch.float64)
-        norms = {layer.weight: outer * inner, layer.bias: outer}
+        norms = {layer.weight: outer * inner}
+        if isinstance(layer.bias, nn.Parameter):
+            norms[layer.bias] = outer
     else:
         samples = compute_linear_grad_sample(layer, activations, backprops)
         norms = {
             p: torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64)
             for p, g in samples.items()
+            if isinstance(p, nn.Parameter)
         }
-    return {p: n for p, n in norms.items() if p is not None and p.requires_grad}
+    return {p: n for p, n in norms.items() if p.requires_grad}
 
 
 class _GhostModule(GradSampleModuleFastGradientClipping):  # type: ignore[misc]
@@ -135,7 +138,7 @@ class GhostSum:
         factors = clip_factors(norms, self._clip_norm).to(losses.dtype)
         self._module.disable_hooks()
         self._clear()
-        (factors * losses).sum().backward()
+        _backward((factors * losses).sum())
         self._module.enable_hooks()
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
@@ -145,7 +148,7 @@ class GhostSum:
 
     def _norms(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses = self._loss(self._module(inputs), targets)
-        losses.sum().backward(retain_graph=True)
+        _backward(losses.sum(), retain_graph=True)
         squares = [
             p._norm_sample.double().square()  # type: ignore[attr-defined]
             for p in self._parameters.values()
@@ -175,8 +178,13 @@ class PlainSum:
 
 def clipped_sum(mode: Mode, model: nn.Module, loss: Loss, clip_norm: float) -> ClippedSum:
     """Returns the way to sum that a site chose; the choice cannot change privacy."""
-    made = {"opacus-hooks": HooksSum, "opacus-ghost": GhostSum}[mode]
-    return made(model, loss, clip_norm)
+    if mode == "opacus-ghost":
+        return GhostSum(model, loss, clip_norm)
+    return HooksSum(model, loss, clip_norm)
+
+
+def _backward(loss: Tensor, *, retain_graph: bool = False) -> None:
+    torch.autograd.backward([loss], retain_graph=retain_graph)
 
 
 def _released(model: nn.Module) -> dict[str, nn.Parameter]:

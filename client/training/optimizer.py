@@ -82,7 +82,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.grad /= self._normaliser
 
 
-def on_grid(values: np.ndarray, stddev: float) -> np.ndarray:  # type: ignore[type-arg]
+def on_grid(values: np.ndarray, stddev: float) -> np.ndarray:
     """Returns values rounded to multiples of the power of two just under stddev · 2⁻²⁰."""
     if stddev == 0:
         return values

@@ -15,7 +15,7 @@ class Examples:
     `inputs` are as read (bytes or floats): the contract's constants normalise them batch by batch.
     """
 
-    inputs: np.ndarray  # type: ignore[type-arg]  # uint8 or float32, by data set
+    inputs: np.ndarray
     targets: npt.NDArray[np.int64]
 
     def __len__(self) -> int:

@@ -62,7 +62,7 @@ def load_fashion_mnist(folder: Path | None = None) -> Splits:
     )
 
 
-def _idx(folder: Path, name: str) -> np.ndarray:  # type: ignore[type-arg]
+def _idx(folder: Path, name: str) -> np.ndarray:
     """Returns the array of an idx file: two zero bytes, a type, the rank, the sides, the data."""
     content = _content(folder, name)
     if hashlib.sha256(content).hexdigest() != SOURCE.sha256[name]:

@@ -63,7 +63,7 @@ def nominal_size(true_size: int) -> int:
         >>> nominal_size(5_987), nominal_size(260)
         (5900, 260)
     """
-    unit = 10 ** max(len(str(true_size)) - 2, 0)
+    unit = int("1" + "0" * max(len(str(true_size)) - 2, 0))
     return true_size // unit * unit
 
 

@@ -46,7 +46,7 @@ def cnn(
         nn.Linear(hidden, classes),
     )
     for layer in network:
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
             nn.init.orthogonal_(layer.weight, init_gain)
             nn.init.zeros_(layer.bias)
     return network

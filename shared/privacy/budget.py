@@ -98,9 +98,7 @@ def within(chain: Chain, events: Sequence[Event], domain: DomainPolicy) -> bool:
         events = [PoissonGaussian(*kind, steps) for kind, steps in caps.items()]
         if not listed:
             return False
-    return accounting.fits(
-        events, limit=domain.epsilon, delta=domain.delta, order=order_of(chain)
-    )
+    return accounting.fits(events, limit=domain.epsilon, delta=domain.delta, order=order_of(chain))
 
 
 def _fits(chain: Chain, contract: Contract, domain: DomainPolicy, rounds: int) -> bool:

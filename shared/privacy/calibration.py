@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from scipy import optimize
+
 from bract.shared.errors import UsageError
 from bract.shared.privacy.accounting import epsilon, filter_epsilon, fits
 from bract.shared.privacy.events import Event, PoissonGaussian
@@ -40,20 +42,23 @@ def noise_multiplier(
     """
     check_budget(epsilon_target, delta)
 
-    def over(sigma: float) -> bool:
-        event = PoissonGaussian(sampling_rate, sigma, steps)
-        return epsilon([event], delta) > epsilon_target
+    def excess(log_sigma: float) -> float:
+        event = PoissonGaussian(sampling_rate, math.exp(log_sigma), steps)
+        return math.log(max(epsilon([event], delta), 1e-9) / epsilon_target)
 
-    low, high = _bracket(epsilon_target, delta, sampling_rate, steps)
-    if over(high):
+    low, high = (math.log(bound) for bound in _bracket(epsilon_target, delta, sampling_rate, steps))
+    if excess(high) > 0:
         raise UsageError(
             f"no noise multiplier up to {GREATEST_NOISE:g} keeps {steps} steps at rate "
-            f"{sampling_rate:g} within epsilon {epsilon_target}: ask for fewer steps or more epsilon"
+            f"{sampling_rate:g} within epsilon {epsilon_target}: ask for fewer steps or more "
+            "epsilon"
         )
-    while _round_up(low) < _round_up(high) and high - low > 10.0 ** (-DIGITS) * high:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if over(middle) else (low, middle)
-    return _round_up(high)
+    while excess(low) <= 0:
+        low -= math.log(2)
+    sigma = _round_up(math.exp(optimize.brentq(excess, low, high, xtol=1e-4)))
+    while excess(math.log(sigma)) > 0:
+        sigma = _round_up(sigma * (1 + 10.0**-DIGITS))
+    return sigma
 
 
 def max_steps(
@@ -93,11 +98,9 @@ def _bracket(target: float, delta: float, rate: float, steps: int) -> tuple[floa
         middle = math.sqrt(low * high)
         event = PoissonGaussian(rate, middle, steps)
         low, high = (
-            (middle, high)
-            if filter_epsilon([event], delta, order) > target
-            else (low, middle)
+            (middle, high) if filter_epsilon([event], delta, order) > target else (low, middle)
         )
-    return low / 4, high
+    return high / 1.5, high
 
 
 def _round_up(sigma: float) -> float:

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from bract.shared.errors import VerificationFailed
-from bract.shared.privacy import events
 from bract.shared.privacy.entries import (
     NO_PREVIOUS,
     Charge,
@@ -16,6 +15,7 @@ from bract.shared.privacy.entries import (
     Release,
     event_of,
 )
+from bract.shared.privacy.events import Event, PoissonGaussian, Unbounded, merge
 
 RoundKey = tuple[str, int]
 
@@ -39,13 +39,13 @@ class Chain:
     attempts: Counter[str] = field(default_factory=Counter)
     policies: dict[str, int] = field(default_factory=dict)
     seeded: bool = False
-    _events: Counter[events.Event] = field(default_factory=Counter)
+    _events: Counter[Event] = field(default_factory=Counter)
 
     @property
-    def events(self) -> tuple[events.Event, ...]:
+    def events(self) -> tuple[Event, ...]:
         """Everything charged, merged."""
-        return events.merge(
-            event if isinstance(event, events.Unbounded) else _times(event, count)
+        return merge(
+            event if isinstance(event, Unbounded) else _times(event, count)
             for event, count in self._events.items()
         )
 
@@ -54,9 +54,9 @@ class Chain:
         """The number of entries."""
         return 0 if self.head is None else self.head.sequence + 1
 
-    def events_of(self, contract: str) -> tuple[events.Event, ...]:
+    def events_of(self, contract: str) -> tuple[Event, ...]:
         """Returns what one contract was charged, merged."""
-        return events.merge(
+        return merge(
             event_of(charge)
             for (name, _), charges in self.charges.items()
             if name == contract
@@ -109,7 +109,7 @@ class Chain:
             private or self.genesis.simulation, number, "seeded or without noise on a real ledger"
         )
         event = event_of(charge)
-        unbounded = isinstance(event, events.Unbounded)
+        unbounded = isinstance(event, Unbounded)
         self._check(
             unbounded == (charge.mechanism == "none"), number, "event and mechanism disagree"
         )
@@ -136,15 +136,15 @@ class Chain:
             )
 
 
-def _single(event: events.Event) -> events.Event:
-    return event if isinstance(event, events.Unbounded) else _times(event, 1)
+def _single(event: Event) -> Event:
+    return event if isinstance(event, Unbounded) else _times(event, 1)
 
 
-def _steps(event: events.Event) -> int:
-    return event.steps if isinstance(event, events.PoissonGaussian) else 0
+def _steps(event: Event) -> int:
+    return event.steps if isinstance(event, PoissonGaussian) else 0
 
 
-def _times(event: events.Event, steps: int) -> events.Event:
-    if not isinstance(event, events.PoissonGaussian):
+def _times(event: Event, steps: int) -> Event:
+    if not isinstance(event, PoissonGaussian):
         raise TypeError("only steps can be counted")
-    return events.PoissonGaussian(event.sampling_rate, event.noise_multiplier, steps)
+    return PoissonGaussian(event.sampling_rate, event.noise_multiplier, steps)

@@ -73,17 +73,15 @@ def decode(value: Any) -> Event:
 
 
 def _decode(value: Any) -> Event:
-    match value:
-        case {"type": "poisson-gaussian", **fields}:
-            return PoissonGaussian(
-                sampling_rate=float.fromhex(fields["sampling_rate"]),
-                noise_multiplier=float.fromhex(fields["noise_multiplier"]),
-                steps=fields["steps"],
-            )
-        case {"type": "unbounded"}:
-            return Unbounded()
-        case _:
-            raise ValueError("unknown type of event")
+    if value["type"] == "unbounded":
+        return Unbounded()
+    if value["type"] != "poisson-gaussian":
+        raise ValueError("unknown type of event")
+    return PoissonGaussian(
+        sampling_rate=float.fromhex(value["sampling_rate"]),
+        noise_multiplier=float.fromhex(value["noise_multiplier"]),
+        steps=value["steps"],
+    )
 
 
 def merge(events: Iterable[Event]) -> tuple[Event, ...]:

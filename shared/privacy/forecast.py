@@ -23,9 +23,7 @@ def more_rounds(chain: Chain, domain: DomainPolicy) -> int | None:
         return None
 
     def fits(rounds: int) -> bool:
-        ahead = PoissonGaussian(
-            event.sampling_rate, event.noise_multiplier, event.steps * rounds
-        )
+        ahead = PoissonGaussian(event.sampling_rate, event.noise_multiplier, event.steps * rounds)
         return budget.within(chain, (*chain.events, ahead), domain)
 
     if not fits(1):

@@ -147,9 +147,7 @@ def _check_policies(chain: Chain, policies: Mapping[str, Policy]) -> set[tuple[s
         if fault:
             raise VerificationFailed(fault)
     last = policies[max(chain.policies, key=chain.policies.__getitem__)].domains[chain.domain]
-    if not accounting.is_unbounded(chain.events) and not budget.within(
-        chain, chain.events, last
-    ):
+    if not accounting.is_unbounded(chain.events) and not budget.within(chain, chain.events, last):
         raise VerificationFailed(
             f"ledger of {chain.site!r}, domain {chain.domain!r}: its charges are over the policy's "
             f"epsilon {last.epsilon}"

@@ -1,0 +1,153 @@
+"""Builders that the suites share: real contracts, gates and ledgers, nothing mocked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bract.client.gate import Gate
+from bract.client.training.randomness import SecureRandomness
+from bract.client.updates import UpdateStore
+from bract.shared import contract as contracts
+from bract.shared import keys, models
+from bract.shared.contract import (
+    Contract,
+    DataTerms,
+    ModelTerms,
+    PrivacyTerms,
+    SignedContract,
+    SiteTerms,
+    TrainingTerms,
+)
+from bract.shared.data import Examples
+from bract.shared.policy import DomainPolicy, Policy
+from bract.shared.privacy.ledger import Ledger
+from bract.shared.wire import TrainOrder
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@dataclass
+class World:
+    """A coordinator, one site and its folder; every part can be swapped by keyword."""
+
+    folder: Path
+    coordinator: keys.SigningKey = field(default_factory=keys.generate)
+    key: keys.SigningKey = field(default_factory=keys.generate)
+    opened: int = 0
+
+    def contract(self, **changes: Any) -> Contract:
+        privacy = {
+            "sampling_rate": 0.1,
+            "noise_multiplier": 1.5,
+            "clip_norm": 1.0,
+            **changes.pop("privacy", {}),
+        }
+        site = SiteTerms(name="alpha", key=self.key.public, domain="ward", nominal_size=100)
+        terms: dict[str, Any] = {
+            "run": "trial",
+            "nonce": contracts.new_nonce(),
+            "coordinator": self.coordinator.public,
+            "simulation": False,
+            "rounds": 5,
+            "max_attempts": 7,
+            "model": ModelTerms(name="linear"),
+            "data": DataTerms(name="digits", shape=(1, 8, 8), classes=10, scale=16.0),
+            "training": TrainingTerms(local_steps=2, learning_rate=0.5),
+            "privacy": PrivacyTerms(**privacy),
+            "cohort": (site,),
+            **changes,
+        }
+        return Contract(**terms)
+
+    def sign(self, agreed: Contract) -> SignedContract:
+        return contracts.sign(agreed, self.coordinator)
+
+    def policy(self, **changes: Any) -> Policy:
+        domain = changes.pop("domain", {})
+        return Policy(
+            **{
+                "site": "alpha",
+                "coordinators": (self.coordinator.public,),
+                "domains": {"ward": DomainPolicy(**{"epsilon": 8.0, "delta": 1e-5, **domain})},
+                "models": ("linear", "mlp", "cnn"),
+                **changes,
+            }
+        )
+
+    def examples(self) -> Examples:
+        self.opened += 1
+        generator = np.random.default_rng(3)
+        return Examples(
+            inputs=generator.integers(0, 17, (100, 1, 8, 8)).astype(np.uint8),
+            targets=generator.integers(0, 10, 100),
+        )
+
+    def gate(self, *, policy: Policy | None = None, simulation: bool = False, **more: Any) -> Gate:
+        return Gate(
+            policy=policy or self.policy(),
+            key=self.key,
+            ledger=more.get("ledger") or Ledger(self.ledger_path),
+            updates=UpdateStore(self.folder / "updates"),
+            examples=self.examples,
+            simulation=simulation,
+            randomness=more.get("randomness", SecureRandomness.kind),
+        )
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.folder / "alpha.sqlite"
+
+    def order(self, signed: SignedContract, round_number: int = 1, fill: float = 0.0) -> TrainOrder:
+        """Returns an order whose weights are all `fill`."""
+        agreed = signed.contract
+        model = models.build(
+            agreed.model.name, agreed.data.shape, agreed.data.classes, agreed.model.options
+        )
+        shapes = models.released_shapes(model)
+        weights = {name: np.full(shape, fill, dtype=np.float32) for name, shape in shapes.items()}
+        return TrainOrder(contract=signed, round=round_number, weights=weights)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(folder=tmp_path)
+
+
+@pytest.fixture
+def data_root() -> Path:
+    """The root of the data sets; absent data skips by name, and in CI it fails."""
+    root = os.environ.get("BRACT_DATA")
+    if root and (Path(root) / "fashion-mnist").is_dir():
+        return Path(root)
+    if os.environ.get("CI") == "true":
+        pytest.fail("BRACT_DATA names no folder with fashion-mnist")
+    pytest.skip("needs fashion-mnist under BRACT_DATA")
+
+
+@pytest.fixture
+def bract(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Runs the installed command in a process of its own."""
+    import subprocess
+    import sys
+
+    def run(*arguments: str, timeout: float = 300, **more: Any) -> Any:
+        command = [str(Path(sys.executable).with_name("bract")), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, cwd=tmp_path, **more
+        )
+
+    yield run
