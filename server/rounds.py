@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract
 from bract.shared.data import Examples
 from bract.shared.privacy import accounting, entries, events
+from bract.shared.reports import MetricsLine
 
 logger = logging.getLogger("bract.server")
 
@@ -159,4 +159,4 @@ def initial_state(contract: Contract, weights: Arrays) -> RoundState:
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(dict(values), allow_nan=False) + "\n"
+    return MetricsLine.model_validate(values).model_dump_json() + "\n"

@@ -10,7 +10,7 @@ import click
 
 from bract.shared.cli import print_json
 from bract.shared.contract import ADJACENCY
-from bract.shared.errors import BractError, UsageError, VerificationFailed
+from bract.shared.errors import BractError, LedgerError, UsageError, VerificationFailed
 from bract.shared.reports import Budget, Calibration, DomainBudget, Verification, VerifiedChain
 
 LEDGERS = click.argument(
@@ -168,11 +168,16 @@ def _verified(path: Path, site_key: str | None, head: Path | None) -> list[Verif
 def _verify(path: Path, site_key: str | None, head: Path | None) -> list[Any]:
     from bract.shared.privacy import anchors, verification
 
+    if not path.is_file():
+        raise LedgerError(f"no ledger at {path}: name the .sqlite file")
     run = path.resolve().parent.parent
     pinned = anchors.site_keys(path, site_key, run / "contract.json")
-    known = anchors.heads(
-        head if head is not None else run / "summary.json", named=head is not None
-    )
+    if head is not None:
+        known = anchors.heads(head)
+    else:
+        # A run that was stopped has no summary yet; its checkpoint holds the heads last signed.
+        beside = (run / "summary.json", run / "checkpoint" / "state.json")
+        known = next((anchors.heads(file) for file in beside if file.exists()), {})
     return verification.verify(path, site_keys=pinned, anchors=known)
 
 
@@ -224,9 +229,18 @@ def _note(order: float | None, seeded: bool) -> str:
 
 def _print_budgets(domains: list[DomainBudget]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("site", "domain", "ε PLD", "ε PRV", "ε filter", "limit", "left", "rounds left")
+    table = Table(
+        "site",
+        Column("domain", overflow="fold"),
+        "ε PLD",
+        "ε PRV",
+        "ε filter",
+        "limit",
+        "left",
+        "rounds left",
+    )
     for domain in domains:
         table.add_row(
             domain.site,
@@ -238,7 +252,9 @@ def _print_budgets(domains: list[DomainBudget]) -> None:
             _shown(domain.left),
             "-" if domain.more_rounds is None else str(domain.more_rounds),
         )
-    console = Console(width=None)
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 160  # nothing to keep to; a folded domain could not be pasted
     console.print(table)
     for note in sorted({domain.note for domain in domains}):
         console.print(f"δ = {domains[0].delta:g}, {ADJACENCY}, per example; {note}")

@@ -53,9 +53,9 @@ def _one_line(model: type[BaseModel], error: ValidationError, source: str) -> Us
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         known = [".".join([*path[:-1], name]) for name in _fields_at(model, path[:-1])]
-        return UnknownName(f"key in {source}", ".".join(path), known)
+        return UnknownName(f"key of {source},", ".".join(path), known)
     message = first["msg"].removeprefix("Value error, ")
-    where = f"{'.'.join(path)} " if path else ""
+    where = f"{'.'.join(path)}: " if path else ""
     shown = first.get("input")
     value = f" (got {shown!r})" if isinstance(shown, str | int | float | bool) else ""
     return UsageError(f"{source}: {where}{message}{value}")

@@ -29,7 +29,7 @@ class Filter(Frozen):
     """
 
     rule: Literal["filter"] = "filter"
-    order: float | None = Field(default=None, gt=1)
+    order: int | None = Field(default=None, ge=2, le=256)
 
 
 class Menu(Frozen):

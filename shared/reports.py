@@ -94,7 +94,7 @@ class Calibration(Frozen):
     epsilon: float
     epsilon_prv: float | None
     epsilon_filter: float
-    filter_order: float
+    filter_order: int
     delta: float
     sampling_rate: float
     steps: int
@@ -130,7 +130,7 @@ class DomainBudget(Frozen):
     epsilon: float | None
     epsilon_prv: float | None
     epsilon_filter: float | None
-    filter_order: float | None
+    filter_order: int | None
     unbounded: bool
     limit: float
     left: float | None

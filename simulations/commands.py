@@ -77,10 +77,14 @@ def simulate(
 
     count = _workers(workers)
     if resume is not None:
-        named = [experiment, *settings, sites, rounds, model, device, seed, data_dir, state, out]
+        named = [*settings, sites, rounds, model, device, seed, data_dir, state, out]
         if any(value is not None for value in named):
             raise UsageError(f"--resume {resume} takes only --workers and --json beside it")
         run = simulation.resume(resume, workers=count)
+        if experiment not in (None, run.begun.experiment.name):
+            raise UsageError(
+                f"{resume} holds the experiment {run.begun.experiment.name!r}, not {experiment!r}"
+            )
     else:
         chosen = experiments.load(
             experiment or "digits",
@@ -134,7 +138,7 @@ def _table(report: Summary) -> None:
     table = Table("site", "ε of this run", "ε of its ledger", "charges", title=report.run)
     for name, site in list(report.per_site.items())[:20]:
         table.add_row(name, shown(site.epsilon_run), shown(site.epsilon), str(site.charges))
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     console.print(table)
     console.print(
         f"{report.rounds} rounds in {report.seconds:.1f} s   test accuracy "

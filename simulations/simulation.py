@@ -27,8 +27,9 @@ from bract.shared.data import dataset, load
 from bract.shared.data.locations import folder_of
 from bract.shared.data.partitions import nominal_size, split
 from bract.shared.errors import UsageError
-from bract.shared.policy import check_delta
-from bract.shared.privacy.calibration import check_budget, noise_multiplier
+from bract.shared.policy import DomainPolicy, check_delta
+from bract.shared.privacy.budget import fixed_rule
+from bract.shared.privacy.calibration import check_budget, noise_for_filter, noise_multiplier
 from bract.simulations import flower
 from bract.simulations.experiment import Experiment
 from bract.simulations.grid import RUN, SERVER, LocalGrid
@@ -132,12 +133,7 @@ class Simulation:
 
     def _domain(self, state: State) -> str:
         experiment = self.begun.experiment
-        facts: dict[str, Any] = {
-            "data": experiment.data.name,
-            "partition": experiment.data.partition.model_dump(mode="json"),
-            "seed": experiment.seed,
-            "sites": experiment.sites,
-        }
+        facts = _domain_facts(experiment)
         state.bind(facts)
         digest = canonical.sha256(canonical.encode(facts))
         return f"{experiment.data.name}.{digest[:12]}"
@@ -206,6 +202,8 @@ def begin(
         root=data_dir,
     )
     _check(experiment, folder)
+    if state is not None:
+        State.under(state).check(_domain_facts(experiment))
     begun = Begun(
         experiment=experiment,
         data_folder=str(folder.resolve()) if folder else None,
@@ -249,6 +247,16 @@ def _check(experiment: Experiment, folder: Path | None) -> None:
     _sampling_rate(experiment, [max(mean, 1)])
 
 
+def _domain_facts(experiment: Experiment) -> dict[str, Any]:
+    """Returns what makes a site's examples what they are: another value is another domain."""
+    return {
+        "data": experiment.data.name,
+        "partition": experiment.data.partition.model_dump(mode="json"),
+        "seed": experiment.seed,
+        "sites": experiment.sites,
+    }
+
+
 def _data_terms(experiment: Experiment) -> DataTerms:
     settings = experiment.data
     changed: Mapping[str, Any] = {
@@ -269,9 +277,7 @@ def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:
     elif privacy.noise_multiplier is not None:
         sigma = privacy.noise_multiplier
     else:
-        sigma = noise_multiplier(
-            epsilon_target=privacy.epsilon, delta=privacy.delta, sampling_rate=rate, steps=steps
-        )
+        sigma = _calibrated(experiment, rate, steps)
     return PrivacyTerms(
         mechanism=privacy.mechanism,
         randomness="seeded",
@@ -279,6 +285,24 @@ def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:
         noise_multiplier=sigma,
         clip_norm=privacy.clip_norm,
     )
+
+
+def _calibrated(experiment: Experiment, rate: float, steps: int) -> float:
+    """Returns σ for the target by PLD, and for the ceiling under the sites' filter."""
+    privacy, ceiling = experiment.privacy, experiment.policy
+    sigma = noise_multiplier(
+        epsilon_target=privacy.epsilon, delta=privacy.delta, sampling_rate=rate, steps=steps
+    )
+    domain = DomainPolicy(
+        epsilon=ceiling.epsilon, delta=privacy.delta, composition=ceiling.composition
+    )
+    order = fixed_rule(domain).get("order")
+    if order is None:
+        return sigma
+    admitted = noise_for_filter(
+        limit=ceiling.epsilon, delta=privacy.delta, order=order, sampling_rate=rate, steps=steps
+    )
+    return max(sigma, admitted)
 
 
 def _sampling_rate(experiment: Experiment, sizes: list[int]) -> float:

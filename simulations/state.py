@@ -75,14 +75,20 @@ class State:
             os.close(descriptor)
 
     def bind(self, facts: dict[str, Any]) -> None:
-        """Returns where the state was begun with the same facts, which decide its data domain.
+        """Fixes the facts that decide the state's data domain; they never change afterwards.
 
         Raises:
             UsageError: where another partition of the data would be counted as the same domain.
         """
         path = self.private / "domain.json"
+        self.check(facts)
         if not path.exists():
             canonical.write_atomically(path, canonical.encode(facts))
+
+    def check(self, facts: dict[str, Any]) -> None:
+        """Returns where the state is new or was begun with the same facts; writes nothing."""
+        path = self.private / "domain.json"
+        if not path.exists():
             return
         begun = json.loads(path.read_bytes())
         different = sorted(name for name in facts if begun.get(name) != facts[name])

@@ -44,27 +44,54 @@ def _check_independence(model: nn.Module, *, shape: Shape, classes: int, name: s
     generator = torch.Generator().manual_seed(1)  # made-up data, no secret
     inputs = torch.randn((4, *shape), generator=generator)
     targets = torch.arange(4) % classes
-    probe = GradSampleModule(copy.deepcopy(model).train(), loss_reduction="sum")
-    before = _per_example_gradients(probe, inputs, targets)
-    for row in range(len(inputs)):
-        perturbed = inputs.clone()
-        perturbed[row] = 3.0 * perturbed[row] + 1.0
-        others = torch.arange(len(inputs)) != row
-        after = _per_example_gradients(probe, perturbed, targets)
-        if not torch.allclose(before[others], after[others], rtol=1e-4, atol=1e-6):
-            raise ModelRejected(
-                f"model {name!r} mixes examples of one batch: the gradient of one depends on "
-                "another; remove what runs over the batch axis"
-            )
+    model = copy.deepcopy(model).train()
+    try:
+        alone = torch.stack([_gradient(model, *pair) for pair in zip(inputs, targets, strict=True)])
+        probe = GradSampleModule(model, loss_reduction="sum")
+        together = _per_example_gradients(probe, inputs, targets)
+        perturbed = []
+        for row in range(len(inputs)):
+            changed = inputs.clone()
+            changed[row] = 3.0 * changed[row] + 1.0
+            perturbed.append(_per_example_gradients(probe, changed, targets))
+    except ModelRejected as error:
+        raise ModelRejected(f"model {name!r} {error}") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelRejected(
+            f"model {name!r} fails on made-up inputs of shape {shape}: {reason}"
+        ) from error
+    others = [torch.arange(len(inputs)) != row for row in range(len(inputs))]
+    if not _close(together, alone) or not all(
+        _close(together[rest], after[rest]) for rest, after in zip(others, perturbed, strict=True)
+    ):
+        raise ModelRejected(
+            f"model {name!r} mixes examples of one batch, or uses a parameter outside its layer: "
+            "the gradient of one example is another in a batch than alone; remove what runs over "
+            "the batch axis, and call layers rather than their weights"
+        )
+
+
+def _gradient(model: nn.Module, example: Tensor, target: Tensor) -> Tensor:
+    """Returns the gradient of one example, alone and by plain autograd, as a row."""
+    before = torch.get_rng_state()
+    loss = functional.cross_entropy(model(example[None]), target[None])
+    if not torch.equal(before, torch.get_rng_state()):
+        # torch's generator starts at a constant: who knows a mask knows which example it hit.
+        raise ModelRejected("draws random numbers that are not secret: remove its dropout")
+    parameters = list(released_parameters(model).values())
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
 
 def _per_example_gradients(probe: GradSampleModule, inputs: Tensor, targets: Tensor) -> Tensor:
     """Returns a row of gradients for each example."""
     probe.zero_grad()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)  # the same dropout on both sides of the comparison
-        losses = functional.cross_entropy(probe(inputs), targets, reduction="none")
+    losses = functional.cross_entropy(probe(inputs), targets, reduction="none")
     with expected_warnings():
         torch.autograd.backward([losses.sum()])
-    rows = [p.grad_sample.flatten(1) for p in probe.parameters() if p.requires_grad]
-    return torch.cat(rows, dim=1)
+    samples = [p.grad_sample for p in probe.parameters() if p.requires_grad]
+    return torch.cat([g.reshape(len(inputs), -1) for g in samples], dim=1)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-6)

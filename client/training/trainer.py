@@ -19,7 +19,10 @@ from bract.shared import models
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract, SiteTerms
 from bract.shared.data import Examples
+from bract.shared.errors import ModelRejected
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate, Update
+
+NO_CLASS = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Trainer:
         self.parameters = models.released_parameters(self._model)
         self.shapes = models.released_shapes(self._model)
         self._summer = _summer(contract, execution.mode, self._model)
+        self._rehearse()
 
     def train(
         self, *, terms: SiteTerms, examples: Examples, weights: Arrays, stream: RandomStream
@@ -84,10 +88,23 @@ class Trainer:
                 optimizer.zero_grad()
         return self._update(weights)
 
+    def _rehearse(self) -> None:
+        """Runs one sum on zeros: a mode that cannot take the model says so before any charge."""
+        data = self._contract.data
+        blank = Examples(inputs=np.zeros((2, *data.shape)), targets=np.zeros(2, dtype=np.int64))
+        try:
+            with gradients.expected_warnings():
+                self._sums(blank, np.arange(2))
+        except NotImplementedError as error:
+            raise ModelRejected(f"model {self._contract.model.name!r}: {error}") from error
+
     def _sums(self, examples: Examples, batch: npt.NDArray[np.int64]) -> dict[str, Tensor]:
         """Returns the summed (clipped) gradients of a logical batch, piece by piece."""
         while True:
-            sums = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+            sums = {
+                name: torch.zeros_like(p, dtype=torch.float64)
+                for name, p in self.parameters.items()
+            }
             try:
                 for piece in _pieces(batch, self._pieces):
                     self._summer.add_(sums, *self._batch(examples, piece))
@@ -102,6 +119,9 @@ class Trainer:
         inputs = torch.from_numpy(examples.inputs[piece]).to(self._device, torch.float32)
         targets = torch.from_numpy(examples.targets[piece]).to(self._device, torch.int64)
         data = self._contract.data
+        # A label that does not exist adds nothing; to fail on it would tell that it is there.
+        known = (targets >= 0) & (targets < data.classes)
+        targets = torch.where(known, targets, torch.full_like(targets, NO_CLASS))
         return (inputs - data.offset) / data.scale, targets
 
     def _optimizer(self, terms: SiteTerms, stream: RandomStream) -> PrivateOptimizer:
@@ -142,7 +162,7 @@ def _summer(contract: Contract, mode: Mode, model: nn.Module) -> ClippedSum:
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns the cross-entropy of each example; never reduced, so none touches another."""
-    return functional.cross_entropy(logits, targets, reduction="none")
+    return functional.cross_entropy(logits, targets, reduction="none", ignore_index=NO_CLASS)
 
 
 def _pieces(batch: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:

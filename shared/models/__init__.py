@@ -35,10 +35,12 @@ def build(name: str, shape: Shape, classes: int, options: dict[str, Scalar]) -> 
         650
     """
     factory = _factory(name)
-    known = list(inspect.signature(factory).parameters)[2:]
-    for option in options:
+    signature = inspect.signature(factory)
+    known = list(signature.parameters)[2:]
+    for option, value in options.items():
         if option not in known:
             raise UnknownName(f"option of the model {name!r},", option, known or ["(none)"])
+        _check_type(name, option, value, signature.parameters[option].default)
     try:
         model = factory(shape, classes, **options)
     except (TypeError, ValueError) as error:
@@ -56,6 +58,15 @@ def released_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def released_shapes(model: nn.Module) -> dict[str, Shape]:
     """Returns the names and shapes that weights and updates must have exactly."""
     return {name: tuple(value.shape) for name, value in released_parameters(model).items()}
+
+
+def _check_type(name: str, option: str, value: Scalar, default: object) -> None:
+    number = isinstance(default, int | float) and not isinstance(default, bool)
+    if number and (
+        isinstance(value, bool | str) or (isinstance(default, int) and value != int(value))
+    ):
+        kind = "whole number" if isinstance(default, int) else "number"
+        raise UsageError(f"model {name!r}: option {option} must be a {kind} (got {value!r})")
 
 
 def _factory(name: str) -> Factory:

@@ -38,7 +38,7 @@ def epsilon(events: Iterable[Event], delta: float, *, interval: float = ONLINE_I
     return _epsilon(merge(events), delta, interval)
 
 
-def filter_epsilon(events: Iterable[Event], delta: float, order: float) -> float:
+def filter_epsilon(events: Iterable[Event], delta: float, order: int) -> float:
     """Returns ε at δ by Rényi divergence at ONE order; sound for adaptively chosen events.
 
     Feldman & Zrnic 2021 (arXiv 2008.11193); Mironov, Talwar & Zhang 2019 (arXiv 1908.10530) for
@@ -47,7 +47,7 @@ def filter_epsilon(events: Iterable[Event], delta: float, order: float) -> float
     return _filter_epsilon(merge(events), delta, order)
 
 
-def fits(events: Iterable[Event], *, limit: float, delta: float, order: float | None) -> bool:
+def fits(events: Iterable[Event], *, limit: float, delta: float, order: int | None) -> bool:
     """Returns whether events keep to a budget: by the filter where an order is given, and by PLD.
 
     The filter is asked first, since it costs a thousandth.
@@ -91,7 +91,7 @@ def _one_step(
 
 
 @lru_cache(maxsize=4096)
-def _filter_epsilon(events: tuple[Event, ...], delta: float, order: float) -> float:
+def _filter_epsilon(events: tuple[Event, ...], delta: float, order: int) -> float:
     if not events:
         return 0.0
     if is_unbounded(events):

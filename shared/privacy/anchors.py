@@ -39,15 +39,15 @@ def site_keys(path: Path, site_key: str | None, beside: Path) -> Mapping[str, st
     return {site.name: site.key for site in agreed.cohort}
 
 
-def heads(path: Path, *, named: bool) -> Mapping[tuple[str, str], Head]:
-    """Returns the heads in a summary or a head file, by (site, domain).
+def heads(path: Path) -> Mapping[tuple[str, str], Head]:
+    """Returns the heads in a summary, a checkpoint or a head file, by (site, domain).
 
     Args:
         path: JSON with `heads`: {SITE: {domain, sequence, hash}}.
-        named: whether the user named the file; then it must exist.
+
+    Raises:
+        UsageError: where the file is missing or holds none.
     """
-    if not path.exists() and not named:
-        return {}
     try:
         value: Any = json.loads(path.read_bytes())
         return {

@@ -23,7 +23,7 @@ def fixed_rule(domain: DomainPolicy) -> dict[str, Any]:
     return rule.model_dump(mode="json")
 
 
-def order_of(chain: Chain) -> float | None:
+def order_of(chain: Chain) -> int | None:
     """Returns the order of a chain's filter, or None under a menu."""
     return chain.genesis.composition.get("order") if chain.genesis else None
 

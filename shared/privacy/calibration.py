@@ -46,16 +46,47 @@ def noise_multiplier(
         event = PoissonGaussian(sampling_rate, math.exp(log_sigma), steps)
         return math.log(max(epsilon([event], delta), 1e-9) / epsilon_target)
 
-    low, high = (math.log(bound) for bound in _bracket(epsilon_target, delta, sampling_rate, steps))
-    if excess(high) > 0:
-        raise UsageError(
-            f"no noise multiplier up to {GREATEST_NOISE:g} keeps {steps} steps at rate "
-            f"{sampling_rate:g} within epsilon {epsilon_target}: ask for fewer steps or more "
-            "epsilon"
+    # The filter's ε is an upper bound and costs little: it brackets σ before PLD is asked.
+    order = best_order(epsilon_target, delta)
+    high = math.log(
+        noise_for_filter(
+            limit=epsilon_target,
+            delta=delta,
+            order=order,
+            sampling_rate=sampling_rate,
+            steps=steps,
         )
+    )
+    low = high - math.log(1.5)
     while excess(low) <= 0:
         low -= math.log(2)
     sigma = _round_up(math.exp(optimize.brentq(excess, low, high, xtol=1e-4)))
+    while excess(math.log(sigma)) > 0:
+        sigma = _round_up(sigma * (1 + 10.0**-DIGITS))
+    return sigma
+
+
+def noise_for_filter(
+    *, limit: float, delta: float, order: int, sampling_rate: float, steps: int
+) -> float:
+    """Returns the least σ of four digits with which a site's filter admits all `steps`."""
+    check_budget(limit, delta)
+
+    def excess(log_sigma: float) -> float:
+        event = PoissonGaussian(sampling_rate, math.exp(log_sigma), steps)
+        return filter_epsilon([event], delta, order) - limit
+
+    low, high = math.log(0.05), 0.0
+    while excess(high) > 0:
+        high += 1.0
+        if high > math.log(GREATEST_NOISE):
+            raise UsageError(
+                f"no noise multiplier up to {GREATEST_NOISE:g} keeps {steps} steps at rate "
+                f"{sampling_rate:g} within epsilon {limit}: ask for fewer steps or more epsilon"
+            )
+    if excess(low) <= 0:
+        return math.exp(low)
+    sigma = _round_up(math.exp(optimize.brentq(excess, low, high, xtol=1e-6)))
     while excess(math.log(sigma)) > 0:
         sigma = _round_up(sigma * (1 + 10.0**-DIGITS))
     return sigma
@@ -68,7 +99,7 @@ def max_steps(
     noise_multiplier: float,
     limit: float,
     delta: float,
-    order: float | None,
+    order: int | None,
 ) -> int:
     """Returns how many further steps of one kind a budget still holds, on top of `prior`."""
     events = tuple(prior)
@@ -88,19 +119,6 @@ def max_steps(
         middle = (low + high) // 2
         low, high = (middle, high) if within(middle) else (low, middle)
     return low
-
-
-def _bracket(target: float, delta: float, rate: float, steps: int) -> tuple[float, float]:
-    # The filter's ε is an upper bound and costs little: it brackets σ before PLD is asked.
-    order = best_order(target, delta)
-    low, high = 0.05, GREATEST_NOISE
-    while high / low > 1.01:
-        middle = math.sqrt(low * high)
-        event = PoissonGaussian(rate, middle, steps)
-        low, high = (
-            (middle, high) if filter_epsilon([event], delta, order) > target else (low, middle)
-        )
-    return high / 1.5, high
 
 
 def _round_up(sigma: float) -> float:
