@@ -121,16 +121,15 @@ class Gate:
         order: TrainOrder,
         weights: str,
     ) -> Permit | TrainReply:
-        chains = [
-            self._chain(transaction, domain) for domain in self.policy.charged_domains(terms.domain)
-        ]
-        primary, key = chains[0], (contract.sha256, order.round)
+        first, *shared = self.policy.charged_domains(terms.domain)
+        primary, key = self._chain(transaction, first), (contract.sha256, order.round)
         earlier = primary.charges.get(key, [])
         if earlier and earlier[0].weights != weights:
             raise Refusal(Reason.WEIGHTS_CHANGED, f"round {order.round} came with other weights")
         stored = self._stored(primary, contract, terms, order.round)
         if stored is not None:
-            return stored
+            return stored  # before other chains are begun: it costs nothing and writes nothing
+        chains = [primary, *(self._chain(transaction, domain) for domain in shared)]
         for chain in chains:
             budget.check_room(chain, contract, self.policy.domains[chain.domain])
         transaction.keep("contract", contract.sha256, order.contract.to_bytes())
@@ -190,6 +189,8 @@ class Gate:
                 composition=budget.fixed_rule(terms),
             )
             transaction.append(chain, body, self.key)
+        elif chain.genesis.simulation != self.simulation:
+            raise Refusal(Reason.SIMULATION_ONLY, "a simulation opens no real site's ledger")
         fault = budget.genesis_fault(chain, self.policy)
         if fault:
             raise LedgerError(fault)

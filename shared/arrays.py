@@ -19,7 +19,7 @@ def digest(arrays: Arrays) -> str:
     """Returns a hash of names, shapes and float32 values, in the order of the names."""
     parts: list[bytes] = []
     for name in sorted(arrays):
-        value = np.ascontiguousarray(arrays[name], dtype="<f4")
+        value = np.asarray(arrays[name], dtype="<f4", order="C")
         parts += [name.encode(), repr(value.shape).encode(), value.tobytes()]
     return canonical.tagged("arrays/1", *parts).hex()
 
@@ -27,7 +27,7 @@ def digest(arrays: Arrays) -> str:
 def to_bytes(arrays: Arrays) -> bytes:
     """Returns the arrays as a safetensors file."""
     return bytes(
-        safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()})
+        safetensors.numpy.save({name: np.asarray(a, order="C") for name, a in arrays.items()})
     )
 
 

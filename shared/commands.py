@@ -116,6 +116,8 @@ def verify(
     for path in ledgers:
         try:
             chains += _verified(path, site_key, head)
+        except UsageError:
+            raise
         except BractError as error:
             faults.append(str(error))
     report = Verification(verified=not faults, chains=chains, faults=faults)

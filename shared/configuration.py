@@ -49,7 +49,9 @@ def parse(model: type[Model], value: Any, *, source: str) -> Model:
 
 
 def _one_line(model: type[BaseModel], error: ValidationError, source: str) -> UsageError:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A misspelt key is missing under its right name too: the misspelling says more.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         known = [".".join([*path[:-1], name]) for name in _fields_at(model, path[:-1])]

@@ -7,6 +7,7 @@ refusal  site → server   refusal: reason, site, round
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from bract.shared import arrays as named
 from bract.shared import canonical, keys
 from bract.shared.arrays import Arrays
 from bract.shared.contract import SignedContract, from_bytes
-from bract.shared.errors import Reason, VerificationFailed
+from bract.shared.errors import Reason, UsageError, VerificationFailed
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate, Update
 
 _WEIGHTS, _ORDER = "weights", "order"
@@ -96,9 +97,13 @@ def decode_order(content: RecordDict) -> TrainOrder:
         VerificationFailed: for a message of any other form.
     """
     records = _exactly(content, {_WEIGHTS, _ORDER})
-    terms = _config(records[_ORDER])
+    terms = _config(records[_ORDER], {"contract", "round"})
+    try:
+        signed = from_bytes(_typed(terms, "contract", bytes))
+    except UsageError as error:
+        raise VerificationFailed(str(error)) from error
     return TrainOrder(
-        contract=from_bytes(_typed(terms, "contract", bytes)),
+        contract=signed,
         round=_typed(terms, "round", int),
         weights=_unpack(records[_WEIGHTS]),
     )
@@ -126,7 +131,7 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
         VerificationFailed: for a message of any other form, an extra record included.
     """
     if set(content) == {_REFUSAL}:
-        record = _config(content[_REFUSAL])
+        record = _config(content[_REFUSAL], {"site", "round", "reason"})
         try:
             reason = Reason(_typed(record, "reason", str))
         except ValueError as error:
@@ -137,9 +142,7 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
     name = _UPDATE if _UPDATE in content else _UNPROTECTED
     records = _exactly(content, {name, _RECEIPT})
     values = _unpack(records[name])
-    facts = _config(records[_RECEIPT])
-    if set(facts) != {*Receipt.__dataclass_fields__, "signature"}:
-        raise VerificationFailed("a receipt with other fields")
+    facts = _config(records[_RECEIPT], {*Receipt.__dataclass_fields__, "signature"})
     receipt = Receipt(
         contract=_typed(facts, "contract", str),
         site=_typed(facts, "site", str),
@@ -176,10 +179,14 @@ def _unpack(record: Any) -> dict[str, named.Array]:
 def _unpack_one(name: str, value: FlowerArray) -> named.Array:
     # Never np.load: raw float32 bytes cannot hold an object, so nothing is unpickled.
     shape = tuple(value.shape)
-    expected = 4 * int(np.prod(shape, dtype=np.int64)) if all(n >= 0 for n in shape) else -1
+    # math.prod has no width that a hostile shape could overflow.
+    expected = 4 * math.prod(shape) if all(n >= 0 for n in shape) else -1
     if value.stype != _STYPE or value.dtype != "float32" or len(value.data) != expected:
         raise VerificationFailed(f"array {name!r} is not raw float32 of its shape")
-    return np.frombuffer(value.data, dtype=np.float32).reshape(shape).copy()
+    try:
+        return np.frombuffer(value.data, dtype=np.float32).reshape(shape).copy()
+    except (ValueError, OverflowError) as error:  # no elements, yet an axis beyond numpy's
+        raise VerificationFailed(f"array {name!r} has a shape that cannot be held") from error
 
 
 def _exactly(content: RecordDict, names: set[str]) -> Mapping[str, Any]:
@@ -188,9 +195,9 @@ def _exactly(content: RecordDict, names: set[str]) -> Mapping[str, Any]:
     return dict(content)
 
 
-def _config(record: Any) -> Mapping[str, Any]:
-    if not isinstance(record, ConfigRecord):
-        raise VerificationFailed("a message without its facts")
+def _config(record: Any, fields: set[str]) -> Mapping[str, Any]:
+    if not isinstance(record, ConfigRecord) or set(record) != fields:
+        raise VerificationFailed(f"a message with other facts than {sorted(fields)}")
     return dict(record)
 
 

@@ -32,6 +32,7 @@ class _RoundHandler(logging.Handler):
             accuracy=f"validation accuracy {line.get('validation_accuracy', 0.0):.3f}",
             spent="ε unbounded" if spent is None else f"ε {spent:.2f}",
         )
+        self._progress.refresh()
 
 
 @contextmanager

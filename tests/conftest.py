@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bract.client.gate import Gate
+from bract.client.gate import Gate, Permit
 from bract.client.training.randomness import SecureRandomness
 from bract.client.updates import UpdateStore
 from bract.shared import contract as contracts
@@ -29,7 +31,8 @@ from bract.shared.contract import (
 from bract.shared.data import Examples
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy.ledger import Ledger
-from bract.shared.wire import TrainOrder
+from bract.shared.updates import ProtectedUpdate
+from bract.shared.wire import TrainOrder, TrainReply
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -107,6 +110,12 @@ class World:
             randomness=more.get("randomness", SecureRandomness.kind),
         )
 
+    def serve(self, gate: Gate, order: TrainOrder) -> TrainReply:
+        """Returns the reply to an order, charged and released by a training that changes nothing."""
+        permit = gate.admit(order)
+        assert isinstance(permit, Permit), "the round was released before"
+        return gate.release(permit, ProtectedUpdate(dict(order.weights)))
+
     @property
     def ledger_path(self) -> Path:
         return self.folder / "alpha.sqlite"
@@ -138,16 +147,42 @@ def data_root() -> Path:
     pytest.skip("needs fashion-mnist under BRACT_DATA")
 
 
-@pytest.fixture
-def bract(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Runs the installed command in a process of its own."""
-    import subprocess
-    import sys
+@dataclass
+class Done:
+    """What a command left: its exit code and what it printed."""
 
-    def run(*arguments: str, timeout: float = 300, **more: Any) -> Any:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def bract(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """Runs a command in this process, in a folder of its own; imports are paid once."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Done:
+        from bract.shared import cli
+
+        monkeypatch.setattr(sys, "argv", ["bract", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return Done(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def bract_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the installed command in a process of its own."""
+
+    def run(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
         command = [str(Path(sys.executable).with_name("bract")), *arguments]
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, cwd=tmp_path, **more
+            command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False, **more
         )
 
-    yield run
+    return run

@@ -94,4 +94,6 @@ def _per_example_gradients(probe: GradSampleModule, inputs: Tensor, targets: Ten
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    """Whether rows agree to float32's rounding, by their norms: that is what clipping sees."""
+    bound = 1e-4 * other.norm(dim=1) + 1e-6
+    return bool(((one - other).norm(dim=1) <= bound).all())

@@ -77,7 +77,7 @@ def _factory(name: str) -> Factory:
         raise UnknownName("model", name, MODELS)
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"model {name!r} cannot be imported: {error}") from error
     if not callable(factory):
         raise UsageError(f"model {name!r} is not a function")

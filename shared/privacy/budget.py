@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from bract.shared.contract import Contract
 from bract.shared.errors import Reason, Refusal
 from bract.shared.policy import DomainPolicy, Filter, Policy
@@ -43,11 +45,18 @@ def genesis_fault(chain: Chain, policy: Policy) -> str | None:
         )
     rule = fixed_rule(domain)
     free = isinstance(domain.composition, Filter) and domain.composition.order is None
-    if genesis.composition.get("rule") != rule["rule"] or (
-        not free and genesis.composition != rule
-    ):
+    fixed = genesis.composition
+    if fixed.get("rule") != rule["rule"] or not (_has_order(fixed) if free else fixed == rule):
         return f"domain {chain.domain!r}: the ledger fixed another composition rule at genesis"
     return None
+
+
+def _has_order(composition: dict[str, Any]) -> bool:
+    # Without an order a filter would ask nothing: PLD alone does not cover adaptive contracts.
+    try:
+        return Filter.model_validate(composition, strict=True).order is not None
+    except ValidationError:
+        return False
 
 
 def check_room(chain: Chain, contract: Contract, domain: DomainPolicy) -> None:

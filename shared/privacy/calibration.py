@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from scipy import optimize
 
@@ -60,10 +60,7 @@ def noise_multiplier(
     low = high - math.log(1.5)
     while excess(low) <= 0:
         low -= math.log(2)
-    sigma = _round_up(math.exp(optimize.brentq(excess, low, high, xtol=1e-4)))
-    while excess(math.log(sigma)) > 0:
-        sigma = _round_up(sigma * (1 + 10.0**-DIGITS))
-    return sigma
+    return _least(excess, math.exp(optimize.brentq(excess, low, high, xtol=1e-4)))
 
 
 def noise_for_filter(
@@ -86,10 +83,7 @@ def noise_for_filter(
             )
     if excess(low) <= 0:
         return math.exp(low)
-    sigma = _round_up(math.exp(optimize.brentq(excess, low, high, xtol=1e-6)))
-    while excess(math.log(sigma)) > 0:
-        sigma = _round_up(sigma * (1 + 10.0**-DIGITS))
-    return sigma
+    return _least(excess, math.exp(optimize.brentq(excess, low, high, xtol=1e-6)))
 
 
 def max_steps(
@@ -121,6 +115,22 @@ def max_steps(
     return low
 
 
+def _least(excess: Callable[[float], float], root: float) -> float:
+    # The root is known to a tolerance only: its digit may be one too low, or one too high.
+    sigma = _round_up(root)
+    while excess(math.log(sigma)) > 0:
+        sigma = _round_up(sigma * (1 + 10.0**-DIGITS))
+    while excess(math.log(less := _one_digit_less(sigma))) <= 0:
+        sigma = less
+    return sigma
+
+
 def _round_up(sigma: float) -> float:
     scale = 10.0 ** (DIGITS - 1 - math.floor(math.log10(sigma)))
     return math.ceil(sigma * scale - 1e-9) / scale
+
+
+def _one_digit_less(sigma: float) -> float:
+    # Just under a power of ten the digit is ten times finer.
+    scale = 10.0 ** (DIGITS - math.ceil(math.log10(sigma) - 1e-12))
+    return math.floor(sigma * scale - 1 + 1e-9) / scale

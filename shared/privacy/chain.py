@@ -127,6 +127,12 @@ class Chain:
         self._check(
             charges[-1].primary == self.domain, release.sequence, "a release of another domain"
         )
+        earlier = self.releases.get((release.contract, release.round))
+        self._check(
+            earlier is None or earlier.attempt < release.attempt,
+            release.sequence,
+            "a second release of one charge",
+        )
         self.releases[release.contract, release.round] = release
 
     def _check(self, holds: bool, number: int, fault: str) -> None:

@@ -7,9 +7,10 @@ the one file holds all of it (with a write-ahead log it would not).
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from bract.shared.errors import LedgerBusy, LedgerError, LedgerUnwritable, Verif
 from bract.shared.keys import SigningKey
 from bract.shared.privacy import entries
 from bract.shared.privacy.chain import Chain
-from bract.shared.privacy.entries import Body, Entry
+from bract.shared.privacy.entries import Body, Entry, Head
 
 APPLICATION_ID = 0x62726163  # "brac"
 DocumentKind = Literal["contract", "policy"]
@@ -32,6 +33,10 @@ CREATE TABLE documents (
     kind TEXT NOT NULL, sha256 TEXT NOT NULL, body BLOB NOT NULL,
     PRIMARY KEY (kind, sha256)
 ) WITHOUT ROWID, STRICT;
+CREATE TRIGGER entries_follow BEFORE INSERT ON entries WHEN EXISTS (
+    SELECT 1 FROM entries
+    WHERE site = NEW.site AND domain = NEW.domain AND sequence >= NEW.sequence)
+    BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER entries_are_final BEFORE UPDATE ON entries
     BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER entries_stay BEFORE DELETE ON entries
@@ -45,6 +50,7 @@ class Transaction:
 
     _connection: sqlite3.Connection
     _chains: dict[tuple[str, str], Chain]
+    _seen: Mapping[tuple[str, str], Head]
     touched: set[tuple[str, str]] = field(default_factory=set)
 
     def chain(self, site: str, domain: str, *, key: str) -> Chain:
@@ -54,22 +60,22 @@ class Transaction:
             VerificationFailed: where an entry was altered, or entries seen before are gone.
         """
         name = (site, domain)
-        chain = self._chains.get(name)
-        if chain is None:
-            chain = Chain(site=site, domain=domain, key=key)
+        chain = self._chains.get(name) or Chain(site=site, domain=domain, key=key)
         self.touched.add(name)
-        rows = self._connection.execute(
-            "SELECT body, signature FROM entries WHERE site = ? AND domain = ? AND sequence >= ?"
-            " ORDER BY sequence",
-            (site, domain, max(chain.length - 1, 0)),
-        ).fetchall()
-        if chain.head is not None:
-            seen = [entries.read(*row, key=key).hash for row in rows[:1]]
-            if seen != [chain.head.hash]:
-                raise VerificationFailed(_rolled_back(site, domain))
-            rows = rows[1:]
-        for text, signature in rows:
-            chain.extend_(entries.read(text, signature, key=key))
+        start = max(chain.length - 1, 0)
+        found = [
+            entries.read(*row, key=key)
+            for row in self._connection.execute(
+                "SELECT body, signature FROM entries WHERE site = ? AND domain = ?"
+                " AND sequence >= ? ORDER BY sequence",
+                (site, domain, start),
+            )
+        ]
+        known = chain.head or self._seen.get(name)
+        if known and [known.hash] != [e.hash for e in found[known.sequence - start :][:1]]:
+            raise VerificationFailed(_rolled_back(site, domain))
+        for entry in found[chain.length - start :]:
+            chain.extend_(entry)
         self._chains[name] = chain
         return chain
 
@@ -101,6 +107,7 @@ class Ledger:
     def __init__(self, path: Path, *, timeout_seconds: float = 30.0) -> None:
         self.path = path
         self._chains: dict[tuple[str, str], Chain] = {}
+        self._seen: dict[tuple[str, str], Head] = {}
         with _typed_errors(path):
             self._connection = sqlite3.connect(
                 path, timeout=timeout_seconds, isolation_level=None, check_same_thread=False
@@ -119,12 +126,16 @@ class Ledger:
         """
         with _typed_errors(self.path):
             self._connection.execute("BEGIN IMMEDIATE")
-            transaction = Transaction(self._connection, self._chains)
+            transaction = Transaction(self._connection, self._chains, self._seen)
             try:
                 yield transaction
                 self._connection.execute("COMMIT")
+                for name in transaction.touched & self._chains.keys():
+                    if head := self._chains[name].head:
+                        self._seen[name] = head
             except BaseException:
-                # What the fold holds may be ahead of the file now: read it anew next time.
+                # What the fold holds may be ahead of the file now: read it anew next time, against
+                # the last head that was committed, so that a cut file stays refused.
                 for name in transaction.touched:
                     self._chains.pop(name, None)
                 if self._connection.in_transaction:
@@ -181,8 +192,9 @@ def contents(path: Path) -> Contents:
     Raises:
         LedgerError: where the file is missing, is no ledger, or a write was interrupted.
     """
+    real = path.resolve()  # SQLite keeps its journal beside the file, not beside a link to it
     for suffix in ("-journal", "-wal"):
-        leftover = path.with_name(path.name + suffix)
+        leftover = real.with_name(real.name + suffix)
         if leftover.exists() and leftover.stat().st_size > 0:
             raise LedgerError(
                 f"{leftover} holds an interrupted write: let the site finish, or start it once "
@@ -191,8 +203,9 @@ def contents(path: Path) -> Contents:
     if not path.is_file():
         raise LedgerError(f"no ledger at {path}: name the .sqlite file")
     with _typed_errors(path):
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        connection = sqlite3.connect(f"{real.as_uri()}?mode=ro", uri=True)
         try:
+            connection.execute("BEGIN")  # one snapshot of entries and documents
             return _contents(connection, path)
         finally:
             connection.close()
@@ -208,6 +221,8 @@ def _contents(connection: sqlite3.Connection, path: Path) -> Contents:
             f"{path} has ledger schema {version}, this bract reads {entries.SCHEMA_VERSION}: "
             "use the bract that wrote it, or a newer one"
         )
+    if _objects(connection) != _expected_objects():
+        raise LedgerError(f"{path} has other tables or triggers than a ledger")
     rows: dict[tuple[str, str], list[tuple[int, bytes, bytes]]] = {}
     for site, domain, sequence, text, signature in connection.execute(
         "SELECT site, domain, sequence, body, signature FROM entries ORDER BY 1, 2, 3"
@@ -218,6 +233,20 @@ def _contents(connection: sqlite3.Connection, path: Path) -> Contents:
         for kind, sha256, text in connection.execute("SELECT kind, sha256, body FROM documents")
     }
     return Contents(rows=rows, documents=documents)
+
+
+def _objects(connection: sqlite3.Connection) -> set[tuple[str, ...]]:
+    return set(connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"))
+
+
+@lru_cache(maxsize=1)
+def _expected_objects() -> set[tuple[str, ...]]:
+    connection = sqlite3.connect(":memory:")
+    try:
+        connection.executescript(_SCHEMA)
+        return _objects(connection)
+    finally:
+        connection.close()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Imports neither torch nor Opacus: an auditor's machine needs none of them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 from bract.shared import canonical, contract
 from bract.shared.configuration import parse
 from bract.shared.contract import Contract
-from bract.shared.errors import BractError, VerificationFailed
-from bract.shared.policy import Policy
+from bract.shared.errors import BractError, Refusal, VerificationFailed
+from bract.shared.policy import Policy, check
 from bract.shared.privacy import accounting, budget, entries, ledger
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Charge, Head
@@ -63,6 +64,12 @@ def _verify(
     if not held.rows:
         raise VerificationFailed("the ledger is empty")
     contracts, policies = _documents(held)
+    sites = {site for site, _ in held.rows}
+    for site, domain in anchors:
+        if site in sites and (site, domain) not in held.rows:
+            raise VerificationFailed(
+                f"ledger of {site!r}: holds no domain {domain!r}, but the anchor names it"
+            )
     chains = {
         name: _chain(rows, name, site_keys, anchors) for name, rows in sorted(held.rows.items())
     }
@@ -73,7 +80,7 @@ def _verify(
     unused = sorted(set(held.documents) - used)
     if unused:
         raise VerificationFailed(f"{unused[0][0]} {unused[0][1]} is stored but no entry names it")
-    _check_overlaps(chains)
+    _check_overlaps(chains, policies)
     return [
         Verified(chain=chain, anchored=name in anchors, policies=policies)
         for name, chain in chains.items()
@@ -109,7 +116,7 @@ def _chain(
                 f"ledger of {site!r}, domain {domain!r}, entry {sequence}: "
                 "is not the entry that the anchor names"
             )
-    if anchor and chain.length <= anchor.sequence:
+    if anchor and not 0 <= anchor.sequence < chain.length:
         raise VerificationFailed(
             f"ledger of {site!r}, domain {domain!r}: cut short, ends at entry {chain.length - 1} "
             f"but the anchor names entry {anchor.sequence}"
@@ -184,6 +191,10 @@ def _departure(charge: Charge, agreed: Contract, policy: Policy) -> str | None:
         return "the contract does not list this site, key and domain"
     if agreed.coordinator not in policy.coordinators:
         return "the contract's coordinator is not in the policy"
+    try:
+        check(policy, agreed)
+    except Refusal as refusal:
+        return f"the policy does not allow the contract ({refusal.reason})"
     if charge.domain not in policy.charged_domains(charge.primary):
         return "charges a domain that the policy does not share"
     privacy = agreed.privacy
@@ -204,15 +215,27 @@ def _departure(charge: Charge, agreed: Contract, policy: Policy) -> str | None:
     return None
 
 
-def _check_overlaps(chains: Mapping[tuple[str, str], Chain]) -> None:
-    """Every charge of a shared domain stands in its primary domain too."""
-    for (site, domain), chain in chains.items():
-        for key, charges in chain.charges.items():
-            for charge in charges:
-                primary = chains.get((site, charge.primary))
-                held = primary.charges.get(key, []) if primary else []
-                if len(held) < charge.attempt:
+def _check_overlaps(
+    chains: Mapping[tuple[str, str], Chain], policies: Mapping[str, Policy]
+) -> None:
+    """Every charge stands equally often in its own domain and in all that share with it."""
+    held = {name: _uses(chain) for name, chain in chains.items()}
+    for (site, domain), uses in held.items():
+        for use, numbers in uses.items():
+            _, _, primary, policy = use
+            for other in policies[policy].charged_domains(primary):
+                there = held.get((site, other), {}).get(use, [])
+                if len(there) < len(numbers):
                     raise VerificationFailed(
-                        f"ledger of {site!r}, domain {domain!r}, entry {charge.sequence}: "
-                        f"has no counterpart in the domain {charge.primary!r}"
+                        f"ledger of {site!r}, domain {domain!r}, entry {numbers[len(there)]}: "
+                        f"has no counterpart in the domain {other!r}"
                     )
+
+
+def _uses(chain: Chain) -> Mapping[tuple[str, int, str, str], list[int]]:
+    """Returns the entries of each (contract, round, primary domain, policy)."""
+    uses = defaultdict(list)
+    for (name, number), charges in chain.charges.items():
+        for charge in charges:
+            uses[name, number, charge.primary, charge.policy].append(charge.sequence)
+    return uses

@@ -1,0 +1,129 @@
+"""Which models may be trained privately, asked on made-up data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bract.client.training.admission import admit
+from bract.shared import models
+from bract.shared.errors import ModelRejected
+
+SHAPE = (1, 8, 8)
+
+
+class Between(nn.Module):
+    """A dense layer, with something done to its input."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change, self.layer = change, nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.change(x.flatten(1)))
+
+
+class Borrowed(nn.Module):
+    """Uses its layer's weight a second time without calling the layer: hooks do not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.out = nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.encoder(x.flatten(1)))
+        return self.out(functional.linear(hidden, self.encoder.weight))
+
+
+class Positions(nn.Module):
+    """Asks an embedding for positions: its first axis is not that of the examples."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.positions, self.out = nn.Embedding(length, 10), nn.Linear(64, 10)
+        self.length = length
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x.flatten(1)) + self.positions(torch.arange(self.length)).mean(0)
+
+
+def with_(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Flatten(), nn.Linear(144, 10))
+
+
+def frozen() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
+
+
+def unused() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model.spare = nn.Linear(2, 2)
+    model.forward = lambda x: model[1](model[0](x))
+    return model
+
+
+def check(model: nn.Module, shape: tuple[int, ...] = SHAPE) -> None:
+    torch.manual_seed(0)
+    admit(model, shape=shape, classes=10, name="given")
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
+def test_our_models_are_taken(name: str, shape: tuple[int, ...]) -> None:
+    check(models.build(name, shape, 10, {}), shape)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.GroupNorm(2, 4), nn.LayerNorm([4, 6, 6]), nn.Dropout(0.0)], ids=type
+)
+def test_layers_that_keep_examples_apart_are_taken(layer: nn.Module) -> None:
+    check(with_(layer))
+
+
+def test_admission_leaves_the_model_as_it_was() -> None:
+    model = models.build("cnn", SHAPE, 10, {})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: with_(nn.BatchNorm2d(4)), "BatchNorm cannot support training with differential"),
+        (lambda: Between(lambda x: x - x.mean(0)), "mixes examples"),
+        (lambda: Between(lambda x: x + 1e-2 * x.roll(1, 0)), "mixes examples"),
+        (lambda: Between(lambda x: x * torch.softmax(x @ x.T, 1).diag()[:, None]), "mixes"),
+        (lambda: Between(lambda x: x / len(x)), "mixes examples"),
+        (lambda: Between(lambda x: x + torch.arange(len(x))[:, None]), "mixes examples"),
+        (lambda: Between(lambda x: functional.dropout(x, 0.5)), "random numbers"),
+        (lambda: with_(nn.Dropout(0.5)), "dropout"),
+        (Borrowed, "outside its layer"),
+        (lambda: Positions(4), "mixes examples"),
+        (lambda: Positions(5), "fails on made-up inputs"),
+        (frozen, "no trainable parameter"),
+        (unused, "fails on made-up inputs"),
+        (lambda: nn.Linear(9, 10), r"shape \(1, 8, 8\): RuntimeError"),
+    ],
+)
+def test_model_that_cannot_keep_examples_apart_is_refused_in_one_line(
+    build: Callable[[], nn.Module], reason: str
+) -> None:
+    with pytest.raises(ModelRejected, match=reason) as refusal:
+        check(build())
+    assert "model 'given'" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_are_refused_since_they_are_not_released(persistent: bool) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model.register_buffer("count", torch.zeros(1), persistent=persistent)
+    with pytest.raises(ModelRejected, match="buffers"):
+        check(model)

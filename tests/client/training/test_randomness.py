@@ -1,0 +1,178 @@
+"""The stream of words, samples and normals, and that nothing at a site can seed it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from scipy import stats
+
+from bract.client.training.randomness import RandomStream, SecureRandomness
+
+ROOT = Path(__file__).parents[3]
+KEYS = [bytes([value]) * 32 for value in (0, 7, 255)]
+
+
+class Words(RandomStream):
+    """A stream whose words are given."""
+
+    def __init__(self, *words: int) -> None:
+        super().__init__(bytes(32))
+        self._given = np.array(words, dtype=np.uint64)
+
+    def words(self, count: int) -> npt.NDArray[np.uint64]:
+        assert count == len(self._given)
+        return self._given
+
+
+@pytest.mark.parametrize("length", [0, 16, 31, 33, 64])
+def test_key_of_another_length_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match="32 bytes"):
+        RandomStream(bytes(length))
+
+
+def test_words_are_the_key_stream_of_aes_256_in_counter_mode() -> None:
+    cipher = Cipher(algorithms.AES256(KEYS[1]), modes.ECB()).encryptor()  # noqa: S305  a block at a time, to compare
+    blocks = b"".join(cipher.update(number.to_bytes(16, "big")) for number in range(3))
+    stream = RandomStream(KEYS[1])
+    words = np.concatenate([stream.words(1), stream.words(5)])
+    assert words.tobytes() == blocks
+
+
+def moments_hold(values: npt.NDArray[np.float64]) -> bool:
+    """Whether values pass for standard normals: KS, and four moments within five deviations."""
+    n = len(values)
+    z = [
+        values.mean() * n**0.5,
+        (np.square(values).mean() - 1) * (n / 2) ** 0.5,
+        (values**3).mean() * (n / 15) ** 0.5,
+        ((values**4).mean() - 3) * (n / 96) ** 0.5,
+    ]
+    return bool(np.abs(z).max() < 5 and stats.kstest(values, "norm").pvalue > 1e-4)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_normals_are_standard_normals(key: bytes) -> None:
+    values = RandomStream(key).normals(200_000)
+    assert moments_hold(values)
+    for wrong in (0.98 * values, values + 0.02, np.clip(values, -2.5, 2.5), np.abs(values)):
+        assert not moments_hold(wrong)
+    assert abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 5 / len(values) ** 0.5
+
+
+def test_tails_reach_past_those_of_24_bit_uniforms() -> None:
+    top, sign = (2**53 - 1) << 11, 1
+    low, mirrored, middle, negative = Words(0, sign, top, top | sign).normals(4)
+    assert np.isfinite([low, mirrored]).all()
+    assert low == -mirrored
+    assert abs(low) > 8 > 5.2
+    assert middle == negative == 0
+    assert abs(Words(1 << 11).normals(1)[0]) < abs(low)
+
+
+def test_words_differ_in_their_low_bits_only_by_the_sign() -> None:
+    one, other = Words(12345 << 11, 12345 << 11 | 0b11111111110).normals(2)
+    assert one == other
+    assert Words(12345 << 11 | 1).normals(1)[0] == -one
+
+
+def test_sample_takes_a_word_below_the_rate_and_no_other() -> None:
+    quarter = 1 << 62
+    stream = Words(0, quarter - (1 << 11), quarter, 2**64 - 1)
+    assert stream.poisson_sample(4, 0.25).tolist() == [0, 1]
+    assert stream.poisson_sample(4, 1.0).tolist() == [0, 1, 2, 3]
+    assert stream.poisson_sample(4, 2.0**-53).tolist() == [0]
+
+
+def inclusions(rate: float, *, population: int = 40, draws: int = 4000) -> np.ndarray:
+    stream = RandomStream(KEYS[1])
+    taken = np.zeros((draws, population))
+    for row in taken:
+        row[stream.poisson_sample(population, rate)] = 1
+    return taken
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.3, 0.9])
+def test_each_example_is_in_with_the_rate_and_on_its_own(rate: float) -> None:
+    taken = inclusions(rate)
+    draws, population = taken.shape
+    deviation = (rate * (1 - rate) / draws) ** 0.5
+    assert np.abs(taken.mean(0) - rate).max() < 5 * deviation
+    overall = abs(taken.mean() - rate) / deviation * population**0.5
+    wrong = abs(taken.mean() - 1.2 * rate) / deviation * population**0.5
+    assert overall < 5 < wrong
+    correlation = np.corrcoef(taken.T) - np.eye(population)
+    assert np.abs(correlation).max() < 5.5 / draws**0.5
+    sizes = taken.sum(1)
+    variance = population * rate * (1 - rate)
+    assert sizes.var() == pytest.approx(variance, rel=0.2)
+
+
+def test_shuffled_batches_would_not_pass_for_poisson() -> None:
+    generator = np.random.default_rng(1)
+    taken = np.zeros((4000, 40))
+    for row in taken:
+        row[generator.permutation(40)[:12]] = 1
+    assert taken.sum(1).var() == 0
+    assert (np.corrcoef(taken.T) - np.eye(40)).mean() < -0.02
+
+
+def test_empty_population_and_no_normals_are_fine() -> None:
+    stream = RandomStream(KEYS[0])
+    assert len(stream.poisson_sample(0, 0.5)) == 0
+    assert len(stream.normals(0)) == 0
+
+
+def test_secure_streams_differ_even_for_one_round() -> None:
+    randomness = SecureRandomness()
+    streams = [randomness.stream(number).words(4).tobytes() for number in (1, 1, 2)]
+    assert len(set(streams)) == 3
+    assert randomness.kind == "csprng"
+
+
+def seeds(source: str) -> list[str]:
+    """Every way by which a source file could fix randomness: names and arguments."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = {
+            ast.Attribute: lambda n: [n.attr],
+            ast.Name: lambda n: [n.id],
+            ast.arg: lambda n: [n.arg],
+            ast.keyword: lambda n: [n.arg or ""],
+        }.get(type(node), lambda _: [])(node)
+        found += [name for name in names if "seed" in name.lower() or name in _GENERATORS]
+    return sorted(found)
+
+
+_GENERATORS = {"default_rng", "RandomState", "Random", "Generator", "set_rng_state", "fork_rng"}
+
+
+def test_client_has_no_seed_but_that_of_the_made_up_examples() -> None:
+    assert seeds("def f(seed): np.random.default_rng(seed)") == ["default_rng", "seed", "seed"]
+    found = {
+        str(path.relative_to(ROOT)): seeds(path.read_text())
+        for path in sorted((ROOT / "client").rglob("*.py"))
+    }
+    assert len(found) > 10
+    used = {path: names for path, names in found.items() if names}
+    assert used == {"client/training/admission.py": ["Generator", "manual_seed"]}
+
+
+def test_only_the_stream_draws_in_the_private_step() -> None:
+    """No torch or numpy sampler lies beside it."""
+    for path in (ROOT / "client").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and path.name != "admission.py":
+                drawn = node.attr in {
+                    "randn",
+                    "rand",
+                    "normal",
+                    "normal_",
+                    "randint",
+                    "permutation",
+                }
+                assert not drawn, path

@@ -1,0 +1,175 @@
+"""The server's average: public weights, the contract's order, and only what a receipt covers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from bract.server.strategy import INVALID_UPDATE, PublicFedAvg, from_record, to_record
+from bract.shared import arrays, contract, keys, wire
+from bract.shared.contract import SignedContract, SiteTerms
+from bract.shared.errors import Reason
+from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
+from bract.simulations.grid import LocalGrid
+
+NAMES, SIZES = ("alpha", "beta", "gamma"), (100, 300, 600)
+SHAPES = {"1.weight": (10, 64), "1.bias": (10,)}
+
+
+@pytest.fixture
+def site_keys() -> dict[str, keys.SigningKey]:
+    return {name: keys.generate() for name in NAMES}
+
+
+@pytest.fixture
+def signed(world: Any, site_keys: dict[str, keys.SigningKey]) -> SignedContract:
+    cohort = tuple(
+        SiteTerms(name=name, key=site_keys[name].public, domain="ward", nominal_size=size)
+        for name, size in zip(NAMES, SIZES, strict=True)
+    )
+    signed: SignedContract = world.sign(world.contract(cohort=cohort))
+    return signed
+
+
+def values(fill: float) -> dict[str, Any]:
+    return {name: np.full(shape, fill, dtype=np.float32) for name, shape in SHAPES.items()}
+
+
+def reply(
+    name: str, signed: SignedContract, key: keys.SigningKey, sent: Any, **changes: Any
+) -> wire.TrainReply:
+    facts = {"contract": signed.contract.sha256, "site": name, "round": 1, "attempt": 1,
+             "update": arrays.digest(sent.arrays), "head_domain": "ward", "head_sequence": 2,
+             "head_hash": "0" * 64}  # fmt: skip
+    receipt = wire.Receipt(**{**facts, **changes})
+    return wire.TrainReply(update=sent, receipt=receipt, signature=key.sign(receipt.digest()))
+
+
+@pytest.fixture
+def carry(signed: SignedContract) -> Callable[[dict[int, RecordDict]], list[Message]]:
+    """Carries contents as real replies of real nodes over the grid."""
+
+    def run(contents: dict[int, RecordDict]) -> list[Message]:
+        def client(message: Message, context: Any) -> Message:
+            return Message(contents[context.node_id], reply_to=message)
+
+        grid = LocalGrid(client, [{}] * len(contents), workers=1)  # type: ignore[arg-type]
+        strategy = PublicFedAvg(signed, SHAPES)
+        sent = strategy.configure_train(1, to_record(values(0.0)), ConfigRecord(), grid)
+        return list(grid.send_and_receive(sent))
+
+    return run
+
+
+def test_weights_are_the_contracts_whatever_order_replies_come_in(
+    signed: SignedContract, site_keys: dict[str, keys.SigningKey], carry: Any
+) -> None:
+    generator = np.random.default_rng(5)
+    sent = [
+        {n: generator.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
+        for _ in NAMES
+    ]
+    averages = []
+    for order in permutations(range(3)):
+        contents = {
+            1000 + place: wire.encode_reply(
+                reply(NAMES[i], signed, site_keys[NAMES[i]], ProtectedUpdate(sent[i]))
+            )
+            for place, i in enumerate(order)
+        }
+        average, _ = PublicFedAvg(signed, SHAPES).aggregate_train(1, carry(contents))
+        averages.append(from_record(average))
+    expected = sum(
+        w * s["1.weight"].astype(float) for w, s in zip((0.1, 0.3, 0.6), sent, strict=True)
+    )
+    np.testing.assert_allclose(averages[0]["1.weight"], expected, atol=1e-6)
+    assert all(arrays.digest(a) == arrays.digest(averages[0]) for a in averages)
+
+
+def _changed(name: str, value: Any) -> dict[str, Any]:
+    return {**values(1.0), name: value}
+
+
+BAD: dict[str, Any] = {
+    "not a number": ProtectedUpdate(_changed("1.bias", np.full(10, np.nan, dtype=np.float32))),
+    "other shape": ProtectedUpdate(_changed("1.bias", np.ones(11, dtype=np.float32))),
+    "extra array": ProtectedUpdate(_changed("running_mean", np.ones(3, dtype=np.float32))),
+    "missing array": ProtectedUpdate({"1.bias": np.ones(10, dtype=np.float32)}),
+    "unprotected": UnprotectedUpdate(values(1.0)),
+}
+FORGED: dict[str, dict[str, Any]] = {
+    "another round": {"round": 2},
+    "another contract": {"contract": "f" * 64},
+    "a site not listed": {"site": "delta"},
+    "another site's name": {"site": "beta"},
+    "another update's hash": {"update": "f" * 64},
+}
+
+
+@pytest.mark.parametrize("case", [*BAD, *FORGED, "no signature", "a second from one site"])
+def test_a_bad_update_is_left_out_and_the_round_goes_on(
+    case: str, signed: SignedContract, site_keys: dict[str, keys.SigningKey], carry: Any
+) -> None:
+    good = reply("gamma", signed, site_keys["gamma"], ProtectedUpdate(values(2.0)))
+    bad = reply(
+        "alpha",
+        signed,
+        site_keys["alpha"],
+        BAD.get(case, ProtectedUpdate(values(1.0))),
+        **FORGED.get(case, {}),
+    )
+    if case == "no signature":
+        bad = replace(bad, signature=bytes(64))
+    if case == "a second from one site":
+        bad = good
+    contents = {1000: wire.encode_reply(good), 1001: wire.encode_reply(bad)}
+    strategy = PublicFedAvg(signed, SHAPES)
+    average, _ = strategy.aggregate_train(1, carry(contents))
+    np.testing.assert_array_equal(from_record(average)["1.bias"], np.full(10, 2.0))
+    assert [reason for _, reason in strategy.refused] == [INVALID_UPDATE]
+    assert set(strategy.replied) == {"gamma"}
+
+
+def test_a_final_refusal_is_not_asked_again_and_a_passing_one_is(
+    signed: SignedContract, carry: Any
+) -> None:
+    refusals = {1000: Reason.BUDGET_EXHAUSTED, 1001: Reason.LEDGER_UNAVAILABLE}
+    contents = {
+        node: wire.encode_refusal(wire.RefusalReply(site=f"s{node}", round=1, reason=reason))
+        for node, reason in refusals.items()
+    }
+    strategy = PublicFedAvg(signed, SHAPES)
+    average, _ = strategy.aggregate_train(1, carry(contents))
+    assert average is None
+    grid = LocalGrid(lambda m, c: m, [{}, {}], workers=1)  # type: ignore[arg-type, return-value]
+    again = strategy.configure_train(1, to_record(values(0.0)), ConfigRecord(), grid)
+    assert [message.metadata.dst_node_id for message in again] == [1001]
+
+
+def test_a_message_of_another_form_is_a_bad_update(signed: SignedContract, carry: Any) -> None:
+    strategy = PublicFedAvg(signed, SHAPES)
+    contents = {1000: RecordDict({"arrays": to_record(values(1.0))})}
+    average, _ = strategy.aggregate_train(1, carry(contents))
+    assert average is None
+    assert strategy.refused == [("node 1000", INVALID_UPDATE)]
+
+
+def test_contract_module_is_what_travels(signed: SignedContract, carry: Any) -> None:
+    seen = []
+
+    def client(message: Message, context: Any) -> Message:
+        seen.append(wire.decode_order(message.content))
+        return Message(RecordDict(), reply_to=message)
+
+    grid = LocalGrid(client, [{}], workers=1)  # type: ignore[arg-type]
+    strategy = PublicFedAvg(signed, SHAPES)
+    grid.push_messages(strategy.configure_train(1, to_record(values(3.0)), ConfigRecord(), grid))
+    assert contract.from_bytes(seen[0].contract.to_bytes()) == signed
+    assert seen[0].round == 1
+    assert arrays.digest(seen[0].weights) == arrays.digest(values(3.0))

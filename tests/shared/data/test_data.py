@@ -1,0 +1,261 @@
+"""Data sets, where they are found, and how sites share them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bract.shared import data
+from bract.shared.data import locations
+from bract.shared.data.fashion_mnist import SOURCE, load_fashion_mnist
+from bract.shared.data.locations import Source, download, folder_of, located
+from bract.shared.data.partitions import Partition, nominal_size, split
+from bract.shared.errors import UnknownName, UsageError
+
+# flwr-datasets' advice names options of its own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Classes. .* will NOT be used:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The specified min_partition_size:UserWarning"),
+]
+CONTENT = {"images": b"some pixels" * 50, "labels": b"0123456789"}
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Iterator[Source]:
+    """A data set of two files, served on the loopback."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    for name, content in CONTENT.items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield Source(
+            name="made-up",
+            base=f"http://127.0.0.1:{server.server_port}/",
+            sha256={name: hashlib.sha256(c).hexdigest() for name, c in CONTENT.items()},
+        )
+        server.shutdown()
+        thread.join()
+
+
+def test_unknown_data_set_names_the_nearest() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'digits'"):
+        data.dataset("digit")
+
+
+def test_digits_are_split_once_and_for_all_into_disjoint_parts() -> None:
+    splits = data.load("digits", None)
+    parts = [splits.train, splits.validation, splits.test]
+    assert [len(part) for part in parts] == [1300, 137, 360]
+    terms = data.dataset("digits").terms
+    for part in parts:
+        assert part.inputs.shape[1:] == terms.shape
+        assert part.inputs.dtype == np.uint8
+        assert part.inputs.max() <= terms.scale
+        assert set(part.targets) == set(range(terms.classes))
+    from sklearn.datasets import load_digits
+
+    bundle = load_digits()
+    everything = sorted(
+        (image.tobytes(), int(target))
+        for part in parts
+        for image, target in zip(part.inputs, part.targets, strict=True)
+    )
+    published = zip(bundle.images.astype(np.uint8), bundle.target, strict=True)
+    assert everything == sorted((image.tobytes(), int(target)) for image, target in published)
+    again = data.dataset("digits").load(None)
+    np.testing.assert_array_equal(again.test.inputs, splits.test.inputs)
+
+
+def test_fashion_mnist_is_read_from_a_folder(data_root: Path) -> None:
+    splits = load_fashion_mnist(data_root / "fashion-mnist")
+    assert [len(p) for p in (splits.train, splits.validation, splits.test)] == [60_000, 2000, 8000]
+    assert splits.train.inputs.shape[1:] == (1, 28, 28)
+    assert np.bincount(splits.train.targets).tolist() == [6000] * 10
+    terms = data.dataset("fashion-mnist").terms
+    assert splits.train.inputs.mean() == pytest.approx(terms.offset, abs=0.01)
+    assert splits.train.inputs.std() == pytest.approx(terms.scale, abs=0.01)
+
+
+def test_file_that_is_not_the_published_one_is_refused(tmp_path: Path) -> None:
+    for name in SOURCE.sha256:
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x01\0"))
+    with pytest.raises(UsageError, match="is not the published file"):
+        load_fashion_mnist(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, b"no gzip at all", gzip.compress(b"cut off")[:-9]])
+def test_unreadable_file_is_named_with_a_remedy(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(UsageError, match=r"train-images-idx3-ubyte.*data\.dir=FOLDER"):
+        load_fashion_mnist(tmp_path)
+
+
+def test_download_keeps_the_files_and_needs_no_second_one(
+    published: Source, tmp_path: Path
+) -> None:
+    folder = download(published, tmp_path / "cache" / "made-up")
+    kept = {path.name: gzip.decompress(path.read_bytes()) for path in folder.iterdir()}
+    assert kept == {f"{name}.gz": content for name, content in CONTENT.items()}
+    gone = Source(name=published.name, base="http://127.0.0.1:9/", sha256=published.sha256)
+    assert download(gone, folder) == folder
+
+
+def test_download_of_another_content_is_refused_and_not_kept(
+    published: Source, tmp_path: Path
+) -> None:
+    wrong = {**published.sha256, "labels": "0" * 64}
+    with pytest.raises(UsageError, match=r"labels\.gz is not the published file"):
+        download(Source(published.name, published.base, wrong), tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["images.gz"]
+
+
+@pytest.mark.parametrize("missing", ["host", "file", "gzip"])
+def test_failed_download_says_how_to_go_on_without_one(
+    published: Source, tmp_path: Path, missing: str
+) -> None:
+    base, names = published.base, dict(published.sha256)
+    if missing == "host":
+        base = "http://127.0.0.1:9/"
+    if missing == "file":
+        names = {"absent": "0" * 64}
+    if missing == "gzip":
+        (tmp_path / "published/images.gz").write_bytes(b"no gzip")
+    with pytest.raises(UsageError, match=r"cannot be fetched .* --data-dir or BRACT_DATA"):
+        download(Source(published.name, base, names), tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_located_prefers_the_systems_folder_and_else_downloads_to_the_cache(
+    published: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locations, "SYSTEM_ROOT", tmp_path / "system")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert located(published) == tmp_path / "cache/bract/made-up"
+    assert len(list((tmp_path / "cache/bract/made-up").iterdir())) == 2
+    (tmp_path / "system/made-up").mkdir(parents=True)
+    assert located(published) == tmp_path / "system/made-up"
+
+
+def test_folder_is_the_named_one_then_the_root_then_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("named", "root/digits", "environment/digits", "empty"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setenv("BRACT_DATA", str(tmp_path / "environment"))
+    ask = partial(folder_of, "digits")
+    assert ask(folder=tmp_path / "named", root=tmp_path / "root") == tmp_path / "named"
+    assert ask(folder=None, root=tmp_path / "root") == tmp_path / "root/digits"
+    assert ask(folder=None, root=tmp_path / "empty") is None
+    assert ask(folder=None, root=None) == tmp_path / "environment/digits"
+    monkeypatch.delenv("BRACT_DATA")
+    assert ask(folder=None, root=None) is None
+
+
+@pytest.mark.parametrize(("option", "remedy"), [("folder", "data.dir"), ("root", "--data-dir")])
+def test_named_folder_that_does_not_exist_is_an_error(
+    tmp_path: Path, option: str, remedy: str
+) -> None:
+    places = {"folder": None, "root": None, option: tmp_path / "absent"}
+    with pytest.raises(UsageError, match=f"no data folder .*absent: correct {remedy}"):
+        folder_of("digits", **places)
+
+
+TARGETS = np.random.default_rng(2).permutation(np.repeat(np.arange(10), 120))
+PARTITIONS = {
+    "iid": Partition(),
+    "dirichlet": Partition(kind="dirichlet", alpha=0.5),
+    "label": Partition(kind="label", labels_per_site=2),
+    "sizes": Partition(kind="sizes"),
+}
+
+
+@pytest.mark.parametrize("kind", PARTITIONS)
+@pytest.mark.parametrize("sites", [2, 5, 8])
+def test_partition_gives_every_example_to_one_site(kind: str, sites: int) -> None:
+    parts = split(TARGETS, sites=sites, partition=PARTITIONS[kind], seed=4)
+    assert len(parts) == sites
+    rows = np.concatenate(parts)
+    assert len(set(rows)) == len(rows)
+    assert set(rows) <= set(range(len(TARGETS)))
+    # by labels: site i has labels i and i + 1, and the examples of the others lie nowhere
+    held = np.isin(TARGETS, range(sites + 1)) if kind == "label" else np.ones(len(TARGETS), bool)
+    assert len(rows) == held.sum()
+    assert all(np.array_equal(part, np.sort(part)) for part in parts)
+
+
+def test_partition_kinds_differ_in_sizes_and_labels() -> None:
+    parts = {k: split(TARGETS, sites=5, partition=p, seed=4) for k, p in PARTITIONS.items()}
+    sizes = {kind: [len(part) for part in of] for kind, of in parts.items()}
+    assert sizes["iid"] == [240] * 5
+    assert sizes["sizes"] == [80, 160, 240, 320, 400]
+    assert [len(set(TARGETS[part])) for part in parts["label"]] == [2] * 5
+    assert [len(set(TARGETS[part])) for part in parts["iid"]] == [10] * 5
+    assert len(set(sizes["dirichlet"])) > 1
+
+    def skew(of: list[np.ndarray]) -> float:
+        shares = np.stack([np.bincount(TARGETS[p], minlength=10) / len(p) for p in of])
+        return float(shares.std(0).mean())
+
+    assert skew(parts["dirichlet"]) > 3 * skew(parts["iid"])
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "sizes"])
+def test_partition_follows_its_seed(kind: str) -> None:
+    one, again, other = (
+        split(TARGETS, sites=4, partition=PARTITIONS[kind], seed=seed) for seed in (1, 1, 2)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("sites", [0, 121])
+def test_sites_that_the_examples_cannot_serve_are_an_error(sites: int) -> None:
+    with pytest.raises(UsageError, match="use 1 to 120 sites"):
+        split(TARGETS, sites=sites, partition=Partition(), seed=1)
+
+
+@pytest.mark.parametrize(
+    "partition",
+    [
+        Partition(kind="sizes", min_size=100),
+        Partition(kind="dirichlet", alpha=0.001, min_size=100),
+        Partition(kind="label", labels_per_site=20),
+    ],
+)
+def test_partition_that_cannot_be_made_is_an_error(partition: Partition) -> None:
+    with pytest.raises(UsageError, match=f"partition '{partition.kind}'"):
+        split(TARGETS, sites=8, partition=partition, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("true", "public"),
+    [
+        (1, 1),
+        (10, 10),
+        (99, 99),
+        (100, 100),
+        (109, 100),
+        (260, 260),
+        (5987, 5900),
+        (60_000, 60_000),
+    ],
+)
+def test_nominal_size_is_two_digits_rounded_down(true: int, public: int) -> None:
+    assert nominal_size(true) == public

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bract.shared.privacy import accounting, prv
+from bract.shared.privacy.events import PoissonGaussian, Unbounded
+from bract.shared.privacy.orders import conversion
+
+DELTA = 1e-5
+# size, batch, σ, steps, and ε by Opacus' RDP and by PLD
+TABLE = [
+    (600, 32, 1.0, 950, 12.54, 11.505),
+    (2000, 32, 1.0, 3100, 6.04, 5.529),
+    (2000, 256, 2.0, 400, 7.07, 6.516),
+    (10000, 32, 0.6, 1000, 4.05, 3.145),
+    (10000, 256, 2.0, 1950, 2.74, 2.512),
+]
+EVENTS = st.builds(
+    PoissonGaussian,
+    sampling_rate=st.sampled_from([0.01, 0.1, 0.5]),
+    noise_multiplier=st.sampled_from([0.8, 1.0, 2.0]),
+    steps=st.integers(1, 300),
+)
+
+
+@pytest.mark.parametrize(("size", "batch", "noise", "steps", "rdp", "pld"), TABLE)
+def test_epsilon_is_that_of_the_table(
+    size: int, batch: int, noise: float, steps: int, rdp: float, pld: float
+) -> None:
+    event = PoissonGaussian(batch / size, noise, steps)
+    found = accounting.epsilon([event], DELTA)
+    assert found == pytest.approx(pld, abs=0.02)
+    thorough = accounting.epsilon([event], DELTA, interval=accounting.THOROUGH_INTERVAL)
+    assert thorough == pytest.approx(found, abs=2e-3)
+    filtered = [accounting.filter_epsilon([event], DELTA, order) for order in range(2, 41)]
+    assert min(filtered) == pytest.approx(rdp, rel=0.05)  # Opacus asks fractional orders too
+    assert found <= min(filtered)
+    by_prv = prv.epsilon_prv([event], DELTA)
+    assert by_prv is not None
+    assert 0 <= by_prv - found <= prv.AGREEMENT
+
+
+def test_gaussian_accountants_agree_with_the_closed_form_of_one_release() -> None:
+    # Balle & Wang 2018, arXiv 1805.06530, theorem 8: δ(ε) of one Gaussian release.
+    def tail(x: float) -> float:
+        return 0.5 * math.erfc(-x / math.sqrt(2))
+
+    noise = 2.0
+    epsilon = accounting.epsilon([PoissonGaussian(1.0, noise, 1)], DELTA)
+    half = 1 / (2 * noise)
+    delta = tail(half - epsilon * noise) - math.exp(epsilon) * tail(-half - epsilon * noise)
+    assert delta == pytest.approx(DELTA, rel=0.02)
+    assert delta <= DELTA
+
+
+def test_the_filter_charges_the_divergence_at_its_one_order() -> None:
+    event, order = PoissonGaussian(1.0, 2.0, 7), 9
+    divergence = 7 * order / (2 * 2.0**2)
+    expected = divergence + conversion(order, DELTA)
+    assert accounting.filter_epsilon([event], DELTA, order) == pytest.approx(expected, rel=1e-9)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(EVENTS, min_size=2, max_size=4))
+def test_merged_events_cost_what_the_same_steps_cost_one_by_one(
+    events: list[PoissonGaussian],
+) -> None:
+    single = [PoissonGaussian(e.sampling_rate, e.noise_multiplier, 1) for e in events]
+    halves = [e for e in events for _ in range(2)]
+    doubled = [PoissonGaussian(e.sampling_rate, e.noise_multiplier, 2 * e.steps) for e in events]
+    assert accounting.epsilon(halves, DELTA) == accounting.epsilon(doubled, DELTA)
+    assert accounting.epsilon(single, DELTA) == accounting.epsilon(single[::-1], DELTA)
+
+
+def test_composing_event_by_event_gives_what_the_merged_one_gives() -> None:
+    # The library's own composition, without merge, is the other side of the comparison.
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(
+        accounting._ADD_OR_REMOVE_ONE, value_discretization_interval=accounting.ONLINE_INTERVAL
+    )
+    step = dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(1.0))
+    for _ in range(6):
+        accountant.compose(step, 5)
+    merged = accounting.epsilon([PoissonGaussian(0.1, 1.0, 5)] * 6, DELTA)
+    assert merged == pytest.approx(accountant.get_epsilon(DELTA), abs=1e-6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(EVENTS, st.integers(1, 300))
+def test_more_steps_never_cost_less(event: PoissonGaussian, more: int) -> None:
+    longer = PoissonGaussian(event.sampling_rate, event.noise_multiplier, event.steps + more)
+    assert accounting.epsilon([longer], DELTA) >= accounting.epsilon([event], DELTA)
+    assert accounting.filter_epsilon([longer], DELTA, 8) > accounting.filter_epsilon(
+        [event], DELTA, 8
+    )
+
+
+@settings(max_examples=10, deadline=None)
+@given(EVENTS, st.sampled_from([4, 16, 64]), st.sampled_from([1e-7, 1e-5]))
+def test_the_filter_never_reports_less_than_pld(
+    event: PoissonGaussian, order: int, delta: float
+) -> None:
+    assert accounting.filter_epsilon([event], delta, order) >= accounting.epsilon([event], delta)
+
+
+def test_nothing_released_costs_nothing() -> None:
+    assert accounting.epsilon([], DELTA) == 0.0
+    assert accounting.filter_epsilon([], DELTA, 8) == 0.0
+    assert prv.epsilon_prv([], DELTA) == 0.0
+
+
+def test_one_release_without_noise_leaves_no_bound() -> None:
+    events = [PoissonGaussian(0.1, 1.0, 1), Unbounded()]
+    assert accounting.is_unbounded(events)
+    assert accounting.epsilon(events, DELTA) == math.inf
+    assert accounting.filter_epsilon(events, DELTA, 8) == math.inf
+    assert prv.epsilon_prv(events, DELTA) is None
+    assert not accounting.fits(events, limit=1e9, delta=DELTA, order=None)
+
+
+def test_prv_is_not_asked_where_its_cost_has_no_bound() -> None:
+    assert prv.epsilon_prv([PoissonGaussian(1.0, 0.1, 10)], DELTA) is None
+
+
+def test_a_budget_must_hold_by_the_filter_and_by_pld() -> None:
+    event = PoissonGaussian(0.1, 1.0, 100)
+    pld = accounting.epsilon([event], DELTA)
+    filtered = accounting.filter_epsilon([event], DELTA, 8)
+    assert pld < filtered
+    between = (pld + filtered) / 2
+    assert accounting.fits([event], limit=between, delta=DELTA, order=None)
+    assert not accounting.fits([event], limit=between, delta=DELTA, order=8)
+    assert accounting.fits([event], limit=filtered, delta=DELTA, order=8)
+    assert not accounting.fits([event], limit=pld - 1e-6, delta=DELTA, order=None)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bract.shared.errors import UsageError
+from bract.shared.privacy import accounting, calibration
+from bract.shared.privacy.events import Event, PoissonGaussian
+from bract.shared.privacy.orders import best_order
+
+SETTINGS = [
+    (3.0, 1e-5, 0.1, 100),
+    (1.0, 1e-6, 0.01, 1000),
+    (8.0, 1e-5, 0.5, 20),
+    (0.5, 1e-7, 0.05, 300),
+    (20.0, 1e-3, 1.0, 1),
+    # the root that the solver finds lies a digit above the least
+    (3.0828361079500004, 3.012218943310965e-05, 0.03180264367278835, 18),
+]
+
+
+def one_digit(sigma: float) -> float:
+    """Returns the last of sigma's four digits as a number."""
+    return 10.0 ** (math.floor(math.log10(sigma)) - 3)
+
+
+@pytest.mark.parametrize(("target", "delta", "rate", "steps"), SETTINGS)
+def test_noise_is_the_least_of_four_digits_on_the_private_side(
+    target: float, delta: float, rate: float, steps: int
+) -> None:
+    sigma = calibration.noise_multiplier(
+        epsilon_target=target, delta=delta, sampling_rate=rate, steps=steps
+    )
+    assert sigma == float(f"{sigma:.4g}")
+    less = sigma - one_digit(sigma)
+    assert accounting.epsilon([PoissonGaussian(rate, sigma, steps)], delta) <= target
+    assert accounting.epsilon([PoissonGaussian(rate, less, steps)], delta) > target
+
+
+@pytest.mark.parametrize(("target", "delta", "rate", "steps"), SETTINGS)
+def test_noise_for_a_filter_is_the_least_that_it_admits(
+    target: float, delta: float, rate: float, steps: int
+) -> None:
+    order = best_order(target, delta)
+    sigma = calibration.noise_for_filter(
+        limit=target, delta=delta, order=order, sampling_rate=rate, steps=steps
+    )
+    less = sigma - one_digit(sigma)
+    for noise, fits in ((sigma, True), (less, False)):
+        found = accounting.filter_epsilon([PoissonGaussian(rate, noise, steps)], delta, order)
+        assert (found <= target) is fits
+
+
+@given(st.floats(1e-3, 1e4))
+def test_digits_are_stepped_without_a_gap(root: float) -> None:
+    sigma = calibration._round_up(root)
+    assert sigma >= root * (1 - 1e-9)
+    less = calibration._one_digit_less(sigma)
+    assert less < sigma
+    assert calibration._round_up(less) == less
+    assert calibration._round_up((less + sigma) / 2) == sigma
+
+
+@pytest.mark.parametrize("target", [math.nan, 0.0, -1.0, math.inf, -math.inf])
+def test_an_epsilon_that_is_no_budget_is_refused(target: float) -> None:
+    for call in (
+        lambda: calibration.check_budget(target, 1e-5),
+        lambda: calibration.noise_multiplier(
+            epsilon_target=target, delta=1e-5, sampling_rate=0.1, steps=10
+        ),
+    ):
+        with pytest.raises(UsageError, match="epsilon .* must be"):
+            call()
+
+
+@pytest.mark.parametrize("delta", [math.nan, 0.0, 1.0, -1e-5, 2.0, math.inf])
+def test_a_delta_outside_zero_and_one_is_refused(delta: float) -> None:
+    with pytest.raises(UsageError, match="delta .* must be"):
+        calibration.noise_multiplier(epsilon_target=1.0, delta=delta, sampling_rate=0.1, steps=10)
+
+
+def test_a_budget_that_no_noise_keeps_is_refused_with_a_remedy() -> None:
+    with pytest.raises(UsageError, match="fewer steps or more epsilon"):
+        calibration.noise_multiplier(
+            epsilon_target=0.01, delta=1e-9, sampling_rate=1.0, steps=10**7
+        )
+
+
+@pytest.mark.parametrize("prior", [(), (PoissonGaussian(0.5, 2.0, 4),)], ids=["fresh", "spent"])
+@pytest.mark.parametrize("order", [None, 8], ids=["pld", "filter"])
+def test_the_most_steps_fit_and_one_more_does_not(
+    prior: tuple[Event, ...], order: int | None
+) -> None:
+    terms = {"limit": 4.0, "delta": 1e-5, "order": order}
+    most = calibration.max_steps(prior=prior, sampling_rate=0.1, noise_multiplier=1.2, **terms)
+    assert most > 1
+    assert accounting.fits((*prior, PoissonGaussian(0.1, 1.2, most)), **terms)
+    assert not accounting.fits((*prior, PoissonGaussian(0.1, 1.2, most + 1)), **terms)
+
+
+def test_a_spent_budget_holds_no_step() -> None:
+    prior = (PoissonGaussian(1.0, 0.5, 4),)
+    assert (
+        calibration.max_steps(
+            prior=prior,
+            sampling_rate=0.1,
+            noise_multiplier=1.0,
+            limit=1.0,
+            delta=1e-5,
+            order=None,
+        )
+        == 0
+    )

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from bract.shared import canonical
+from bract.shared.configuration import parse
+from bract.shared.errors import Reason, Refusal, UsageError
+from bract.shared.policy import DomainPolicy, Menu, MenuClass, Policy, check, check_delta
+
+KEY = "ab" * 32
+
+
+def policy(**changes: Any) -> Policy:
+    terms: dict[str, Any] = {
+        "site": "alpha",
+        "coordinators": (KEY,),
+        "domains": {"ward": DomainPolicy(epsilon=8.0, delta=1e-5)},
+        "models": ("linear",),
+        **changes,
+    }
+    return Policy.model_validate(terms)
+
+
+def refusal(policy: Policy, contract: Any) -> Reason:
+    with pytest.raises(Refusal) as refused:
+        check(policy, contract)
+    return refused.value.reason
+
+
+def menu(*classes: tuple[float, float, int]) -> DomainPolicy:
+    listed = tuple(
+        MenuClass(sampling_rate=rate, noise_multiplier=noise, max_steps=steps)
+        for rate, noise, steps in classes
+    )
+    return DomainPolicy(epsilon=8.0, delta=1e-5, composition=Menu(classes=listed))
+
+
+def test_a_contract_within_every_limit_gets_the_sites_own_terms(world: Any) -> None:
+    agreed = world.contract()
+    assert check(world.policy(), agreed) == agreed.cohort[0]
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"site": "beta"}, Reason.NOT_IN_CONTRACT),
+        ({"domains": {"clinic": DomainPolicy(epsilon=8, delta=1e-5)}}, Reason.POLICY_DOMAIN),
+        ({"models": ("cnn",)}, Reason.POLICY_MODEL),
+        ({"mechanisms": ("none",)}, Reason.POLICY_MECHANISM),
+        ({"min_noise_multiplier": 1.5000001}, Reason.POLICY_NOISE),
+        ({"max_sampling_rate": 0.0999999}, Reason.POLICY_SAMPLING),
+        ({"domains": {"ward": menu((0.1, 1.6, 100))}}, Reason.POLICY_MENU),
+        ({"domains": {"ward": menu((0.2, 1.5, 100))}}, Reason.POLICY_MENU),
+    ],
+)
+def test_each_limit_refuses_with_its_own_reason(
+    world: Any, limits: dict[str, Any], reason: Reason
+) -> None:
+    assert refusal(world.policy(**limits), world.contract()) is reason
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"min_noise_multiplier": 1.5},
+        {"max_sampling_rate": 0.1},
+        {"domains": {"ward": menu((0.3, 1.0, 1), (0.1, 1.5, 1))}},
+    ],
+    ids=["least-noise", "greatest-rate", "menu"],
+)
+def test_a_limit_that_is_just_reached_is_kept(world: Any, limits: dict[str, Any]) -> None:
+    assert check(world.policy(**limits), world.contract()).name == "alpha"
+
+
+def test_a_mechanism_without_noise_is_allowed_only_where_the_policy_says_so(world: Any) -> None:
+    agreed = world.contract(simulation=True, privacy={"mechanism": "none"})
+    assert refusal(world.policy(), agreed) is Reason.POLICY_MECHANISM
+    assert check(world.policy(mechanisms=("none",)), agreed).domain == "ward"
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "of", "charged"),
+    [
+        ({}, "a", ("a",)),
+        ({"a": ("b",)}, "a", ("a", "b")),
+        ({"a": ("b",)}, "b", ("b", "a")),
+        ({"a": ("b",), "b": ("c",)}, "a", ("a", "b", "c")),
+        ({"a": ("b",), "c": ("b",)}, "c", ("c", "b", "a")),
+        ({"a": ("b",), "b": ("a",)}, "b", ("b", "a")),
+        ({"a": ("a",)}, "a", ("a",)),
+    ],
+    ids=str,
+)
+def test_a_use_charges_its_domain_first_and_all_that_share_examples(
+    overlaps: dict[str, tuple[str, ...]], of: str, charged: tuple[str, ...]
+) -> None:
+    domains = {
+        name: DomainPolicy(epsilon=1, delta=1e-5, overlaps=overlaps.get(name, ())) for name in "abc"
+    }
+    assert policy(domains=domains).charged_domains(of) == charged
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.sets(st.sampled_from("abcd"))))
+def test_sharing_is_symmetric_and_transitive(overlaps: dict[str, set[str]]) -> None:
+    domains = {
+        name: DomainPolicy(epsilon=1, delta=1e-5, overlaps=tuple(sorted(overlaps.get(name, ()))))
+        for name in "abcd"
+    }
+    found = policy(domains=domains)
+    for name in "abcd":
+        for other in found.charged_domains(name):
+            assert set(found.charged_domains(other)) == set(found.charged_domains(name))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"coordinators": ()},
+        {"domains": {}},
+        {"models": ()},
+        {"domains": {"ward": {"epsilon": 0, "delta": 1e-5}}},
+        {"domains": {"ward": {"epsilon": float("inf"), "delta": 1e-5}}},
+        {"domains": {"ward": {"epsilon": float("nan"), "delta": 1e-5}}},
+        {"domains": {"ward": {"epsilon": 1, "delta": 0}}},
+        {"domains": {"ward": {"epsilon": 1, "delta": 1}}},
+        {"domains": {"ward": {"epsilon": 1, "delta": 1e-5, "overlaps": ["clinic"]}}},
+        {"domains": {"ward": {"epsilon": 1, "delta": 1e-5, "composition": {"rule": "none"}}}},
+        {"domains": {"../ward": {"epsilon": 1, "delta": 1e-5}}},
+        {"min_noise_multiplier": 0},
+        {"max_sampling_rate": 0},
+        {"max_epsilon": 3},
+    ],
+    ids=str,
+)
+def test_a_policy_out_of_range_is_refused_in_one_line(changes: dict[str, Any]) -> None:
+    value = {**policy().model_dump(mode="json"), **changes}
+    with pytest.raises(UsageError, match="site.toml") as error:
+        parse(Policy, value, source="site.toml")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("order", [1, 257, 2.5, "x"])
+def test_a_filter_takes_a_whole_order_in_range(order: Any) -> None:
+    with pytest.raises(ValidationError):
+        DomainPolicy.model_validate(
+            {"epsilon": 1, "delta": 1e-5, "composition": {"rule": "filter", "order": order}}
+        )
+
+
+def test_a_policy_is_read_back_from_its_canonical_form_by_the_same_name() -> None:
+    one = policy(domains={"ward": menu((0.1, 1.5, 10))})
+    again = parse(Policy, canonical.decode(one.to_bytes()), source="policy")
+    assert again == one
+    assert again.sha256 == one.sha256 == canonical.sha256(one.to_bytes())
+    assert policy().sha256 != one.sha256
+
+
+@pytest.mark.parametrize(("delta", "size", "fits"), [(1e-5, 99_999, True), (1e-5, 100_000, False)])
+def test_delta_stays_under_one_over_the_nominal_size(delta: float, size: int, fits: bool) -> None:
+    if fits:
+        check_delta(delta, size)
+        return
+    with pytest.raises(UsageError, match="1/100000"):
+        check_delta(delta, size)
+
+
+@pytest.mark.parametrize("delta", [0.0, -1.0, float("nan"), 1.0])
+def test_a_delta_that_is_no_probability_is_refused(delta: float) -> None:
+    with pytest.raises(UsageError, match="delta"):
+        check_delta(delta, 1)
