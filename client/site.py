@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from bract.client.gate import Gate, Permit
 from bract.client.training.randomness import Randomness
 from bract.client.training.trainer import Execution, Trainer
@@ -14,6 +16,11 @@ from bract.shared.errors import BractError, Reason, Refusal
 from bract.shared.wire import RefusalReply, TrainOrder, TrainReply
 
 logger = logging.getLogger("bract.client")
+
+# Above this, weights that a server chose to cancel could make the rounding of one example's
+# gradient, which varies with the size of the batch, as large as the clip norm. Public, so that
+# refusing tells nothing; trained weights stay far below it.
+GREATEST_WEIGHT = 1e3
 
 
 @dataclass(slots=True)
@@ -62,8 +69,11 @@ class Site:
 
     def _train(self, order: TrainOrder) -> TrainReply:
         trainer = self._trainer(order)
-        if arrays.fault(order.weights, trainer.shapes):
-            raise Refusal(Reason.WEIGHTS_INVALID, "the weights are not the model's")
+        fault = arrays.fault(order.weights, trainer.shapes)
+        if fault or any(
+            np.abs(value).max(initial=0) > GREATEST_WEIGHT for value in order.weights.values()
+        ):
+            raise Refusal(Reason.WEIGHTS_INVALID, fault or f"a weight is over {GREATEST_WEIGHT:g}")
         admitted = self.gate.admit(order)
         if not isinstance(admitted, Permit):
             return admitted

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--sites", type=int, metavar="N", help="How many sites share the data.")
 @click.option("--rounds", type=int, metavar="R", help="How many rounds.")
 @click.option("--model", metavar="M", help="linear, mlp, cnn, or module:factory.")
-@click.option("--device", metavar="D", help="auto, cpu, cuda:N or mps.")
+@click.option("--device", metavar="D", help="auto, cpu or cuda:N.")
 @click.option("--workers", type=int, metavar="W", help="Processes that train; default: the cores.")
 @click.option("--seed", type=int, metavar="S", help="Repeats partition, start, batches and noise.")
 @click.option(

@@ -221,8 +221,8 @@ def clipped_sum(mode: Mode, model: nn.Module, loss: Loss, clip_norm: float) -> C
     return HooksSum(model, loss, clip_norm)
 
 
-def _backward(loss: Tensor, *, retain_graph: bool = False) -> None:
-    torch.autograd.backward([loss], retain_graph=retain_graph)
+def _backward(loss: Tensor) -> None:
+    torch.autograd.backward([loss])
 
 
 def _released(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -109,9 +109,9 @@ class Trainer:
                 for piece in _pieces(batch, self._pieces):
                     self._summer.add_(sums, *self._batch(examples, piece))
                 return sums
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
                 # The same batch again in smaller pieces: no new sample, no new charge.
-                if self._pieces == 1:
+                if self._pieces == 1 or not _out_of_memory(error):
                     raise
                 self._pieces //= 2
 
@@ -163,6 +163,11 @@ def _summer(contract: Contract, mode: Mode, model: nn.Module) -> ClippedSum:
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns the cross-entropy of each example; never reduced, so none touches another."""
     return functional.cross_entropy(logits, targets, reduction="none", ignore_index=NO_CLASS)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator has no type of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _pieces(batch: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:

@@ -16,7 +16,7 @@ class Partition(Frozen):
     """A partition of the training examples over sites.
 
     `iid` shuffles and cuts; `dirichlet` draws each label's shares from Dirichlet(`alpha`);
-    `label` gives each site `labels_per_site` labels; `sizes` grows the sizes linearly.
+    `label` gives site i the labels i to i + `labels_per_site` − 1, round and round; `sizes` grows the sizes linearly.
     """
 
     kind: Literal["iid", "dirichlet", "label", "sizes"] = "iid"
@@ -38,6 +38,7 @@ def split(
             f"{sites} sites cannot share {len(targets)} examples with at least "
             f"{partition.min_size} each: use 1 to {len(targets) // partition.min_size} sites"
         )
+    _check_labels(targets, sites=sites, partition=partition)
     order = np.random.default_rng(seed).permutation(len(targets))
     partitioner = _partitioner(sites, partition, seed)
     try:
@@ -54,6 +55,17 @@ def split(
             "use fewer sites, or lower data.partition.min_size"
         )
     return parts
+
+
+def _check_labels(targets: npt.NDArray[np.int64], *, sites: int, partition: Partition) -> None:
+    """Refuses a partition by label that would leave labels at no site."""
+    labels, each = len(np.unique(targets)), partition.labels_per_site
+    if partition.kind == "label" and not each <= labels <= sites + each - 1:
+        raise UsageError(
+            f"{sites} sites of {each} labels, each one label on from the last, do not hold all "
+            f"{labels} labels: set data.partition.labels_per_site to "
+            f"{max(labels - sites + 1, 1)} or more, {labels} at the most"
+        )
 
 
 def nominal_size(true_size: int) -> int:

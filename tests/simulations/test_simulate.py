@@ -168,7 +168,7 @@ def test_a_run_without_privacy_says_so_everywhere_and_keeps_to_a_throwaway_domai
 def test_uneven_sites_train_under_their_public_sizes(
     bract: Bract, tmp_path: Path, kind: str
 ) -> None:
-    change = ("data.partition.labels_per_site=4", f"data.partition.kind={kind}", "privacy.batch=30")
+    change = ("data.partition.labels_per_site=8", f"data.partition.kind={kind}", "privacy.batch=30")
     settings = [word for setting in change for word in ("--set", setting)]
     done = bract("simulate", "digits", *QUICK, *settings, "--out", "run", "--json")
     assert done.returncode == 0, done.stderr

@@ -345,6 +345,14 @@ def test_ghost_refuses_a_dense_layer_whose_parameter_is_used_twice(
         total("opacus-ghost", build(), batch((6,)), 1.0)
 
 
+def test_ghost_holds_no_gradient_of_each_example_for_a_dense_layer() -> None:
+    model, (inputs, targets), _ = made("mlp")
+    module = GhostSum(model, losses, 1.0)._module
+    losses(module(inputs), targets).sum().backward()
+    assert all(parameter.grad_sample is None for parameter in model.parameters())
+    assert [layer for layer, _, _ in module.factors] == [model[3], model[1]]
+
+
 class Failing(nn.Module):
     """Runs out of memory in one pass, `forward` or `backward`, while `armed`."""
 

@@ -181,7 +181,7 @@ TARGETS = np.random.default_rng(2).permutation(np.repeat(np.arange(10), 120))
 PARTITIONS = {
     "iid": Partition(),
     "dirichlet": Partition(kind="dirichlet", alpha=0.5),
-    "label": Partition(kind="label", labels_per_site=2),
+    "label": Partition(kind="label", labels_per_site=9),
     "sizes": Partition(kind="sizes"),
 }
 
@@ -193,10 +193,7 @@ def test_partition_gives_every_example_to_one_site(kind: str, sites: int) -> Non
     assert len(parts) == sites
     rows = np.concatenate(parts)
     assert len(set(rows)) == len(rows)
-    assert set(rows) <= set(range(len(TARGETS)))
-    # by labels: site i has labels i and i + 1, and the examples of the others lie nowhere
-    held = np.isin(TARGETS, range(sites + 1)) if kind == "label" else np.ones(len(TARGETS), bool)
-    assert len(rows) == held.sum()
+    assert set(rows) == set(range(len(TARGETS)))
     assert all(np.array_equal(part, np.sort(part)) for part in parts)
 
 
@@ -205,7 +202,7 @@ def test_partition_kinds_differ_in_sizes_and_labels() -> None:
     sizes = {kind: [len(part) for part in of] for kind, of in parts.items()}
     assert sizes["iid"] == [240] * 5
     assert sizes["sizes"] == [80, 160, 240, 320, 400]
-    assert [len(set(TARGETS[part])) for part in parts["label"]] == [2] * 5
+    assert [len(set(TARGETS[part])) for part in parts["label"]] == [9] * 5
     assert [len(set(TARGETS[part])) for part in parts["iid"]] == [10] * 5
     assert len(set(sizes["dirichlet"])) > 1
 
@@ -236,11 +233,17 @@ def test_sites_that_the_examples_cannot_serve_are_an_error(sites: int) -> None:
     [
         Partition(kind="sizes", min_size=100),
         Partition(kind="dirichlet", alpha=0.001, min_size=100),
-        Partition(kind="label", labels_per_site=20),
     ],
 )
 def test_partition_that_cannot_be_made_is_an_error(partition: Partition) -> None:
     with pytest.raises(UsageError, match=f"partition '{partition.kind}'"):
+        split(TARGETS, sites=8, partition=partition, seed=1)
+
+
+@pytest.mark.parametrize("labels_per_site", [2, 20])
+def test_a_partition_by_label_never_leaves_labels_at_no_site(labels_per_site: int) -> None:
+    partition = Partition(kind="label", labels_per_site=labels_per_site)
+    with pytest.raises(UsageError, match="labels_per_site to 3 or more, 10 at the most"):
         split(TARGETS, sites=8, partition=partition, seed=1)
 
 

@@ -1,0 +1,48 @@
+"""What a site checks of a message before its gate is asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bract.client.site import GREATEST_WEIGHT, Site, Trainers
+from bract.client.training.randomness import SecureRandomness
+from bract.client.training.trainer import Execution
+from bract.shared.errors import Reason
+from bract.shared.wire import RefusalReply, TrainReply
+
+
+@pytest.fixture
+def site(world: Any) -> Site:
+    return Site(
+        name="alpha",
+        gate=world.gate(),
+        randomness=SecureRandomness(),
+        trainers=Trainers(Execution()),
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        np.full(10, np.nan, dtype=np.float32),
+        np.full(10, 1.001 * GREATEST_WEIGHT, dtype=np.float32),
+        np.full(10, -np.inf, dtype=np.float32),
+        np.zeros(11, dtype=np.float32),
+        np.zeros(10, dtype=np.float64),
+    ],
+)
+def test_weights_that_are_not_the_models_or_are_hostile_are_refused_uncharged(
+    world: Any, site: Site, changed: Any
+) -> None:
+    order = world.order(world.sign(world.contract()))
+    hostile = replace(order, weights={**order.weights, "1.bias": changed})
+    reply = site.train(hostile)
+    assert isinstance(reply, RefusalReply)
+    assert reply.reason is Reason.WEIGHTS_INVALID
+    assert world.opened == 0
+    assert isinstance(site.train(order), TrainReply)
+    assert world.opened == 1
