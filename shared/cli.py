@@ -56,7 +56,10 @@ def bract(debug: bool) -> None:
 
     Example: bract simulate digits
     """
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.DEBUG if debug else logging.WARNING)
+    logging.basicConfig(handlers=[handler])
     if debug:
         logging.getLogger("bract").setLevel(logging.DEBUG)
 

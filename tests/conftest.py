@@ -111,7 +111,7 @@ class World:
         )
 
     def serve(self, gate: Gate, order: TrainOrder) -> TrainReply:
-        """Returns the reply to an order, charged and released by a training that changes nothing."""
+        """Returns the reply to an order, charged and released by a training without effect."""
         permit = gate.admit(order)
         assert isinstance(permit, Permit), "the round was released before"
         return gate.release(permit, ProtectedUpdate(dict(order.weights)))

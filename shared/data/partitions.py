@@ -16,7 +16,8 @@ class Partition(Frozen):
     """A partition of the training examples over sites.
 
     `iid` shuffles and cuts; `dirichlet` draws each label's shares from Dirichlet(`alpha`);
-    `label` gives site i the labels i to i + `labels_per_site` − 1, round and round; `sizes` grows the sizes linearly.
+    `label` gives site i the labels i to i + `labels_per_site` − 1, round and round; `sizes` grows
+    the sizes linearly.
     """
 
     kind: Literal["iid", "dirichlet", "label", "sizes"] = "iid"

@@ -1,4 +1,7 @@
-"""The ledger on disk: an append-only SQLite file, one transaction for check and charge.
+"""The ledger on disk: an SQLite file that is only added to, one transaction for check and charge.
+
+What makes a change show is the chain and its signatures, not the file: whoever has the file can
+write to it.
 
 journal_mode=TRUNCATE and synchronous=EXTRA: a committed charge survives a crash, and a copy of
 the one file holds all of it (with a write-ahead log it would not).
@@ -26,21 +29,13 @@ DocumentKind = Literal["contract", "policy"]
 _SCHEMA = """
 CREATE TABLE entries (
     site TEXT NOT NULL, domain TEXT NOT NULL, sequence INTEGER NOT NULL,
-    body BLOB NOT NULL, signature BLOB NOT NULL,
+    body TEXT NOT NULL, signature BLOB NOT NULL,
     PRIMARY KEY (site, domain, sequence)
 ) WITHOUT ROWID, STRICT;
 CREATE TABLE documents (
-    kind TEXT NOT NULL, sha256 TEXT NOT NULL, body BLOB NOT NULL,
+    kind TEXT NOT NULL, sha256 TEXT NOT NULL, body TEXT NOT NULL,
     PRIMARY KEY (kind, sha256)
 ) WITHOUT ROWID, STRICT;
-CREATE TRIGGER entries_follow BEFORE INSERT ON entries WHEN EXISTS (
-    SELECT 1 FROM entries
-    WHERE site = NEW.site AND domain = NEW.domain AND sequence >= NEW.sequence)
-    BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER entries_are_final BEFORE UPDATE ON entries
-    BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER entries_stay BEFORE DELETE ON entries
-    BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
 
 
@@ -52,6 +47,7 @@ class Transaction:
     _chains: dict[tuple[str, str], Chain]
     _seen: Mapping[tuple[str, str], Head]
     touched: set[tuple[str, str]] = field(default_factory=set)
+    ahead: set[tuple[str, str]] = field(default_factory=set)
 
     def chain(self, site: str, domain: str, *, key: str) -> Chain:
         """Returns the verified chain of a domain, read on from where this process last saw it.
@@ -60,12 +56,12 @@ class Transaction:
             VerificationFailed: where an entry was altered, or entries seen before are gone.
         """
         name = (site, domain)
-        chain = self._chains.get(name) or Chain(site=site, domain=domain, key=key)
+        chain = self._chains.pop(name, None) or Chain(site=site, domain=domain, key=key)
         self.touched.add(name)
         start = max(chain.length - 1, 0)
         found = [
-            entries.read(*row, key=key)
-            for row in self._connection.execute(
+            entries.read(text.encode(), signature, key=key)
+            for text, signature in self._connection.execute(
                 "SELECT body, signature FROM entries WHERE site = ? AND domain = ?"
                 " AND sequence >= ? ORDER BY sequence",
                 (site, domain, start),
@@ -81,18 +77,19 @@ class Transaction:
 
     def append(self, chain: Chain, body: Body, key: SigningKey) -> Entry:
         """Signs and adds the next entry of a chain."""
+        self.ahead.add((chain.site, chain.domain))
         entry = entries.write(body, key)
         chain.extend_(entry)
         self._connection.execute(
             "INSERT INTO entries VALUES (?, ?, ?, ?, ?)",
-            (body.site, body.domain, body.sequence, entry.text, entry.signature),
+            (body.site, body.domain, body.sequence, entry.text.decode(), entry.signature),
         )
         return entry
 
     def keep(self, kind: DocumentKind, sha256: str, text: bytes) -> None:
         """Stores the contract or policy that entries name, so that the file explains itself."""
         self._connection.execute(
-            "INSERT OR IGNORE INTO documents VALUES (?, ?, ?)", (kind, sha256, text)
+            "INSERT OR IGNORE INTO documents VALUES (?, ?, ?)", (kind, sha256, text.decode())
         )
 
 
@@ -134,9 +131,9 @@ class Ledger:
                     if head := self._chains[name].head:
                         self._seen[name] = head
             except BaseException:
-                # What the fold holds may be ahead of the file now: read it anew next time, against
+                # A fold that was added to is ahead of the file now: read it anew next time, against
                 # the last head that was committed, so that a cut file stays refused.
-                for name in transaction.touched:
+                for name in transaction.ahead:
                     self._chains.pop(name, None)
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
@@ -162,7 +159,7 @@ class Ledger:
         try:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version == 0:
-                for statement in _statements(_SCHEMA):
+                for statement in _SCHEMA.split(";"):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {entries.SCHEMA_VERSION}")
@@ -227,9 +224,9 @@ def _contents(connection: sqlite3.Connection, path: Path) -> Contents:
     for site, domain, sequence, text, signature in connection.execute(
         "SELECT site, domain, sequence, body, signature FROM entries ORDER BY 1, 2, 3"
     ):
-        rows.setdefault((site, domain), []).append((sequence, text, signature))
+        rows.setdefault((site, domain), []).append((sequence, text.encode(), signature))
     documents = {
-        (kind, sha256): text
+        (kind, sha256): text.encode()
         for kind, sha256, text in connection.execute("SELECT kind, sha256, body FROM documents")
     }
     return Contents(rows=rows, documents=documents)
@@ -265,15 +262,6 @@ def _typed_errors(path: Path) -> Iterator[None]:
                 "nothing was charged"
             ) from error
         raise LedgerError(f"{path} cannot be used as a ledger: {error}") from error
-
-
-def _statements(script: str) -> Iterator[str]:
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
 
 
 def _rolled_back(site: str, domain: str) -> str:

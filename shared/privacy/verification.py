@@ -127,19 +127,19 @@ def _chain(
 def _documents(held: ledger.Contents) -> tuple[dict[str, Contract], dict[str, Policy]]:
     contracts, policies = {}, {}
     for (kind, sha256), text in held.documents.items():
-        if kind == "contract":
-            signed = contract.from_bytes(text, source=f"contract {sha256}")
-            document = signed.verify(signed.contract.coordinator)
-            contracts[sha256] = document
-            found = document.sha256
-        elif kind == "policy":
-            policy = parse(Policy, canonical.decode(text), source=f"policy {sha256}")
-            policies[sha256] = policy
-            found = policy.sha256
-        else:
-            raise VerificationFailed(f"unknown kind of document {kind!r}")
-        if found != sha256:
-            raise VerificationFailed(f"{kind} {sha256} is not what its hash says")
+        document: Contract | Policy
+        try:
+            if kind == "contract":
+                signed = contract.from_bytes(text)
+                document = contracts[sha256] = signed.verify(signed.contract.coordinator)
+            elif kind == "policy":
+                document = policies[sha256] = parse(Policy, canonical.decode(text), source="policy")
+            else:
+                raise VerificationFailed("unknown kind of document")
+            if document.sha256 != sha256:
+                raise VerificationFailed("is not what its hash says")
+        except BractError as error:
+            raise VerificationFailed(f"{kind} {sha256}: {error}") from error
     return contracts, policies
 
 

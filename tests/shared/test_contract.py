@@ -246,9 +246,7 @@ def test_terms_out_of_range_are_refused(changes: dict[str, Any]) -> None:
 )
 def test_privacy_terms_out_of_range_are_refused(privacy: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        PrivacyTerms(
-            **{"sampling_rate": 0.1, "noise_multiplier": 1.5, "clip_norm": 1.0, **privacy}
-        )
+        PrivacyTerms(**{"sampling_rate": 0.1, "noise_multiplier": 1.5, "clip_norm": 1.0, **privacy})
 
 
 @pytest.mark.parametrize("privacy", [{"mechanism": "none"}, {"randomness": "seeded"}], ids=str)

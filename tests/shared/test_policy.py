@@ -139,7 +139,7 @@ def test_sharing_is_symmetric_and_transitive(overlaps: dict[str, set[str]]) -> N
 )
 def test_a_policy_out_of_range_is_refused_in_one_line(changes: dict[str, Any]) -> None:
     value = {**policy().model_dump(mode="json"), **changes}
-    with pytest.raises(UsageError, match="site.toml") as error:
+    with pytest.raises(UsageError, match=r"site\.toml") as error:
         parse(Policy, value, source="site.toml")
     assert "\n" not in str(error.value)
 

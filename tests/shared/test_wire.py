@@ -259,9 +259,7 @@ def test_an_update_under_both_keys_is_refused() -> None:
 
 
 @pytest.mark.parametrize("record", [ConfigRecord({"w": b""}), MetricRecord({"w": 1.0})])
-def test_arrays_are_taken_from_an_array_record_alone(
-    record: Any, signed: SignedContract
-) -> None:
+def test_arrays_are_taken_from_an_array_record_alone(record: Any, signed: SignedContract) -> None:
     order = wire.encode_order(TrainOrder(contract=signed, round=1, weights=VALUES))
     order["weights"] = record
     with pytest.raises(VerificationFailed):

@@ -85,13 +85,7 @@ def test_a_cut_or_altered_ledger_is_refused_naming_it(bract: Bract, tmp_path: Pa
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
         path = tmp_path / "copy/ledgers/site-1.sqlite"
         connection = sqlite3.connect(path)
-        connection.execute("DROP TRIGGER entries_stay")
-        connection.execute("DROP TRIGGER entries_are_final")
-        connection.execute(
-            statement.replace("replace(body", "CAST(replace(CAST(body AS TEXT)").replace(
-                "'\"round\":1')", "'\"round\":1') AS BLOB)"
-            )
-        )
+        connection.execute(statement)
         connection.commit()
         connection.close()
         done = bract("audit", "verify", *ledgers(tmp_path / "copy"), "--json")

@@ -72,13 +72,13 @@ def test_an_epsilon_that_is_no_budget_is_refused(target: float) -> None:
             epsilon_target=target, delta=1e-5, sampling_rate=0.1, steps=10
         ),
     ):
-        with pytest.raises(UsageError, match="epsilon .* must be"):
+        with pytest.raises(UsageError, match=r"epsilon .* must be"):
             call()
 
 
 @pytest.mark.parametrize("delta", [math.nan, 0.0, 1.0, -1e-5, 2.0, math.inf])
 def test_a_delta_outside_zero_and_one_is_refused(delta: float) -> None:
-    with pytest.raises(UsageError, match="delta .* must be"):
+    with pytest.raises(UsageError, match=r"delta .* must be"):
         calibration.noise_multiplier(epsilon_target=1.0, delta=delta, sampling_rate=0.1, steps=10)
 
 
