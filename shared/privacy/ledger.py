@@ -168,6 +168,10 @@ class Ledger:
                     f"{self.path} has ledger schema {version}, this bract writes "
                     f"{entries.SCHEMA_VERSION}: use the bract that wrote it, or a newer one"
                 )
+            elif _leftovers(self.path):
+                # A writer killed before its journal counted leaves bytes that SQLite passes over;
+                # a write of what is there already clears them.
+                connection.execute(f"PRAGMA user_version = {version}")
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -189,23 +193,26 @@ def contents(path: Path) -> Contents:
     Raises:
         LedgerError: where the file is missing, is no ledger, or a write was interrupted.
     """
-    real = path.resolve()  # SQLite keeps its journal beside the file, not beside a link to it
-    for suffix in ("-journal", "-wal"):
-        leftover = real.with_name(real.name + suffix)
-        if leftover.exists() and leftover.stat().st_size > 0:
-            raise LedgerError(
-                f"{leftover} holds an interrupted write: let the site finish, or start it once "
-                "so that it is undone, and verify then"
-            )
+    for leftover in _leftovers(path):
+        raise LedgerError(
+            f"{leftover} holds an interrupted write: let the site finish, or start it once so that "
+            "it is undone, and verify then"
+        )
     if not path.is_file():
         raise LedgerError(f"no ledger at {path}: name the .sqlite file")
     with _typed_errors(path):
-        connection = sqlite3.connect(f"{real.as_uri()}?mode=ro", uri=True)
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         try:
             connection.execute("BEGIN")  # one snapshot of entries and documents
             return _contents(connection, path)
         finally:
             connection.close()
+
+
+def _leftovers(path: Path) -> list[Path]:
+    real = path.resolve()  # SQLite keeps its journal beside the file, not beside a link to it
+    beside = [real.with_name(real.name + suffix) for suffix in ("-journal", "-wal")]
+    return [file for file in beside if file.exists() and file.stat().st_size > 0]
 
 
 def _contents(connection: sqlite3.Connection, path: Path) -> Contents:
