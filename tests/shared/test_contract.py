@@ -128,7 +128,7 @@ def test_a_signed_contract_survives_its_canonical_form(agreed: Contract) -> None
     assert again.verify(KEY.public).sha256 == agreed.sha256
 
 
-@pytest.mark.parametrize("path", [p for p in leaves(VALUES) if p not in FIXED], ids=str)
+@pytest.mark.parametrize("path", [p for p in leaves(VALUES) if p not in FIXED])
 def test_any_field_changed_is_another_contract_that_the_signature_does_not_cover(
     path: tuple[Any, ...],
 ) -> None:
@@ -142,7 +142,7 @@ def test_any_field_changed_is_another_contract_that_the_signature_does_not_cover
         SignedContract(contract=altered, signature=signed.signature).verify(altered.coordinator)
 
 
-@pytest.mark.parametrize("path", sorted(FIXED), ids=str)
+@pytest.mark.parametrize("path", sorted(FIXED))
 def test_a_word_of_another_schema_is_refused(path: tuple[str, ...]) -> None:
     with pytest.raises(ValidationError):
         Contract.model_validate(changed(VALUES, path, "client"))
@@ -220,7 +220,6 @@ def test_bytes_in_any_other_form_are_refused(respell: Any) -> None:
         {"cohort": TRIAL.cohort * 2},
         {"epsilon": 3.0},
     ],
-    ids=str,
 )
 def test_terms_out_of_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
@@ -242,14 +241,13 @@ def test_terms_out_of_range_are_refused(changes: dict[str, Any]) -> None:
         {"adjacency": "replace-one"},
         {"unit": "client"},
     ],
-    ids=str,
 )
 def test_privacy_terms_out_of_range_are_refused(privacy: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         PrivacyTerms(**{"sampling_rate": 0.1, "noise_multiplier": 1.5, "clip_norm": 1.0, **privacy})
 
 
-@pytest.mark.parametrize("privacy", [{"mechanism": "none"}, {"randomness": "seeded"}], ids=str)
+@pytest.mark.parametrize("privacy", [{"mechanism": "none"}, {"randomness": "seeded"}])
 def test_only_a_simulation_may_be_seeded_or_without_noise(privacy: dict[str, Any]) -> None:
     terms = TRIAL.privacy.model_copy(update=privacy)
     assert trial(simulation=True, privacy=terms).privacy == terms

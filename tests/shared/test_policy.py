@@ -94,7 +94,6 @@ def test_a_mechanism_without_noise_is_allowed_only_where_the_policy_says_so(worl
         ({"a": ("b",), "b": ("a",)}, "b", ("b", "a")),
         ({"a": ("a",)}, "a", ("a",)),
     ],
-    ids=str,
 )
 def test_a_use_charges_its_domain_first_and_all_that_share_examples(
     overlaps: dict[str, tuple[str, ...]], of: str, charged: tuple[str, ...]
@@ -135,7 +134,6 @@ def test_sharing_is_symmetric_and_transitive(overlaps: dict[str, set[str]]) -> N
         {"max_sampling_rate": 0},
         {"max_epsilon": 3},
     ],
-    ids=str,
 )
 def test_a_policy_out_of_range_is_refused_in_one_line(changes: dict[str, Any]) -> None:
     value = {**policy().model_dump(mode="json"), **changes}

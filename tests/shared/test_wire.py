@@ -186,7 +186,6 @@ def config(record: ConfigRecord, **changes: Any) -> ConfigRecord:
         {"contract": b""},
         {"epsilon": 3.0},
     ],
-    ids=str,
 )
 def test_an_order_of_any_other_form_is_refused(
     changes: dict[str, Any], signed: SignedContract
@@ -208,7 +207,6 @@ def test_an_order_of_any_other_form_is_refused(
         {"signature": "00"},
         {"loss": 0.25},
     ],
-    ids=str,
 )
 def test_a_receipt_of_any_other_form_is_refused(changes: dict[str, Any]) -> None:
     content = wire.encode_reply(reply())
@@ -228,7 +226,6 @@ def test_a_receipt_of_any_other_form_is_refused(changes: dict[str, Any]) -> None
         {"round": 2.0},
         {"epsilon": 3.2},
     ],
-    ids=str,
 )
 def test_a_refusal_of_any_other_form_is_refused(changes: dict[str, Any]) -> None:
     content = wire.encode_refusal(RefusalReply("alpha", 2, Reason.SITE_FAILED))

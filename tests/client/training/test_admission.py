@@ -78,7 +78,9 @@ def test_our_models_are_taken(name: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.GroupNorm(2, 4), nn.LayerNorm([4, 6, 6]), nn.Dropout(0.0)], ids=type
+    "layer",
+    [nn.GroupNorm(2, 4), nn.LayerNorm([4, 6, 6]), nn.Dropout(0.0)],
+    ids=["group", "layer", "dropout"],
 )
 def test_layers_that_keep_examples_apart_are_taken(layer: nn.Module) -> None:
     check(with_(layer))

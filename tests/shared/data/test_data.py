@@ -40,7 +40,7 @@ def published(tmp_path: Path) -> Iterator[Source]:
     folder = tmp_path / "published"
     folder.mkdir()
     for name, content in CONTENT.items():
-        (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -94,12 +94,14 @@ def test_fashion_mnist_is_read_from_a_folder(data_root: Path) -> None:
 
 def test_file_that_is_not_the_published_one_is_refused(tmp_path: Path) -> None:
     for name in SOURCE.sha256:
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x01\0"))
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x01\0", mtime=0))
     with pytest.raises(UsageError, match="is not the published file"):
         load_fashion_mnist(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, b"no gzip at all", gzip.compress(b"cut off")[:-9]])
+@pytest.mark.parametrize(
+    "content", [None, b"no gzip at all", gzip.compress(b"cut off", mtime=0)[:-9]]
+)
 def test_unreadable_file_is_named_with_a_remedy(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)

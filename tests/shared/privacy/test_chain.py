@@ -186,7 +186,6 @@ def test_a_hash_covers_the_entry_before() -> None:
         ({"event": encode(Unbounded())}, "event and mechanism disagree"),
         ({"event": {"type": "gaussian"}}, "cannot be read"),
     ],
-    ids=str,
 )
 def test_a_charge_that_breaks_a_rule_is_refused_by_name(
     changes: dict[str, Any], fault: str
@@ -211,7 +210,6 @@ def test_a_round_charged_again_keeps_its_weights() -> None:
         ({"attempt": 1}, "another attempt"),
         ({"attempt": 3}, "another attempt"),
     ],
-    ids=str,
 )
 def test_a_release_belongs_to_the_last_attempt_of_its_round(
     changes: dict[str, Any], fault: str

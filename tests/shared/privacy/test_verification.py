@@ -215,7 +215,7 @@ def test_an_older_anchor_holds_and_another_history_does_not(audited: Any) -> Non
         verify(audited, anchors={WARD: Head(5, older)})
 
 
-@pytest.mark.parametrize("anchor", [Head(-1, "0" * 64), Head(8, "0" * 64)], ids=str)
+@pytest.mark.parametrize("anchor", [Head(-1, "0" * 64), Head(8, "0" * 64)])
 def test_an_anchor_that_names_no_entry_anchors_nothing(audited: Any, anchor: Head) -> None:
     with pytest.raises(VerificationFailed, match="the anchor names entry"):
         verify(audited, anchors={WARD: anchor})
@@ -387,7 +387,6 @@ def quieter(event: dict[str, Any]) -> dict[str, Any]:
         ({"primary": "clinic"}, "does not list this site, key and domain"),
         ({"randomness": "seeded"}, "seeded or without noise on a real ledger"),
     ],
-    ids=str,
 )
 def test_a_charge_that_departs_from_its_contract_is_refused_though_the_site_signed_it(
     audited: Any, changes: dict[str, Any], fault: str
@@ -413,7 +412,6 @@ def test_a_charge_that_departs_from_its_contract_is_refused_though_the_site_sign
         ({"domain": {"delta": 1e-6}}, "fixed delta"),
         ({"domain": {"composition": {"rule": "filter", "order": 3}}}, "another composition rule"),
     ],
-    ids=str,
 )
 def test_charges_that_their_policy_does_not_allow_are_refused_though_the_site_signed_them(
     audited: Any, limits: dict[str, Any], fault: str
@@ -434,7 +432,6 @@ def test_charges_that_their_policy_does_not_allow_are_refused_though_the_site_si
         {"rule": "menu", "classes": []},
         {},
     ],
-    ids=str,
 )
 def test_a_genesis_without_a_sound_rule_is_refused_though_the_site_signed_it(
     audited: Any, composition: dict[str, Any]
