@@ -6,6 +6,7 @@ commit the charge → train → one durable write of update and release hash →
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -182,6 +183,7 @@ class Gate:
             body = Genesis(
                 **self._common(chain, 0),
                 kind="genesis",
+                nonce=secrets.token_hex(16),  # a ledger begun anew is another ledger
                 simulation=self.simulation,
                 unit="example",
                 adjacency=ADJACENCY,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,7 +65,7 @@ class Site:
             # Only the type: the text of a library's exception may hold a value of the data.
             reason = Reason.SITE_FAILED
             logger.error("site failed: %s", type(error).__name__, extra={"site": self.name})
-            logger.debug("traceback", exc_info=True)
+            logger.debug("at %s", "".join(traceback.format_tb(error.__traceback__)))
         return RefusalReply(site=self.name, round=order.round, reason=reason)
 
     def _train(self, order: TrainOrder) -> TrainReply:

@@ -130,6 +130,7 @@ def verify(
                 if chain.anchored
                 else f"whole up to entry {chain.entries - 1}; later entries cannot be excluded"
             )
+            tail += ", simulation: no guarantee" if chain.simulation else ""
             click.echo(
                 f"ok  {chain.ledger}  {chain.site}  {chain.domain}  {chain.entries} entries, {tail}"
             )
@@ -162,6 +163,7 @@ def _verified(path: Path, site_key: str | None, head: Path | None) -> list[Verif
             entries=found.chain.length,
             head=found.chain.head.hash if found.chain.head else "",
             anchored=found.anchored,
+            simulation=bool(found.chain.genesis and found.chain.genesis.simulation),
         )
         for found in _verify(path, site_key, head)
     ]

@@ -75,6 +75,7 @@ class Reason(StrEnum):
     POLICY_MECHANISM = "policy-mechanism"
     POLICY_NOISE = "policy-noise"
     POLICY_SAMPLING = "policy-sampling"
+    POLICY_DELTA = "policy-delta"
     POLICY_MENU = "policy-menu"
     SIMULATION_ONLY = "simulation-only"
     DOMAIN_UNBOUNDED = "domain-unbounded"

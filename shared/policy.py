@@ -38,6 +38,15 @@ class Menu(Frozen):
     rule: Literal["menu"] = "menu"
     classes: tuple[MenuClass, ...] = Field(min_length=1)
 
+    @field_validator("classes")
+    @classmethod
+    def _each_class_once(cls, classes: tuple[MenuClass, ...]) -> tuple[MenuClass, ...]:
+        kinds = [(entry.sampling_rate, entry.noise_multiplier) for entry in classes]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ValueError(f"(q {kind[0]}, σ {kind[1]}) is listed twice; add its steps up")
+        return classes
+
 
 class DomainPolicy(Frozen):
     """The budget of one body of data, and the domains that share examples with it."""
@@ -109,12 +118,17 @@ def check(policy: Policy, contract: Contract) -> SiteTerms:
     if privacy.mechanism not in policy.mechanisms:
         raise Refusal(Reason.POLICY_MECHANISM, f"mechanism {privacy.mechanism!r} is not allowed")
     if privacy.mechanism == "dp-sgd":
-        _check_private(policy, contract, policy.domains[terms.domain])
+        _check_private(policy, contract, terms)
     return terms
 
 
-def _check_private(policy: Policy, contract: Contract, domain: DomainPolicy) -> None:
-    privacy = contract.privacy
+def _check_private(policy: Policy, contract: Contract, terms: SiteTerms) -> None:
+    privacy, domain = contract.privacy, policy.domains[terms.domain]
+    if domain.delta >= 1 / terms.nominal_size:
+        raise Refusal(
+            Reason.POLICY_DELTA,
+            f"delta {domain.delta} is not below one over the nominal size {terms.nominal_size}",
+        )
     if privacy.noise_multiplier < policy.min_noise_multiplier:
         raise Refusal(
             Reason.POLICY_NOISE,

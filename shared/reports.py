@@ -111,6 +111,7 @@ class VerifiedChain(Frozen):
     entries: int
     head: str
     anchored: bool
+    simulation: bool
 
 
 class Verification(Frozen):

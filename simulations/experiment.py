@@ -101,19 +101,22 @@ def load(
 ) -> Experiment:
     """Returns an experiment by name or file, with options and `key=value` settings applied.
 
-    Later wins: the file, its `variants.MODEL` table where `--model` names one, options, `--set`.
+    Later wins: the file, its `variants.MODEL` table where `--model` names one, its `unprotected`
+    table where `--set privacy.mechanism=none` asks for it, options, `--set`.
 
     Raises:
         UnknownName: for an unknown experiment or key.
         UsageError: for a value that will not do.
     """
     table = _read(name)
-    variants = table.pop("variants", {})
+    variants, unprotected = table.pop("variants", {}), table.pop("unprotected", {})
     assignments = [_assignment(setting) for setting in settings]
     chosen = dict(assignments).get("model.name", model)
     if chosen is not None and chosen != table.get("model", {}).get("name"):
         table["model"] = {"name": chosen}
         _merge_(table, variants.get(chosen, {}))
+    if dict(assignments).get("privacy.mechanism") == "none":
+        _merge_(table, unprotected)
     for key, value in [*overrides.items(), *assignments]:
         if value is not None:
             _put_(table, key, value)

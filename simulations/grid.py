@@ -8,6 +8,7 @@ the contract's order.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class LocalGrid(Grid):
                 return client(message, context)
             except Exception as error:
                 logger.error("node %d failed: %s", node, type(error).__name__)
-                logger.debug("traceback", exc_info=True)
+                logger.debug("at %s", "".join(traceback.format_tb(error.__traceback__)))
                 return _failed(message)
 
         self._nodes = list(nodes)

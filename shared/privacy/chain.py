@@ -63,6 +63,15 @@ class Chain:
             for charge in charges
         )
 
+    def events_until(self, sequence: int) -> tuple[Event, ...]:
+        """Returns what was charged up to an entry, merged."""
+        return merge(
+            event_of(charge)
+            for charges in self.charges.values()
+            for charge in charges
+            if charge.sequence <= sequence
+        )
+
     def extend_(self, entry: Entry) -> None:
         """Adds the next entry.
 

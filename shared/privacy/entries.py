@@ -37,6 +37,7 @@ class Genesis(_Body):
     """The first entry: what stays fixed for the life of the ledger."""
 
     kind: Literal["genesis"]
+    nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     simulation: bool
     unit: Literal["example"]
     adjacency: Literal["add-or-remove-one"]

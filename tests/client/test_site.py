@@ -12,6 +12,7 @@ from bract.client.site import GREATEST_WEIGHT, Site, Trainers
 from bract.client.training.randomness import SecureRandomness
 from bract.client.training.trainer import Execution
 from bract.shared.errors import Reason
+from bract.shared.privacy.ledger import Ledger
 from bract.shared.wire import RefusalReply, TrainReply
 
 
@@ -23,6 +24,16 @@ def site(world: Any) -> Site:
         randomness=SecureRandomness(),
         trainers=Trainers(Execution()),
     )
+
+
+def test_a_ledger_begun_anew_is_another_ledger(world: Any) -> None:
+    order, heads = world.order(world.sign(world.contract())), []
+    for name in ("one", "two"):
+        gate = world.gate(ledger=Ledger(world.folder / f"{name}.sqlite"))
+        gate.admit(order)
+        with gate.ledger.transaction() as transaction:
+            heads.append(transaction.chain("alpha", "ward", key=world.key.public).genesis_hash)
+    assert heads[0] != heads[1]
 
 
 @pytest.mark.parametrize(

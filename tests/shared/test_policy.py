@@ -77,6 +77,17 @@ def test_a_limit_that_is_just_reached_is_kept(world: Any, limits: dict[str, Any]
     assert check(world.policy(**limits), world.contract()).name == "alpha"
 
 
+def test_a_delta_of_one_over_the_nominal_size_is_refused(world: Any) -> None:
+    limits = {"domain": {"delta": 0.01}}  # of 100 examples: one could be published whole
+    assert refusal(world.policy(**limits), world.contract()) is Reason.POLICY_DELTA
+    assert check(world.policy(domain={"delta": 0.009}), world.contract()).name == "alpha"
+
+
+def test_a_menu_lists_a_class_once() -> None:
+    with pytest.raises(ValueError, match="listed twice"):
+        menu((0.1, 1.5, 1), (0.1, 1.5, 100))
+
+
 def test_a_mechanism_without_noise_is_allowed_only_where_the_policy_says_so(world: Any) -> None:
     agreed = world.contract(simulation=True, privacy={"mechanism": "none"})
     assert refusal(world.policy(), agreed) is Reason.POLICY_MECHANISM

@@ -152,6 +152,9 @@ def test_a_run_without_privacy_says_so_everywhere_and_keeps_to_a_throwaway_domai
     assert summary["epsilon"] is None
     assert summary["epsilon_run"] is None
     assert summary["unbounded"] is True
+    assert json.loads((tmp_path / "plain/contract.json").read_text())["contract"]["training"][
+        "learning_rate"
+    ] == pytest.approx(0.5)
     private = strict(bract(*common, "--out", "private").stdout)
     assert private["unbounded"] is False
     assert private["epsilon"] == private["epsilon_run"]

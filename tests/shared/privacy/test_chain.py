@@ -41,6 +41,7 @@ def common(chain: Chain, attempt: int = 0) -> dict[str, Any]:
 def genesis(chain: Chain, **changes: Any) -> Genesis:
     terms = {
         "kind": "genesis",
+        "nonce": "0" * 32,
         "simulation": False,
         "unit": "example",
         "adjacency": "add-or-remove-one",

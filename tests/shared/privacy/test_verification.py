@@ -421,6 +421,21 @@ def test_charges_that_their_policy_does_not_allow_are_refused_though_the_site_si
         verify(audited, rewritten(audited, edit, documents=documents))
 
 
+def test_a_ceiling_that_is_raised_after_it_was_passed_does_not_hide_that(audited: Any) -> None:
+    low = audited.policy(domain={"epsilon": 0.5})
+    used = {json.loads(text)["sequence"] for _, text, _ in rows(audited.ledger_path)[:4]}
+
+    def edit(values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "policy": low.sha256} if values["sequence"] in used else values
+
+    insert = "INSERT INTO documents VALUES ('policy', ?, ?)"
+    path = rewritten(audited, edit, documents=[(insert, (low.sha256, low.to_bytes()))])
+    with pytest.raises(
+        VerificationFailed, match=r"up to entry \d are over the policy's epsilon 0.5"
+    ):
+        verify(audited, path)
+
+
 @pytest.mark.parametrize(
     "composition",
     [

@@ -1,0 +1,115 @@
+"""Milliseconds to charge and to release, seconds to verify 10,000 entries.
+
+Run: python -m bract.simulations.benchmarks.ledger
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from bract.client.gate import Gate, Permit
+from bract.client.updates import UpdateStore
+from bract.shared import contract, keys
+from bract.shared.contract import (
+    Contract,
+    DataTerms,
+    ModelTerms,
+    PrivacyTerms,
+    SiteTerms,
+    TrainingTerms,
+)
+from bract.shared.data import Examples
+from bract.shared.policy import DomainPolicy, Policy
+from bract.shared.privacy import verification
+from bract.shared.privacy.ledger import Ledger
+from bract.shared.updates import ProtectedUpdate
+from bract.shared.wire import TrainOrder
+
+ROUNDS = 5_000
+
+
+def main() -> None:
+    """Prints the medians as one JSON object."""
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(Path(folder), ROUNDS)))
+
+
+def measure(folder: Path, rounds: int) -> dict[str, float]:
+    """Returns the medians over a ledger of `rounds` charges, each with its release."""
+    coordinator, key = keys.generate(), keys.generate()
+    signed = contract.sign(_contract(coordinator, key, rounds), coordinator)
+    gate = _gate(folder, coordinator, key)
+    weights = {"1.weight": np.zeros((10, 64), np.float32), "1.bias": np.zeros(10, np.float32)}
+    charges, releases = [], []
+    for number in range(1, rounds + 1):
+        order = TrainOrder(contract=signed, round=number, weights=weights)
+        started = time.perf_counter()
+        permit = gate.admit(order)
+        charged = time.perf_counter()
+        if not isinstance(permit, Permit):
+            raise RuntimeError("a new round was taken for an old one")
+        gate.release(permit, ProtectedUpdate(weights))
+        charges.append(charged - started)
+        releases.append(time.perf_counter() - charged)
+    return {
+        "charge_ms": 1e3 * statistics.median(charges),
+        "release_ms": 1e3 * statistics.median(releases),
+        "entries": 2 * rounds + 1,
+        "verify_seconds": statistics.median(_timed(lambda: _verify(gate)) for _ in range(3)),
+    }
+
+
+def _verify(gate: Gate) -> None:
+    verification.verify(gate.ledger.path, site_keys={gate.policy.site: gate.key.public}, anchors={})
+
+
+def _timed(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _contract(coordinator: keys.SigningKey, key: keys.SigningKey, rounds: int) -> Contract:
+    site = SiteTerms(name="alpha", key=key.public, domain="ward", nominal_size=10_000)
+    return Contract(
+        run="ledger-benchmark",
+        nonce=contract.new_nonce(),
+        coordinator=coordinator.public,
+        simulation=False,
+        rounds=rounds,
+        max_attempts=rounds,
+        model=ModelTerms(name="linear"),
+        data=DataTerms(name="digits", shape=(1, 8, 8), classes=10),
+        training=TrainingTerms(local_steps=1, learning_rate=1.0),
+        privacy=PrivacyTerms(sampling_rate=0.01, noise_multiplier=2.0, clip_norm=1.0),
+        cohort=(site,),
+    )
+
+
+def _gate(folder: Path, coordinator: keys.SigningKey, key: keys.SigningKey) -> Gate:
+    empty = Examples(inputs=np.zeros((0, 1, 8, 8), np.uint8), targets=np.zeros(0, np.int64))
+    return Gate(
+        policy=Policy(
+            site="alpha",
+            coordinators=(coordinator.public,),
+            domains={"ward": DomainPolicy(epsilon=20.0, delta=1e-6)},
+            models=("linear",),
+        ),
+        key=key,
+        ledger=Ledger(folder / "alpha.sqlite"),
+        updates=UpdateStore(folder / "updates"),
+        examples=lambda: empty,
+        simulation=False,
+        randomness="csprng",
+    )
+
+
+if __name__ == "__main__":
+    main()
