@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from bract.client.gate import Gate, Permit
+from bract.client.training.randomness import SecureRandomness
+from bract.client.training.trainer import Execution, Trainer
 from bract.client.updates import UpdateStore
 from bract.shared import contract, keys
 from bract.shared.contract import (
@@ -29,7 +31,6 @@ from bract.shared.data import Examples
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy import verification
 from bract.shared.privacy.ledger import Ledger
-from bract.shared.updates import ProtectedUpdate
 from bract.shared.wire import TrainOrder
 
 ROUNDS = 5_000
@@ -47,6 +48,12 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
     signed = contract.sign(_contract(coordinator, key, rounds), coordinator)
     gate = _gate(folder, coordinator, key)
     weights = {"1.weight": np.zeros((10, 64), np.float32), "1.bias": np.zeros(10, np.float32)}
+    update = Trainer(signed.contract, Execution()).train(
+        terms=signed.contract.cohort[0],
+        examples=gate.examples(),
+        weights=weights,
+        stream=SecureRandomness().stream(1),
+    )
     charges, releases = [], []
     for number in range(1, rounds + 1):
         order = TrainOrder(contract=signed, round=number, weights=weights)
@@ -55,7 +62,7 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
         charged = time.perf_counter()
         if not isinstance(permit, Permit):
             raise RuntimeError("a new round was taken for an old one")
-        gate.release(permit, ProtectedUpdate(weights))
+        gate.release(permit, update)
         charges.append(charged - started)
         releases.append(time.perf_counter() - charged)
     return {
