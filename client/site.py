@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from bract.client.fingerprint import Fingerprints
 from bract.client.gate import Gate, Permit
 from bract.client.training.randomness import Randomness
 from bract.client.training.trainer import Execution, Trainer
@@ -47,6 +48,7 @@ class Site:
     gate: Gate
     randomness: Randomness
     trainers: Trainers = field(repr=False)
+    fingerprints: Fingerprints | None = None
 
     def train(self, order: TrainOrder) -> TrainReply | RefusalReply:
         """Returns an update, or a refusal whose only content is a reason of the closed list.
@@ -78,9 +80,18 @@ class Site:
         admitted = self.gate.admit(order)
         if not isinstance(admitted, Permit):
             return admitted
+        examples = admitted.open_examples()
+        domain = admitted.terms.domain
+        if self.fingerprints and self.fingerprints.changed(domain, examples):
+            logger.warning(
+                "the data of domain %r changed since it was last opened: its ledger goes on, and "
+                "nothing is refunded",
+                domain,
+                extra={"site": self.name},
+            )
         update = trainer.train(
             terms=admitted.terms,
-            examples=admitted.open_examples(),
+            examples=examples,
             weights=order.weights,
             stream=self.randomness.stream(admitted.round),
         )

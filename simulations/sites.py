@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from flwr.app import Context
 
+from bract.client.fingerprint import Fingerprints
 from bract.client.gate import Gate
 from bract.client.site import Site, Trainers
 from bract.client.training.trainer import Execution
@@ -104,7 +105,13 @@ def _site(plan_path: str, index: int) -> Site:
         simulation=True,
         randomness=randomness.kind,
     )
-    return Site(name=name, gate=gate, randomness=randomness, trainers=_trainers(plan_path))
+    return Site(
+        name=name,
+        gate=gate,
+        randomness=randomness,
+        trainers=_trainers(plan_path),
+        fingerprints=Fingerprints(plan.state.private / "fingerprints" / name),
+    )
 
 
 @lru_cache(maxsize=4)
