@@ -22,9 +22,14 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 COMMANDS = {
     "simulate": ("bract.simulations.commands:simulate", "Train over many sites on this machine."),
-    "calibrate": ("bract.shared.commands:calibrate", "The noise for a budget, and what it buys."),
-    "audit": ("bract.shared.commands:audit", "Check ledgers and what was spent."),
+    "calibrate": (
+        "bract.shared.commands.calibrate:calibrate",
+        "The noise for a budget, and what it buys.",
+    ),
+    "audit": ("bract.shared.commands.audit:audit", "Check ledgers and what was spent."),
 }
+
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 class LazyGroup(click.Group):
@@ -97,3 +102,8 @@ def _fail(kind: str, message: str, code: int, as_json: bool) -> None:
 def print_json(value: Any) -> None:
     """Prints one line with one strict JSON object."""
     click.echo(json.dumps(value, allow_nan=False, ensure_ascii=False))
+
+
+def shown(value: float | None) -> str:
+    """Returns a figure as the commands print it; a dash where there is none."""
+    return "-" if value is None else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""The commands of this floor: calibrate, audit verify, audit budget."""
+"""`bract audit`: verify, budget."""
 
 from __future__ import annotations
 
@@ -8,84 +8,14 @@ from typing import Any
 
 import click
 
-from bract.shared.cli import print_json
+from bract.shared.cli import AS_JSON, print_json, shown
 from bract.shared.contract import ADJACENCY
 from bract.shared.errors import BractError, LedgerError, UsageError, VerificationFailed
-from bract.shared.reports import Budget, Calibration, DomainBudget, Verification, VerifiedChain
+from bract.shared.reports import Budget, DomainBudget, Verification, VerifiedChain
 
 LEDGERS = click.argument(
     "ledgers", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="LEDGER..."
 )
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-
-
-@click.command(
-    epilog="Example: bract calibrate --examples 6000 --batch 300 --rounds 100 "
-    "--steps 1 --epsilon 3 --delta 1e-5"
-)
-@click.option("--examples", type=int, required=True, help="Nominal size of the site.")
-@click.option("--batch", type=float, required=True, help="Expected logical batch.")
-@click.option("--rounds", type=int, required=True, help="Rounds, crashed ones included.")
-@click.option("--steps", type=int, required=True, help="Local steps a round.")
-@click.option("--epsilon", type=float, required=True, help="The budget ε.")
-@click.option("--delta", type=float, required=True, help="The failure probability δ.")
-@AS_JSON
-def calibrate(
-    examples: int,
-    batch: float,
-    rounds: int,
-    steps: int,
-    epsilon: float,
-    delta: float,
-    as_json: bool,
-) -> None:
-    """Print the least σ that keeps a run within (ε, δ), and what it buys."""
-    from bract.shared.policy import check_delta
-    from bract.shared.privacy import accounting, calibration, orders, prv
-    from bract.shared.privacy.events import PoissonGaussian
-
-    calibration.check_budget(epsilon, delta)
-    for name, value in (("examples", examples), ("rounds", rounds), ("steps", steps)):
-        if value < 1:
-            raise UsageError(f"--{name} {value} must be at least 1")
-    if not 0 < batch <= examples:
-        raise UsageError(f"--batch {batch:g} must be above 0 and at most --examples {examples}")
-    check_delta(delta, examples)
-    rate, total = batch / examples, rounds * steps
-    sigma = calibration.noise_multiplier(
-        epsilon_target=epsilon, delta=delta, sampling_rate=rate, steps=total
-    )
-    event, order = PoissonGaussian(rate, sigma, total), orders.best_order(epsilon, delta)
-    report = Calibration(
-        noise_multiplier=sigma,
-        epsilon=accounting.epsilon([event], delta),
-        epsilon_prv=prv.epsilon_prv([event], delta),
-        epsilon_filter=accounting.filter_epsilon([event], delta, order),
-        filter_order=order,
-        delta=delta,
-        sampling_rate=rate,
-        steps=total,
-        max_steps=calibration.max_steps(
-            prior=(),
-            sampling_rate=rate,
-            noise_multiplier=sigma,
-            limit=epsilon,
-            delta=delta,
-            order=None,
-        ),
-        adjacency=ADJACENCY,
-    )
-    if as_json:
-        print_json(report.model_dump())
-        return
-    click.echo(f"noise multiplier  {report.noise_multiplier:g}")
-    click.echo(f"sampling rate     {rate:.6g}   steps {total} (budget holds {report.max_steps})")
-    click.echo(f"epsilon           {report.epsilon:.4f} PLD, {_shown(report.epsilon_prv)} PRV")
-    click.echo(
-        f"under a filter    {report.epsilon_filter:.4f} at order {order:g}: what an adaptive "
-        "site is charged"
-    )
-    click.echo(f"delta             {delta:g}, {ADJACENCY}, per example")
 
 
 @click.group()
@@ -249,11 +179,11 @@ def _print_budgets(domains: list[DomainBudget]) -> None:
         table.add_row(
             domain.site,
             domain.domain,
-            _shown(domain.epsilon),
-            _shown(domain.epsilon_prv),
-            _shown(domain.epsilon_filter),
+            shown(domain.epsilon),
+            shown(domain.epsilon_prv),
+            shown(domain.epsilon_filter),
             f"{domain.limit:g}",
-            _shown(domain.left),
+            shown(domain.left),
             "-" if domain.more_rounds is None else str(domain.more_rounds),
         )
     console = Console(soft_wrap=True)
@@ -270,7 +200,3 @@ def _print_budgets(domains: list[DomainBudget]) -> None:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
