@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bract.client.holdings import Holdings
 from bract.client.training.randomness import Kind
 from bract.client.updates import UpdateStore
 from bract.shared import arrays, versions
@@ -47,7 +48,7 @@ class Gate:
         key: signs the ledger and the receipts.
         ledger: the site's ledger file.
         updates: where released updates are kept.
-        examples: opens the data of the site; nothing else in a site holds it.
+        holdings: opens the data of the site; nothing else in a site holds them.
         simulation: whether a ledger that is begun here is a simulation's.
         randomness: the kind of noise this site draws.
     """
@@ -56,7 +57,7 @@ class Gate:
     key: SigningKey
     ledger: Ledger
     updates: UpdateStore
-    examples: Callable[[], Examples]
+    holdings: Holdings
     simulation: bool
     randomness: Kind
 
@@ -110,6 +111,7 @@ class Gate:
             raise Refusal(Reason.NOT_IN_CONTRACT, "the contract lists another key for this site")
         if contract.privacy.randomness != self.randomness:
             raise Refusal(Reason.SIMULATION_ONLY, "the contract asks for another kind of noise")
+        self.holdings.check(terms.domain, contract.data)
         if not 1 <= order.round <= contract.rounds:
             raise Refusal(Reason.ROUND_OUT_OF_RANGE, f"round {order.round}")
         return contract, terms
@@ -142,7 +144,7 @@ class Gate:
             terms=terms,
             round=order.round,
             attempt=len(primary.charges[key]),
-            open_examples=self.examples,
+            open_examples=lambda: self.holdings.open(terms.domain),
         )
 
     def _charge(

@@ -21,10 +21,33 @@ from bract.shared import canonical
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract
 from bract.shared.data import Examples
+from bract.shared.errors import BractError
 from bract.shared.privacy import accounting, entries, events
 from bract.shared.reports import MetricsLine
 
 logger = logging.getLogger("bract.server")
+
+
+POLL_SECONDS = 0.1
+
+
+class CohortTooSmall(BractError):
+    """Too few sites were connected for as long as the federation allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to wait, in seconds, and for how many.
+
+    Args:
+        minimum_cohort: with fewer updates a round is void, with fewer sites it is not begun.
+        sites_seconds: how long to wait for that many sites; None waits for ever.
+        round_seconds: how long to wait for answers; None waits for all.
+    """
+
+    minimum_cohort: int = 1
+    sites_seconds: float | None = None
+    round_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +61,7 @@ class RoundLoop:
         validation: public examples, scored after every round.
         out: the run folder: its checkpoint and metrics.jsonl.
         delta: at which ε is reported, round by round.
-        timeout_seconds: how long to wait for replies; None waits for all.
+        patience: deadlines and the minimum cohort.
     """
 
     contract: Contract
@@ -47,7 +70,7 @@ class RoundLoop:
     validation: Examples
     out: Path
     delta: float
-    timeout_seconds: float | None = None
+    patience: Patience = Patience()
 
     def run(self, grid: Grid, state: RoundState) -> RoundState:
         """Returns the state after the last round that sites could serve, saved round by round."""
@@ -66,13 +89,17 @@ class RoundLoop:
     def _round(self, grid: Grid, state: RoundState) -> RoundState | None:
         """Returns the state after one attempt at the next round, None where none can be asked."""
         started, number = time.monotonic(), state.round + 1
+        if not self._wait_for_sites(grid):
+            return None
         messages = self.strategy.configure_train(
             number, to_record(state.weights), ConfigRecord(), grid
         )
         if not messages:
             return None
-        replies = grid.send_and_receive(messages, timeout=self.timeout_seconds)
+        replies = grid.send_and_receive(messages, timeout=self.patience.round_seconds)
         average, _ = self.strategy.aggregate_train(number, replies)
+        if len(self.strategy.replied) < self.patience.minimum_cohort:
+            average = None  # void: a mean over too few would say too much of each
         refused = tuple(
             {"site": site, "round": number, "reason": reason}
             for site, reason in sorted(self.strategy.refused)
@@ -87,6 +114,25 @@ class RoundLoop:
                 file.write(_line(state.metrics[-1]))
         self._tell(state, completed=average is not None)
         return state
+
+    def _wait_for_sites(self, grid: Grid) -> bool:
+        """Returns whether enough sites are there; False where too many refused for good.
+
+        Raises:
+            CohortTooSmall: where they stay away for longer than allowed.
+        """
+        need, began = self.patience.minimum_cohort, time.monotonic()
+        limit = self.patience.sites_seconds
+        while len(found := self.strategy.available(grid)) < need:
+            if len(self.contract.cohort) - self.strategy.retired < need:
+                return False
+            if limit is not None and time.monotonic() - began > limit:
+                raise CohortTooSmall(
+                    f"{len(found)} of the {need} sites that a round needs were connected within "
+                    f"{limit:g} s: start the sites, then the server again; it goes on from here"
+                )
+            time.sleep(POLL_SECONDS)
+        return True
 
     def _completed(self, state: RoundState, average: Arrays) -> RoundState:
         weights, velocity = self._step(state, average)

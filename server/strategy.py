@@ -60,8 +60,17 @@ class PublicFedAvg(FedAvg):
                 dst_node_id=node,
                 group_id=str(server_round),
             )
-            for node in sorted(set(grid.get_node_ids()) - self._retired)
+            for node in self.available(grid)
         ]
+
+    def available(self, grid: Grid) -> list[int]:
+        """Returns the nodes that are there and have not refused for good."""
+        return sorted(set(grid.get_node_ids()) - self._retired)
+
+    @property
+    def retired(self) -> int:
+        """How many nodes have refused for good."""
+        return len(self._retired)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

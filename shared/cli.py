@@ -26,6 +26,12 @@ COMMANDS = {
         "bract.shared.commands.calibrate:calibrate",
         "The noise for a budget, and what it buys.",
     ),
+    "contract": (
+        "bract.shared.commands.contract:contract",
+        "Propose a run; read one.",
+    ),
+    "server": ("bract.server.commands:server", "Serve a federation's run to its end."),
+    "client": ("bract.client.commands:client", "Serve a site."),
     "audit": ("bract.shared.commands.audit:audit", "Check ledgers and what was spent."),
 }
 

@@ -30,7 +30,8 @@ class ModelTerms(Frozen):
 class DataTerms(Frozen):
     """What an example looks like, and the public constants that normalise it.
 
-    An input x of `shape` becomes (x − offset) / scale.
+    An input x of `shape` becomes (x − offset) / scale. `public` is the SHA-256 of the validation
+    and test examples that the server holds, which the contract so declares public.
     """
 
     name: str = Field(min_length=1, max_length=200)
@@ -38,6 +39,7 @@ class DataTerms(Frozen):
     classes: int = Field(ge=2)
     offset: float = 0.0
     scale: float = Field(default=1.0, gt=0)
+    public: Hex32 | None = None
 
 
 class TrainingTerms(Frozen):
@@ -84,13 +86,15 @@ class Contract(Frozen):
     """One run, as every site and the server read it.
 
     `max_attempts` ≥ `rounds` bounds the charges at one site: a crashed round is charged again, so
-    the budget is checked for `max_attempts`, not for `rounds`.
+    the budget is checked for `max_attempts`, not for `rounds`. `witness` is the key by which the
+    server countersigns the heads of the sites' ledgers.
     """
 
     schema_version: Literal[1] = 1
     run: Name
     nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     coordinator: Hex32
+    witness: Hex32 | None = None
     simulation: bool
     rounds: int = Field(ge=1, le=1_000_000)
     max_attempts: int = Field(ge=1, le=2_000_000)

@@ -150,6 +150,100 @@ class Budget(Frozen):
     domains: list[DomainBudget]
 
 
+class ContractShown(Frozen):
+    """`bract contract make --json` and `show --json`; ε is what one site spends."""
+
+    contract_sha256: str
+    contract: dict[str, Any]
+    epsilon: float | None
+    epsilon_rounds: float | None
+    delta: float
+    adjacency: str
+
+
+class ContractCheck(Frozen):
+    """`bract client SITE.toml --check contract.json --json`, for the site's operator alone.
+
+    `problems` names files, rows and columns of the true data, never a value.
+    """
+
+    contract_sha256: str
+    accepted: bool
+    reason: str | None
+    problems: list[str]
+    epsilon_before: float | None
+    epsilon_after: float | None
+
+
+class DomainStatus(Frozen):
+    """What is spent and left of one domain's budget."""
+
+    epsilon: float | None
+    limit: float
+    left: float | None
+    delta: float
+    charges: int
+
+
+class SiteStatus(Frozen):
+    """`bract client SITE.toml --status --json`."""
+
+    site: str
+    running: bool
+    doing: str
+    round: str | None
+    since: str | None
+    domains: dict[str, DomainStatus]
+
+
+class ServerSummary(Frozen):
+    """summary.json of a real run, as far as a server can know it.
+
+    `epsilon_run` is what a site that served every attempt has spent in this run; what its ledger
+    holds beside it is the site's own affair.
+    """
+
+    run: str
+    rounds: int
+    seconds: float
+    epsilon_run: float | None
+    delta: float
+    adjacency: str
+    unit: Literal["example"]
+    mechanism: str
+    noise_multiplier: float
+    sampling_rate: float
+    clip_norm: float
+    sites: int
+    refused: list[RefusedRound]
+    heads: dict[str, LedgerHead]
+    test_accuracy: float = Probability
+    test_loss: float | None
+    precision: float = Probability
+    recall: float = Probability
+    f1: float = Probability
+    confusion: list[list[int]]
+    test_accuracy_by_group: dict[str, float] | None = None
+    versions: dict[str, str]
+    contract_sha256: str
+    guarantee: Guarantee
+    out: str
+
+
+class ServerStatus(Frozen):
+    """`bract server FEDERATION.toml --status --json`."""
+
+    run: str
+    doing: str
+    healthy: bool
+    connected: list[str]
+    round: int
+    rounds: int
+    attempts: int
+    epsilon_run: float | None
+    written: str | None
+
+
 class Failure(Frozen):
     """What any command prints with --json when it fails."""
 
@@ -162,6 +256,11 @@ REPORTS: dict[str, type[Frozen]] = {
     "calibrate": Calibration,
     "audit-verify": Verification,
     "audit-budget": Budget,
+    "contract": ContractShown,
+    "client-check": ContractCheck,
+    "client-status": SiteStatus,
+    "server": ServerSummary,
+    "server-status": ServerStatus,
     "error": Failure,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from bract.client.training.trainer import Execution
 from bract.client.updates import UpdateStore
 from bract.shared import keys
 from bract.shared.configuration import Frozen
+from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, load
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy.ledger import Ledger
@@ -101,7 +103,7 @@ def _site(plan_path: str, index: int) -> Site:
         key=keys.load(plan.state.key(name)),
         ledger=_ledger(str(plan.state.ledger(name, plan.sites))),
         updates=UpdateStore(plan.state.updates(name)),
-        examples=lambda: _examples(plan_path, index),
+        holdings=_Part(plan_path, index),
         simulation=True,
         randomness=randomness.kind,
     )
@@ -112,6 +114,21 @@ def _site(plan_path: str, index: int) -> Site:
         trainers=_trainers(plan_path),
         fingerprints=Fingerprints(plan.state.private / "fingerprints" / name),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One site's part of the simulated data, under whichever domain counts it."""
+
+    plan_path: str
+    index: int
+
+    def check(self, domain: str, data: DataTerms) -> None:
+        """Returns: the simulation wrote contract and plan from the same experiment."""
+
+    def open(self, domain: str) -> Examples:
+        """Returns the site's examples."""
+        return _examples(self.plan_path, self.index)
 
 
 @lru_cache(maxsize=4)

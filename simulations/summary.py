@@ -89,7 +89,7 @@ def summarise(
         if agreed.privacy.mechanism == "none"
         else GUARANTEE_SIMULATION,
         out=str(out),
-        **{name: value for name, value in result.items() if name != "heads"},
+        **{name: value for name, value in result.items() if name not in {"heads", "attempts"}},
     )
 
 

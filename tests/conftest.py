@@ -44,6 +44,19 @@ def _one_thread() -> None:
 
 
 @dataclass
+class Shelf:
+    """Holdings whose examples come from a function, whatever the domain."""
+
+    examples: Callable[[], Examples]
+
+    def check(self, domain: str, data: DataTerms) -> None:
+        """Takes every kind of data."""
+
+    def open(self, domain: str) -> Examples:
+        return self.examples()
+
+
+@dataclass
 class World:
     """A coordinator, one site and its folder; every part can be swapped by keyword."""
 
@@ -105,7 +118,7 @@ class World:
             key=self.key,
             ledger=more.get("ledger") or Ledger(self.ledger_path),
             updates=UpdateStore(self.folder / "updates"),
-            examples=self.examples,
+            holdings=Shelf(self.examples),
             simulation=simulation,
             randomness=more.get("randomness", SecureRandomness.kind),
         )

@@ -7,11 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bract.shared.contract import Contract
+from bract.shared.contract import ADJACENCY, Contract
 from bract.shared.errors import Reason, Refusal
 from bract.shared.policy import DomainPolicy, Filter, Policy
 from bract.shared.privacy import accounting
 from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.entries import NO_PREVIOUS, Genesis
 from bract.shared.privacy.events import Event, PoissonGaussian, merge
 from bract.shared.privacy.orders import best_order
 
@@ -23,6 +24,31 @@ def fixed_rule(domain: DomainPolicy) -> dict[str, Any]:
         order = rule.order if rule.order is not None else best_order(domain.epsilon, domain.delta)
         return {"rule": "filter", "order": order}
     return rule.model_dump(mode="json")
+
+
+def unbegun(policy: Policy, domain: str, *, key: str) -> Chain:
+    """Returns the chain that a site's first charge would begin; nothing is written."""
+    terms = policy.domains[domain]
+    chain = Chain(site=policy.site, domain=domain, key=key)
+    chain.genesis = Genesis(
+        schema_version=1,
+        site=policy.site,
+        key=key,
+        domain=domain,
+        sequence=0,
+        previous=NO_PREVIOUS,
+        genesis=NO_PREVIOUS,
+        policy=policy.sha256,
+        attempt=0,
+        kind="genesis",
+        nonce="0" * 32,
+        simulation=False,
+        unit="example",
+        adjacency=ADJACENCY,
+        delta=terms.delta.hex(),
+        composition=fixed_rule(terms),
+    )
+    return chain
 
 
 def order_of(chain: Chain) -> int | None:

@@ -1,0 +1,74 @@
+"""`bract client`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from bract.shared.cli import AS_JSON, print_json
+from bract.shared.errors import BractError, UsageError
+
+
+@click.command(epilog="Example: bract client SITE.toml --check contract.json")
+@click.argument("site", type=click.Path(path_type=Path), metavar="SITE.toml")
+@click.option("--status", is_flag=True, help="Say what the running process does, and ε here.")
+@click.option(
+    "--check",
+    type=click.Path(path_type=Path),
+    metavar="contract.json",
+    help="Would the gate accept it, what would it cost, do the data fit? Starts nothing.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="One line an event on stderr.",
+)
+@AS_JSON
+def client(site: Path, status: bool, check: Path | None, log_format: str, as_json: bool) -> None:
+    """Serve a site: connect, and answer orders through its gate, for as long as it takes.
+
+    What arrives is a contract and weights; no code is ever taken from the network.
+    """
+    if status and check is not None:
+        raise UsageError("--status and --check are two questions: ask one at a time")
+    if status:
+        _status(site, as_json)
+    elif check is not None:
+        _check(site, check, as_json)
+    else:
+        _serve(site, log_format)
+
+
+def _serve(site: Path, log_format: str) -> None:
+    from bract.client import service
+    from bract.shared import logs
+
+    logs.begin("json" if log_format == "json" else "text")
+    service.serve(site)
+
+
+def _check(site: Path, path: Path, as_json: bool) -> None:
+    from bract.client import offline
+
+    report = offline.check(site, path)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        click.echo("\n".join(offline.lines(report)))
+    if not report.accepted:
+        raise BractError(f"the gate would refuse: {report.reason}")
+    if report.problems:
+        raise BractError(f"{len(report.problems)} problems in the data; nothing was charged")
+
+
+def _status(site: Path, as_json: bool) -> None:
+    from bract.client import offline
+
+    report = offline.status(site)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        click.echo("\n".join(offline.status_lines(report)))

@@ -1,0 +1,121 @@
+"""What a site holds: the only way to its examples, bound to the domains that count them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from bract.client.settings import DataRoot
+from bract.shared import canonical
+from bract.shared.contract import DataTerms
+from bract.shared.data import Examples, check_part, dataset, load_part
+from bract.shared.errors import BractError, Reason, Refusal, UsageError
+from bract.shared.policy import Policy
+
+
+class Holdings(Protocol):
+    """The data behind a gate."""
+
+    def check(self, domain: str, data: DataTerms) -> None:
+        """Returns where a domain holds the kind of data that a contract is for; reads none.
+
+        Raises:
+            Refusal: otherwise.
+        """
+
+    def open(self, domain: str) -> Examples:
+        """Returns the examples of a domain."""
+
+
+class Roots:
+    """The data roots of SITE.toml.
+
+    Args:
+        roots: where the data of each domain lie.
+    """
+
+    def __init__(self, roots: Mapping[str, DataRoot]) -> None:
+        self._roots = dict(roots)
+
+    def check(self, domain: str, data: DataTerms) -> None:
+        """Returns where a domain holds the contract's data set in the contract's shape."""
+        root = self._roots.get(domain)
+        if root is None or root.name != data.name:
+            raise Refusal(Reason.POLICY_DOMAIN, f"domain {domain!r} holds no {data.name!r} data")
+        terms = dataset(root.name).terms
+        if (terms.shape, terms.classes) != (data.shape, data.classes):
+            raise Refusal(
+                Reason.POLICY_DOMAIN, f"{data.name!r} has another shape than the contract says"
+            )
+
+    def open(self, domain: str) -> Examples:
+        """Returns the examples of a domain, read once in a process."""
+        root = self._roots[domain]
+        return _open(root.name, root.folder, root.part)
+
+    def problems(self, domain: str, nominal_size: int) -> list[str]:
+        """Returns what an operator should mend, by file, row and column and never by value.
+
+        Reads the true data, so it is for the operator's eyes alone, before the site is offered.
+        """
+        root = self._roots[domain]
+        folder = Path(root.folder) if root.folder else None
+        try:
+            return check_part(root.name, folder, root.part, nominal_size)
+        except BractError as error:
+            return [str(error)]
+
+
+def bind(roots: Mapping[str, DataRoot], policy: Policy, path: Path) -> None:
+    """Fixes which data each domain counts; a renamed domain is no new budget.
+
+    Args:
+        roots: where the data of each domain lie.
+        policy: says which domains share examples.
+        path: the record of earlier bindings; made where it is missing.
+
+    Raises:
+        UsageError: where a domain's data moved, or data that a domain counts are offered under
+            another domain that does not share its budget.
+    """
+    earlier: dict[str, str] = json.loads(path.read_bytes()) if path.exists() else {}
+    now = {domain: _canonical(root) for domain, root in roots.items()}
+    for domain, where in now.items():
+        if earlier.get(domain, where) != where:
+            raise UsageError(
+                f"domain {domain!r} counted {earlier[domain]} and now names {where}: data that "
+                "moved keep their domain under their old path, other data need another domain"
+            )
+    bound = {**earlier, **now}
+    for domain in now:
+        for other, where in bound.items():
+            shared = other in policy.domains and other in policy.charged_domains(domain)
+            if other != domain and not shared and _meet(now[domain], where):
+                raise UsageError(
+                    f"domains {domain!r} and {other!r} count the same data ({where}): keep one, or "
+                    f"declare overlaps = [{other!r}], so that one use is charged to both"
+                )
+    if bound != earlier:
+        canonical.write_atomically(path, canonical.encode(bound), mode=0o600)
+
+
+def _canonical(root: DataRoot) -> str:
+    folder = str(Path(root.folder).resolve()) if root.folder else root.name
+    return f"{folder}#{root.part}"
+
+
+def _meet(one: str, other: str) -> bool:
+    """Returns whether two roots may hold the same examples: one folder within the other."""
+    (folder, _, part), (second, _, other_part) = one.rpartition("#"), other.rpartition("#")
+    if folder == second:
+        return part == other_part
+    paths = Path(folder), Path(second)
+    return paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
+
+
+@lru_cache(maxsize=4)
+def _open(name: str, folder: str | None, part: str) -> Examples:
+    return load_part(name, Path(folder) if folder else None, part)

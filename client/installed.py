@@ -1,0 +1,124 @@
+"""Opens the site of a SITE.toml: gate, ledger, data roots and a warm model, in one process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context
+
+from bract.client import holdings, settings
+from bract.client.fingerprint import Fingerprints
+from bract.client.gate import Gate
+from bract.client.holdings import Roots
+from bract.client.settings import SiteSettings
+from bract.client.site import Site, Trainers
+from bract.client.training import devices
+from bract.client.training.randomness import SecureRandomness
+from bract.client.training.trainer import Execution
+from bract.client.updates import UpdateStore
+from bract.shared import keys
+from bract.shared.errors import BractError, UsageError
+from bract.shared.privacy.ledger import Ledger
+
+FACTORY = "bract.client.installed:open_site"
+LOCK_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class SiteState:
+    """The files of a site's lasting state."""
+
+    folder: Path
+
+    @property
+    def ledger(self) -> Path:
+        """The ledger."""
+        return self.folder / "ledger.sqlite"
+
+    @property
+    def status(self) -> Path:
+        """What the running process last said of itself."""
+        return self.folder / "status.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one process that may use this state."""
+        return self.folder / "lock"
+
+
+def open_site(context: Context) -> Site:
+    """Returns the site that a node's own configuration names by the path of its SITE.toml."""
+    path = context.node_config.get("site")
+    if not path:
+        raise UsageError('this node has no site: start it with --node-config site="SITE.toml"')
+    return opened(str(path))
+
+
+@lru_cache(maxsize=1)
+def opened(path: str) -> Site:
+    """Returns the site of a SITE.toml; its state folder is locked while this process lives.
+
+    Raises:
+        UsageError: where the file, a key or a data root will not do.
+        BractError: where another process uses the state.
+    """
+    chosen = settings.read(Path(path))
+    state = SiteState(Path(chosen.state))
+    state.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock(state)
+    roots = {name: domain.data for name, domain in chosen.domains.items()}
+    policy = chosen.policy()
+    holdings.bind(roots, policy, state.folder / "domains.json")
+    randomness = SecureRandomness()
+    gate = Gate(
+        policy=policy,
+        key=keys.load(Path(chosen.keys.ledger)),
+        ledger=Ledger(state.ledger),
+        updates=UpdateStore(state.folder / "updates"),
+        holdings=Roots(roots),
+        simulation=False,
+        randomness=randomness.kind,
+    )
+    return Site(
+        name=chosen.site,
+        gate=gate,
+        randomness=randomness,
+        trainers=Trainers(_execution(chosen)),
+        fingerprints=Fingerprints(state.folder / "fingerprints"),
+    )
+
+
+def lock(state: SiteState) -> None:
+    """Returns once this process alone may use a state folder; held until the process ends.
+
+    Raises:
+        BractError: where another process holds it.
+    """
+    descriptor = os.open(state.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while not try_lock(descriptor):
+        if time.monotonic() > deadline:
+            os.close(descriptor)
+            raise BractError(
+                f"another process uses {state.folder}: one process serves a site; stop the other"
+            )
+        time.sleep(0.05)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Returns whether a file's lock could be had now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _execution(chosen: SiteSettings) -> Execution:
+    device = str(devices.resolve(chosen.device))
+    return Execution(device=device, physical_batch=chosen.physical_batch)

@@ -1,0 +1,162 @@
+"""A site's process: connect, answer orders by the installed app, connect again, stop cleanly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from bract.client import installed, settings
+from bract.client.app import app
+from bract.client.flower import Address, BackOff, Connection, Disconnected, NotTaken
+from bract.client.installed import SiteState
+from bract.client.settings import SiteSettings
+from bract.shared import canonical, pki
+
+logger = logging.getLogger("bract.client")
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT; no handler of ordinary failures may swallow it."""
+
+
+def serve(path: Path) -> None:
+    """Serves a site until it is told to stop.
+
+    Raises:
+        BractError: where the server does not let this site in, its certificate does not hold, or
+            another process of the site has connected since.
+    """
+    chosen = settings.read(path)
+    site = installed.opened(str(path))
+    context = Context(
+        run_id=0,
+        node_id=0,
+        node_config={"site-factory": installed.FACTORY, "site": str(path)},
+        state=RecordDict(),
+        run_config={},
+    )
+    key = pki.load_node_key(Path(chosen.keys.node))
+    address = Address(chosen.server, Path(chosen.keys.root_certificate))
+    journal = Journal(SiteState(Path(chosen.state)), site.name)
+    greatest = chosen.greatest_order_mib * 2**20
+    with _stoppable(chosen) as patience:
+        try:
+            with Connection(address, key, greatest_order=greatest) as connection:
+                _serve(connection, Answers(app, context, patience), journal)
+        except Stopped:
+            logger.info("stopped", extra={"event": "stopped", "site": site.name})
+        finally:
+            journal.write("stopped")
+
+
+class Patience:
+    """Whether a stop was asked for, and whether a round may still be finished first."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self.training, self.asked = seconds, False, False
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """Stops now, or after the round that is being trained; a second request stops now."""
+        if not self.training or self.asked:
+            raise Stopped
+        self.asked = True
+        # Past this the round is abandoned. Its charge stands.
+        signal.setitimer(signal.ITIMER_REAL, max(self._seconds, 1e-3))
+
+    def over(self, number: int, frame: FrameType | None) -> None:
+        """Abandons the round."""
+        raise Stopped
+
+
+class Answers:
+    """Answers orders by the installed ClientApp, the same object as in every grid."""
+
+    def __init__(self, client: ClientApp, context: Context, patience: Patience) -> None:
+        self._client, self._context, self.patience = client, context, patience
+
+    def to(self, message: Message) -> Message:
+        """Returns the answer to an order."""
+        return self._client(message, self._context)
+
+
+class Journal:
+    """What the process last said of itself, for `--status`; public facts alone."""
+
+    def __init__(self, state: SiteState, site: str) -> None:
+        self._path, self._site, self._round, self._since = state.status, site, None, time.time()
+
+    def write(self, doing: str, round_number: str | None = None) -> None:
+        """Replaces the status file."""
+        facts: dict[str, Any] = {
+            "site": self._site,
+            "pid": os.getpid(),
+            "doing": doing,
+            "round": round_number,
+            "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        try:
+            canonical.write_atomically(self._path, canonical.encode(facts), mode=0o600)
+        except OSError as error:
+            logger.warning("cannot write the status file: %s", error.strerror)
+
+
+def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
+    back_off, unsent = BackOff(), None
+    while True:
+        try:
+            connection.open()
+            logger.info("connected", extra={"event": "connected"})
+            journal.write("waiting")
+            while True:
+                if unsent is not None:
+                    connection.send(unsent)
+                    unsent = None
+                answers.patience.training = False
+                if answers.patience.asked:
+                    raise Stopped
+                order = connection.receive()
+                back_off.reset()
+                if order is None:
+                    continue
+                answers.patience.training = True
+                journal.write("training", order.metadata.group_id)
+                unsent = answers.to(order)
+                journal.write("waiting", order.metadata.group_id)
+        except NotTaken as error:
+            # The bytes are stored: asked again for the same round, the gate sends them again.
+            unsent = None
+            logger.warning("%s", error, extra={"event": "not-taken"})
+            back_off.wait()
+        except Disconnected as error:
+            answers.patience.training = False
+            if answers.patience.asked:
+                raise Stopped from None
+            journal.write("connecting")
+            logger.info("%s; trying again", error, extra={"event": "disconnected"})
+            back_off.wait()
+
+
+@contextmanager
+def _stoppable(chosen: SiteSettings) -> Iterator[Patience]:
+    patience = Patience(chosen.stop_seconds)
+    before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, patience.ask),
+        signal.SIGINT: signal.signal(signal.SIGINT, patience.ask),
+        signal.SIGALRM: signal.signal(signal.SIGALRM, patience.over),
+    }
+    try:
+        yield patience
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)

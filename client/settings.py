@@ -1,0 +1,117 @@
+"""SITE.toml: who a site is, what it holds, and its own hard limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from bract.client.training import devices
+from bract.shared.configuration import Frozen, parse, read_toml
+from bract.shared.contract import Hex32, Name
+from bract.shared.policy import DomainPolicy, Filter, Menu, Policy
+
+
+class Keys(Frozen):
+    """The site's keys and the authority that vouches for the server."""
+
+    root_certificate: str
+    node: str
+    ledger: str
+
+
+class DataRoot(Frozen):
+    """Where the examples of a domain lie: a data set's name, its folder, and the site's part."""
+
+    name: str
+    part: str
+    folder: str | None = None
+
+
+class Domain(Frozen):
+    """The budget of one body of data, where that data lies, and which domains share it."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    composition: Filter | Menu = Field(default=Filter(), discriminator="rule")
+    overlaps: tuple[Name, ...] = ()
+    data: DataRoot
+
+
+class SiteSettings(Frozen):
+    """A whole SITE.toml; relative paths are beside the file.
+
+    `state` holds ledger, stored update and lock; `head_file`, on another disk, notices a ledger
+    that was put back to an older copy. `stop_seconds` is how long a stop may wait for the round
+    that is being trained.
+    """
+
+    site: Name
+    server: str = Field(pattern=r"^[^\s/:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")
+    state: str = "state"
+    head_file: str | None = None
+    device: str = "auto"
+    physical_batch: int = Field(default=256, ge=1)
+    stop_seconds: float = Field(default=60.0, ge=0)
+    greatest_order_mib: int = Field(default=1024, ge=1)
+    coordinators: tuple[Hex32, ...] = Field(min_length=1)
+    models: tuple[str, ...] = Field(min_length=1)
+    mechanisms: tuple[Literal["dp-sgd"], ...] = ("dp-sgd",)
+    min_noise_multiplier: float = Field(default=0.3, gt=0)
+    max_sampling_rate: float = Field(default=1.0, gt=0, le=1)
+    keys: Keys
+    domains: dict[Name, Domain] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _policy_holds(self) -> SiteSettings:
+        self.policy()
+        return self
+
+    def policy(self) -> Policy:
+        """Returns the limits that the gate enforces."""
+        return Policy(
+            site=self.site,
+            coordinators=self.coordinators,
+            domains={
+                name: DomainPolicy(
+                    epsilon=domain.epsilon,
+                    delta=domain.delta,
+                    composition=domain.composition,
+                    overlaps=domain.overlaps,
+                )
+                for name, domain in self.domains.items()
+            },
+            models=self.models,
+            mechanisms=self.mechanisms,
+            min_noise_multiplier=self.min_noise_multiplier,
+            max_sampling_rate=self.max_sampling_rate,
+        )
+
+
+def read(path: Path) -> SiteSettings:
+    """Returns the settings in a TOML file, its paths made absolute.
+
+    Raises:
+        UsageError: for a key that does not exist or a value that will not do.
+    """
+    settings = parse(SiteSettings, read_toml(path), source=str(path))
+    folder = path.resolve().parent
+    devices.resolve(settings.device)
+    return settings.model_copy(
+        update={
+            "state": str(folder / settings.state),
+            "head_file": str(folder / settings.head_file) if settings.head_file else None,
+            "keys": Keys(
+                **{name: str(folder / value) for name, value in settings.keys.model_dump().items()}
+            ),
+            "domains": {
+                name: domain.model_copy(update={"data": _absolute(domain.data, folder)})
+                for name, domain in settings.domains.items()
+            },
+        }
+    )
+
+
+def _absolute(data: DataRoot, folder: Path) -> DataRoot:
+    return data.model_copy(update={"folder": str(folder / data.folder) if data.folder else None})

@@ -1,0 +1,71 @@
+"""`bract server`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from bract.shared.cli import AS_JSON, print_json
+from bract.shared.errors import BractError
+
+
+@click.command(epilog="Example: bract server FEDERATION.toml")
+@click.argument("federation", type=click.Path(path_type=Path), metavar="FEDERATION.toml")
+@click.option("--status", is_flag=True, help="Say who is connected and how far the run is.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="One line an event on stderr.",
+)
+@AS_JSON
+def server(federation: Path, status: bool, log_format: str, as_json: bool) -> None:
+    """Serve a federation's run to its end; started again after a kill, it goes on by itself.
+
+    Only Flower's fleet routes and /health are on the network, over TLS, for the listed sites.
+    """
+    if status:
+        _status(federation, as_json)
+    else:
+        _serve(federation, log_format, as_json)
+
+
+def _serve(federation: Path, log_format: str, as_json: bool) -> None:
+    from bract.server import service
+    from bract.shared import logs
+
+    logs.begin("json" if log_format == "json" else "text")
+    signal.signal(signal.SIGTERM, _interrupt)
+    summary = service.serve(federation)
+    if as_json:
+        print_json(summary.model_dump(mode="json"))
+    else:
+        click.echo(
+            f"{summary.rounds} rounds, test accuracy {summary.test_accuracy:.4f}, ε of this run at "
+            f"most {summary.epsilon_run} at δ {summary.delta:g}: {summary.out}"
+        )
+    if summary.rounds == 0:
+        reasons = sorted({refusal.reason for refusal in summary.refused})
+        raise BractError(f"no round was completed: {', '.join(reasons) or 'no site answered'}")
+
+
+def _status(federation: Path, as_json: bool) -> None:
+    from bract.server import service
+
+    report = service.status(federation)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        click.echo(
+            f"{report.run}: {report.doing}, healthy {report.healthy}, round {report.round} of "
+            f"{report.rounds}, connected {', '.join(report.connected) or 'none'}, ε of this run "
+            f"{report.epsilon_run}"
+        )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

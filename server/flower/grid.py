@@ -1,0 +1,143 @@
+"""A grid over the link state; its reads wake as answers land."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+
+from bract.server.flower.host import Host
+from bract.server.orders import Order
+
+NO_ANSWER = 3  # Flower's code for a message that was not answered
+
+
+class FleetGrid(Grid):
+    """Carries messages over the fleet routes; its reads wake as answers land.
+
+    Args:
+        host: serves the routes.
+        reply_seconds: how long a node may take for one answer.
+    """
+
+    def __init__(self, host: Host, *, reply_seconds: float) -> None:
+        self._host, self._reply_seconds = host, reply_seconds
+
+    @property
+    def site_names(self) -> Mapping[int, str]:
+        """The site of each node, as it was registered."""
+        return dict(self._host.names)
+
+    @property
+    def run(self) -> Run:
+        """The one run of this process."""
+        return Run.create_empty(run_id=self._host.run)
+
+    def set_run(self, run: Any) -> None:
+        """Does nothing: one process serves one run."""
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Returns a message from the server to a node."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Returns the nodes that are online."""
+        return sorted(self._host.state.get_nodes(self._host.run) & set(self._host.names))
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Returns the ids of messages whose objects are ready to be fetched."""
+        state, store = self._host.state, self._host.state.object_store
+        pushed = []
+        with no_object_id_recompute():  # records shared by messages are hashed once
+            for message in messages:
+                name = message.object_id
+                message.metadata.__dict__["_message_id"] = name
+                tree = get_object_tree(message)
+                missing = set(store.preregister(self._host.run, tree))
+                for object_id, value in get_all_nested_objects(message).items():
+                    if object_id in missing:
+                        store.put(object_id, value.deflate())
+                node = message.metadata.dst_node_id
+                objects = (part.object_id for part in iterate_object_tree(tree))
+                self._host.orders.open(name, node, objects)
+                self._host.envelopes[name] = remove_content_from_message(message)
+                # Objects first: a node that finds its order finds all of it.
+                state.store_message_ins(self._host.envelopes[name])
+                self._host.ring(node)
+                pushed.append(name)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Returns the answers that are whole; each is handed out once and its objects freed."""
+        return [self._take(name) for name in self._host.orders.wait_answered(message_ids, 0.0)]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Returns the answers that come in time; a node that gives none yields an error.
+
+        What comes later is refused, never mixed into another round.
+        """
+        listed = list(messages)
+        sent = dict(zip(self.push_messages(listed), listed, strict=True))
+        deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        replies: list[Message] = []
+        orders = self._host.orders
+        while sent and time.monotonic() < deadline:
+            for name in orders.wait_answered(sent, min(1.0, max(deadline - time.monotonic(), 0))):
+                replies.append(self._take(name))
+                del sent[name]
+            for name in orders.overdue(sent, self._reply_seconds):
+                replies.append(self._give_up(name, sent.pop(name)))
+        replies.extend(self._give_up(name, message) for name, message in sent.items())
+        return replies
+
+    def _take(self, name: str) -> Message:
+        state, store = self._host.state, self._host.state.object_store
+        reply = state.get_message_res({name}, self._host.run)[0]
+        root = reply.metadata.message_id
+        if not reply.has_error():
+            tree = store.get_object_tree(root)
+            contents = {
+                part.object_id: store.get(part.object_id) or b""
+                for part in iterate_object_tree(tree)
+            }
+            store.delete(root)  # the dictionary holds the last reference to each piece
+            whole = inflate_object_from_contents(root, contents)
+            assert isinstance(whole, Message)  # noqa: S101  it was registered as a reply
+            whole.metadata.__dict__["_message_id"] = root
+            reply = whole
+        self._discard(name)
+        return reply
+
+    def _give_up(self, name: str, message: Message) -> Message:
+        order = self._discard(name)
+        if order is not None and order.reply is not None:
+            self._host.state.object_store.delete(order.reply)
+        return Message(Error(NO_ANSWER), reply_to=message)
+
+    def _discard(self, name: str) -> Order | None:
+        order = self._host.orders.close(name)
+        self._host.envelopes.pop(name, None)
+        self._host.state.delete_messages({name})
+        self._host.state.object_store.delete(name)
+        return order

@@ -1,0 +1,206 @@
+"""Flower's link state and fleet routes, served by this process over TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from flwr.app import Message
+from flwr.common.constant import (
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    SUPERLINK_NODE_ID,
+    Status,
+    SubStatus,
+)
+from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.federation import NoOpFederationManager
+
+from bract.server.flower.routes import application
+from bract.server.incarnations import Incarnations
+from bract.server.orders import Orders
+from bract.shared import pki
+from bract.shared.errors import BractError
+
+logger = logging.getLogger("bract.server")
+
+TASK_HEARTBEAT_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Where to serve, and with which certificate."""
+
+    host: str
+    port: int
+    certificate: Path
+    key: Path
+
+
+class Host:
+    """Flower's SuperLink application in a thread of this process.
+
+    Args:
+        database: the link state's SQLite file; made where it is missing.
+        sites: each site's node key as one OpenSSH line; only these are registered.
+        listener: address and certificate.
+        greatest_reply: how many bytes one answer may have.
+    """
+
+    def __init__(
+        self, *, database: Path, sites: Mapping[str, str], listener: Listener, greatest_reply: int
+    ) -> None:
+        self._factory = LinkStateFactory(
+            str(database), NoOpFederationManager(), ObjectStoreFactory(":flwr-in-memory:")
+        )
+        self.state: LinkState = self._factory.state()
+        self.orders = Orders(greatest_reply)
+        self.keys = {
+            public_key_to_bytes(pki.node_public(line)): name for name, line in sites.items()
+        }
+        self.names = _register(self.state, self.keys)
+        _end_earlier_runs(self.state)
+        self.run, self._task = _begin_run(self.state)
+        self.incarnations = Incarnations()
+        self.envelopes: dict[str, Message] = {}
+        self.bells: dict[int, asyncio.Event] = {}
+        self.closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._listener = listener
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                application(self, self._factory),
+                host=listener.host,
+                port=listener.port,
+                ssl_certfile=str(listener.certificate),
+                ssl_keyfile=str(listener.key),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                timeout_keep_alive=60,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        self._thread = threading.Thread(target=self._serve, name="superlink", daemon=True)
+        self._stop = threading.Event()
+        self._beats = threading.Thread(target=self._beat, name="run-heartbeat", daemon=True)
+
+    @property
+    def port(self) -> int:
+        """The port that is served; the listener's own where it is not 0."""
+        return int(self._server.servers[0].sockets[0].getsockname()[1])
+
+    def start(self) -> None:
+        """Returns once the port answers.
+
+        Raises:
+            BractError: where the port cannot be had or the certificate cannot be used.
+        """
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise BractError(
+                    f"cannot serve on {self._listener.host}:{self._listener.port}: the port is "
+                    "taken, or the certificate and key do not fit; see the log"
+                )
+            time.sleep(0.01)
+        self._beats.start()
+
+    def close(self) -> None:
+        """Ends the run and gives the port back."""
+        self.closing = True
+        self._stop.set()
+        self.state.finish_task(self._task, SubStatus.COMPLETED, "")
+        for node in list(self.names):
+            self.ring(node)
+        self._server.should_exit = True
+        self._thread.join(timeout=10)
+
+    def ring(self, node: int) -> None:
+        """Wakes the request by which a node waits for its next order."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(lambda: self.bell(node).set())
+
+    def bell(self, node: int) -> asyncio.Event:
+        """Returns the event that a node's waiting request waits for."""
+        return self.bells.setdefault(node, asyncio.Event())
+
+    def site(self, public_key: bytes) -> str | None:
+        """Returns the site that a node key was listed for."""
+        return self.keys.get(public_key)
+
+    def offer_again(self, name: str) -> None:
+        """Offers an open order anew to a process that may have lost it, half an answer and all."""
+        half = self.orders.reset(name)
+        if half is not None:
+            self.state.object_store.delete(half)
+        self.state.delete_messages({name})
+        self.state.store_message_ins(self.envelopes[name])
+
+    def connected(self) -> list[str]:
+        """Returns the names of the sites whose nodes are online."""
+        return sorted(self.names[n] for n in self.state.get_nodes(self.run) if n in self.names)
+
+    def _serve(self) -> None:
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            await self._server.serve()
+
+        try:
+            asyncio.run(serve())
+        except SystemExit:  # uvicorn's way to say that it cannot bind
+            return
+        except OSError as error:
+            logger.error("the server cannot start: %s", error.strerror)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(TASK_HEARTBEAT_SECONDS):
+            self.state.acknowledge_task_heartbeat(self._task)
+
+
+def _register(state: LinkState, keys: Mapping[bytes, str]) -> dict[int, str]:
+    """Returns the nodes of the listed keys; every other node that was ever known is removed."""
+    names: dict[int, str] = {}
+    for key, name in keys.items():
+        node = state.get_node_id_by_public_key(key)
+        if node is None:
+            node = state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=name)
+        names[node] = name
+    known = state.get_node_info(
+        statuses=[NodeStatus.REGISTERED, NodeStatus.ONLINE, NodeStatus.OFFLINE]
+    )
+    for info in known:
+        if info.node_id not in names:
+            state.delete_node(NOOP_FLWR_AID, info.node_id)
+    return names
+
+
+def _end_earlier_runs(state: LinkState) -> None:
+    """Ends what a killed process left: a late answer to it is refused, never mixed in."""
+    for run in state.get_run_info(statuses=[Status.PENDING, Status.STARTING, Status.RUNNING]):
+        state.delete_messages(state.get_message_ids_from_run_id(run.run_id))
+        state.delete_sessions_in_run(run.run_id)
+        state.finish_task(int(run.primary_task_id or 0), SubStatus.FAILED, "")
+
+
+def _begin_run(state: LinkState) -> tuple[int, int]:
+    """Returns the ids of this process's run and of its task."""
+    run = state.create_run(
+        "", "", "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+    )
+    (facts,) = state.get_run_info(run_ids=[run])
+    task = int(facts.primary_task_id or 0)
+    state.claim_task(task)
+    state.activate_task(task)
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run, task, SUPERLINK_NODE_ID
+    return run, task

@@ -1,0 +1,226 @@
+"""A coordinator's process: Flower's SuperLink hosted here, and the round loop beside it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+
+from bract.server import checkpoint
+from bract.server.app import app
+from bract.server.flower.grid import FleetGrid
+from bract.server.flower.host import Host, Listener
+from bract.shared import canonical, contract, federation, keys, versions
+from bract.shared.contract import Contract
+from bract.shared.errors import UsageError
+from bract.shared.federation import Federation
+from bract.shared.privacy import accounting, entries, events
+from bract.shared.reports import GUARANTEE_PRIVATE, ServerStatus, ServerSummary
+
+logger = logging.getLogger("bract.server")
+
+STATUS_SECONDS = 1.0
+
+
+def serve(path: Path) -> ServerSummary:
+    """Runs a federation file's contract to its end and returns what the server knows of it.
+
+    Started again after a kill, it goes on from the last whole round.
+
+    Raises:
+        UsageError: where contract and federation file do not fit together.
+        BractError: where the port cannot be had or too few sites come.
+    """
+    chosen = federation.read(path)
+    agreed = read_contract(chosen)
+    out, state = Path(chosen.server.out), Path(chosen.server.state)
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    out.mkdir(parents=True, exist_ok=True)
+    canonical.write_atomically(out / "contract.json", Path(chosen.contract).read_bytes())
+    host = Host(
+        database=state / "superlink.sqlite",
+        sites={site.name: site.node_key for site in chosen.sites},
+        listener=_listener(chosen),
+        greatest_reply=chosen.server.greatest_reply_mib * 2**20,
+    )
+    host.start()
+    logger.info("serving", extra={"event": "serving", "port": host.port})
+    journal = Journal(host, state / "status.json", agreed)
+    journal.start()
+    try:
+        grid = FleetGrid(host, reply_seconds=chosen.deadlines.reply)
+        app(grid, _context(chosen, host.run))
+    finally:
+        journal.stop()
+        host.close()
+    result: dict[str, Any] = canonical.decode((out / "checkpoint" / "result.json").read_bytes())
+    summary = _summary(chosen, agreed, result)
+    canonical.write_atomically(
+        out / "summary.json", canonical.encode(summary.model_dump(mode="json"))
+    )
+    return summary
+
+
+def status(path: Path) -> ServerStatus:
+    """Returns who is connected and how far the run is, from the files and /health."""
+    chosen = federation.read(path)
+    agreed = read_contract(chosen)
+    file = Path(chosen.server.state) / "status.json"
+    said = canonical.decode(file.read_bytes()) if file.exists() else {}
+    state = checkpoint.load(Path(chosen.server.out) / "checkpoint", agreed.sha256)
+    attempts = state.attempts if state else 0
+    healthy = said.get("port") is not None and _is_healthy(chosen, said["port"])
+    return ServerStatus(
+        run=agreed.run,
+        doing=said.get("doing", "never started") if healthy else "not running",
+        healthy=healthy,
+        connected=said.get("connected", []) if healthy else [],
+        round=state.round if state else 0,
+        rounds=agreed.rounds,
+        attempts=attempts,
+        epsilon_run=_epsilon(chosen, agreed, attempts),
+        written=said.get("written"),
+    )
+
+
+def read_contract(chosen: Federation) -> Contract:
+    """Returns the contract that a federation file names, checked against the file.
+
+    Raises:
+        UsageError: where it is missing, or one of them was changed since.
+    """
+    path = Path(chosen.contract)
+    if not path.exists():
+        raise UsageError(
+            f"no contract at {path}: propose one with bract contract make FEDERATION.toml -o {path}"
+        )
+    signed = contract.read(path)
+    agreed = signed.verify(signed.contract.coordinator)
+    listed = {(s.name, s.key, s.domain, s.nominal_size) for s in chosen.sites}
+    signed_for = {(s.name, s.key, s.domain, s.nominal_size) for s in agreed.cohort}
+    if listed != signed_for:
+        raise UsageError(
+            f"{path} was signed for other sites than the federation file lists: make it anew"
+        )
+    if agreed.witness != keys.load(Path(chosen.server.witness_key)).public:
+        raise UsageError(f"{path} names another witness than server.witness_key: make it anew")
+    return agreed
+
+
+class Journal:
+    """Writes what the process is doing to a file, for `--status`."""
+
+    def __init__(self, host: Host, path: Path, agreed: Contract) -> None:
+        self._host, self._path, self._agreed = host, path, agreed
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+
+    def start(self) -> None:
+        """Begins to write."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Writes the last word."""
+        self._stopped.set()
+        self._thread.join(timeout=5)
+        self._write("stopped")
+
+    def _run(self) -> None:
+        while not self._stopped.wait(STATUS_SECONDS):
+            self._write("serving")
+
+    def _write(self, doing: str) -> None:
+        facts = {
+            "doing": doing,
+            "pid": os.getpid(),
+            "port": self._host.port if doing == "serving" else None,
+            "connected": self._host.connected() if doing == "serving" else [],
+            "contract": self._agreed.sha256,
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        try:
+            canonical.write_atomically(self._path, canonical.encode(facts))
+        except OSError as error:
+            logger.warning("cannot write the status file: %s", error.strerror)
+
+
+def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> ServerSummary:
+    privacy = agreed.privacy
+    return ServerSummary(
+        run=agreed.run,
+        epsilon_run=_epsilon(chosen, agreed, result.pop("attempts")),
+        delta=chosen.privacy.delta,
+        adjacency=privacy.adjacency,
+        unit=privacy.unit,
+        mechanism=privacy.mechanism,
+        noise_multiplier=privacy.noise_multiplier,
+        sampling_rate=privacy.sampling_rate,
+        clip_norm=privacy.clip_norm,
+        sites=len(agreed.cohort),
+        versions=versions.installed(),
+        contract_sha256=agreed.sha256,
+        guarantee=GUARANTEE_PRIVATE,
+        out=chosen.server.out,
+        **result,
+    )
+
+
+def _epsilon(chosen: Federation, agreed: Contract, attempts: int) -> float | None:
+    event = events.decode(entries.event_for(agreed))
+    return accounting.epsilon([event] * attempts, chosen.privacy.delta) if attempts else 0.0
+
+
+def _is_healthy(chosen: Federation, port: int) -> bool:
+    """Returns whether the port answers with this federation's own certificate."""
+    pinned = ssl.create_default_context(cafile=chosen.server.certificate)
+    pinned.check_hostname = False  # asked at a local address, which need not be a name in it
+    pinned.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    host = "127.0.0.1" if chosen.server.host in ("0.0.0.0", "::") else chosen.server.host  # noqa: S104  a comparison
+    try:
+        with urllib.request.urlopen(
+            f"https://{host}:{port}/health", timeout=5, context=pinned
+        ) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+def _listener(chosen: Federation) -> Listener:
+    for name in ("certificate", "key"):
+        path = Path(getattr(chosen.server, name))
+        if not path.is_file():
+            raise UsageError(f"no server.{name} at {path}: make it with bract keys server")
+    return Listener(
+        host=chosen.server.host,
+        port=chosen.server.port,
+        certificate=Path(chosen.server.certificate),
+        key=Path(chosen.server.key),
+    )
+
+
+def _context(chosen: Federation, run: int) -> Context:
+    return Context(
+        run_id=run,
+        node_id=1,
+        node_config={},
+        state=RecordDict(),
+        run_config={
+            "contract": str(Path(chosen.server.out) / "contract.json"),
+            "out": chosen.server.out,
+            "data-folder": str(federation.public_folder(chosen) or ""),
+            "delta": chosen.privacy.delta,
+            "init-seed": chosen.init_seed,
+            "minimum-cohort": chosen.minimum_cohort,
+            "sites-seconds": chosen.deadlines.sites,
+            "round-seconds": chosen.deadlines.round,
+            "close-seconds": chosen.deadlines.close,
+            "witness-key": chosen.server.witness_key,
+        },
+    )

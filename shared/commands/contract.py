@@ -1,0 +1,119 @@
+"""`bract contract`: make, show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bract.shared.cli import AS_JSON, print_json
+from bract.shared.contract import ADJACENCY, Contract
+from bract.shared.errors import UsageError
+from bract.shared.reports import ContractShown
+
+
+@click.group()
+def contract() -> None:
+    """Propose a run; read one."""
+
+
+@contract.command(epilog="Example: bract contract make FEDERATION.toml -o contract.json")
+@click.argument("federation", type=click.Path(path_type=Path), metavar="FEDERATION.toml")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="Where to write the signed contract; never overwritten.",
+)
+@AS_JSON
+def make(federation: Path, output: Path, as_json: bool) -> None:
+    """Sign the contract that a federation file describes, with σ calibrated to its budget."""
+    from bract.shared import federation as federations
+
+    if output.exists():
+        raise UsageError(
+            f"{output} exists: a contract is never overwritten; name another file, or remove it "
+            "and every site will see a new run"
+        )
+    chosen = federations.read(federation)
+    signed = federations.propose(chosen)
+    try:
+        output.write_bytes(signed.to_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}") from error
+    _tell(signed.contract, chosen.privacy.delta, as_json)
+
+
+@contract.command(epilog="Example: bract contract show contract.json --delta 1e-5")
+@click.argument("path", type=click.Path(path_type=Path), metavar="contract.json")
+@click.option("--delta", type=float, metavar="D", default=1e-5, show_default=True, help="δ for ε.")
+@AS_JSON
+def show(path: Path, delta: float, as_json: bool) -> None:
+    """Say what a contract asks of its sites, and what it would cost each of them.
+
+    The signature is checked against the key that the contract names: compare that key with the one
+    your coordinator told you.
+    """
+    from bract.shared import contract as contracts
+
+    signed = contracts.read(path)
+    _tell(signed.verify(signed.contract.coordinator), delta, as_json)
+
+
+def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
+    shown = _shown(agreed, delta)
+    if as_json:
+        print_json(shown.model_dump(mode="json"))
+        return
+    privacy, training, data = agreed.privacy, agreed.training, agreed.data
+    lines = [
+        f"contract     {agreed.sha256}",
+        f"run          {agreed.run}",
+        f"coordinator  {agreed.coordinator}",
+        f"witness      {agreed.witness or 'none'}",
+        f"model        {agreed.model.name} {agreed.model.options or ''}".rstrip(),
+        f"data         {data.name}, {list(data.shape)}, {data.classes} classes",
+        f"rounds       {agreed.rounds}, at most {agreed.max_attempts} attempts, "
+        f"{training.local_steps} steps each",
+        f"mechanism    {privacy.mechanism}: q {privacy.sampling_rate:g}, σ "
+        f"{privacy.noise_multiplier:g}, clip {privacy.clip_norm:g}, noise {privacy.randomness}",
+        f"cost         {_cost(shown, agreed.rounds)}",
+    ]
+    lines += [
+        f"site         {site.name}: domain {site.domain}, nominal size {site.nominal_size}, "
+        f"ledger key {site.key}"
+        for site in agreed.cohort
+    ]
+    click.echo("\n".join(lines))
+
+
+def _cost(shown: ContractShown, rounds: int) -> str:
+    if shown.epsilon is None or shown.epsilon_rounds is None:
+        return "unbounded: this contract has no privacy"
+    return (
+        f"ε {shown.epsilon:.3f} at δ {shown.delta:g} ({ADJACENCY}, per example) to each site if "
+        f"every attempt is used; {shown.epsilon_rounds:.3f} for {rounds} rounds"
+    )
+
+
+def _shown(agreed: Contract, delta: float) -> ContractShown:
+    from bract.shared.privacy import accounting, entries, events
+
+    def epsilon(rounds: int) -> float | None:
+        event = events.decode(entries.event_for(agreed))
+        if accounting.is_unbounded([event]):
+            return None
+        return accounting.epsilon([event] * rounds, delta)
+
+    facts: dict[str, Any] = agreed.model_dump(mode="json")
+    return ContractShown(
+        contract_sha256=agreed.sha256,
+        contract=facts,
+        epsilon=epsilon(agreed.max_attempts),
+        epsilon_rounds=epsilon(agreed.rounds),
+        delta=delta,
+        adjacency=agreed.privacy.adjacency,
+    )

@@ -1,0 +1,252 @@
+"""FEDERATION.toml: what a coordinator proposes, and how its server runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from bract.shared import contract as contracts
+from bract.shared import keys
+from bract.shared.configuration import Frozen, parse, read_toml
+from bract.shared.contract import (
+    Contract,
+    DataTerms,
+    Hex32,
+    ModelTerms,
+    Name,
+    PrivacyTerms,
+    SignedContract,
+    SiteTerms,
+    TrainingTerms,
+)
+from bract.shared.data import dataset, public
+from bract.shared.data.locations import folder_of
+from bract.shared.errors import UsageError
+from bract.shared.policy import check_delta
+from bract.shared.privacy.calibration import check_budget, noise_for_filter, noise_multiplier
+from bract.shared.privacy.orders import best_order
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class ServerSettings(Frozen):
+    """Where the server listens, and its files; relative paths are beside the TOML file.
+
+    `greatest_reply_mib` bounds one site's answer, `state` holds the link state, `out` the run.
+    """
+
+    listen: str
+    certificate: str
+    key: str
+    witness_key: str
+    state: str = "state"
+    out: str
+    public_data: str | None = None
+    greatest_reply_mib: int = Field(default=1024, ge=1)
+
+    @field_validator("listen")
+    @classmethod
+    def _host_and_port(cls, listen: str) -> str:
+        host, colon, port = listen.rpartition(":")
+        if not (host and colon and port.isdigit() and int(port) < 65536):
+            raise ValueError("must be HOST:PORT, as in 127.0.0.1:8443")
+        return listen
+
+    @property
+    def host(self) -> str:
+        """The address to listen on."""
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The port to listen on."""
+        return int(self.listen.rpartition(":")[2])
+
+
+class Deadlines(Frozen):
+    """How long the server waits, in seconds.
+
+    `sites`: for enough sites to be connected before a round; `round`: for all answers of a round;
+    `reply`: for one site's answer once it has its order; `close`: for the last exchange.
+    """
+
+    sites: Seconds = 3600.0
+    round: Seconds = 1800.0
+    reply: Seconds = 900.0
+    close: Seconds = 30.0
+
+
+class FederatedData(Frozen):
+    """Which data set each site holds its own part of, and the public constants for it."""
+
+    name: str
+    offset: float | None = None
+    scale: float | None = Field(default=None, gt=0)
+
+
+class FederatedPrivacy(Frozen):
+    """What the run may cost a site; σ is calibrated to ε unless it is given.
+
+    `batch` is the expected batch at a site of mean nominal size. `ceiling` is the sites' own limit
+    where they tell it: σ is raised until the whole run fits under it by the Rényi filter.
+    """
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    clip_norm: float = Field(gt=0)
+    batch: float = Field(gt=0)
+    noise_multiplier: float | None = Field(default=None, gt=0)
+    ceiling: float | None = Field(default=None, gt=0)
+
+
+class SiteEntry(Frozen):
+    """One site, as `bract keys site` prints it."""
+
+    name: Name
+    key: Hex32
+    node_key: str
+    domain: Name
+    nominal_size: int = Field(ge=1)
+
+
+class AuditorEntry(Frozen):
+    """One auditor, as `bract keys auditor` prints it."""
+
+    name: Name
+    certificate_sha256: Hex32
+
+
+class Federation(Frozen):
+    """A whole FEDERATION.toml.
+
+    `minimum_cohort`: with fewer answers a round is void. `spare_attempts`: what void and crashed
+    rounds may cost beside `rounds`. `init_seed` makes the public start of the model.
+    """
+
+    run: Name
+    coordinator_key: str
+    contract: str = "contract.json"
+    rounds: int = Field(ge=1, le=1_000_000)
+    spare_attempts: int = Field(default=2, ge=0)
+    minimum_cohort: int = Field(default=1, ge=1)
+    init_seed: int = Field(default=0, ge=0, lt=2**63)
+    server: ServerSettings
+    deadlines: Deadlines = Deadlines()
+    model: ModelTerms
+    data: FederatedData
+    training: TrainingTerms
+    privacy: FederatedPrivacy
+    sites: tuple[SiteEntry, ...] = Field(min_length=1)
+    auditors: tuple[AuditorEntry, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Federation:
+        if self.minimum_cohort > len(self.sites):
+            raise ValueError(
+                f"minimum_cohort {self.minimum_cohort} is over the {len(self.sites)} sites listed"
+            )
+        for what in ("name", "key", "node_key"):
+            values = [getattr(site, what) for site in self.sites]
+            twice = next((value for value in values if values.count(value) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two sites have the {what} {twice[:60]!r}; list each site once")
+        return self
+
+
+def read(path: Path) -> Federation:
+    """Returns the federation in a TOML file, its paths made absolute.
+
+    Raises:
+        UsageError: for a key that does not exist or a value that will not do.
+    """
+    federation = parse(Federation, read_toml(path), source=str(path))
+    folder = path.resolve().parent
+    server = federation.server
+    paths = {
+        name: str(folder / value)
+        for name in ("certificate", "key", "witness_key", "state", "out", "public_data")
+        if (value := getattr(server, name)) is not None
+    }
+    return federation.model_copy(
+        update={
+            "coordinator_key": str(folder / federation.coordinator_key),
+            "contract": str(folder / federation.contract),
+            "server": server.model_copy(update=paths),
+        }
+    )
+
+
+def propose(federation: Federation) -> SignedContract:
+    """Returns the contract that a federation file describes, signed by its coordinator's key.
+
+    Raises:
+        UsageError: where no σ, q or δ would do.
+    """
+    key = keys.load(Path(federation.coordinator_key))
+    sizes = [site.nominal_size for site in federation.sites]
+    agreed = Contract(
+        run=federation.run,
+        nonce=contracts.new_nonce(),
+        coordinator=key.public,
+        witness=keys.load(Path(federation.server.witness_key)).public,
+        simulation=False,
+        rounds=federation.rounds,
+        max_attempts=federation.rounds + federation.spare_attempts,
+        model=federation.model,
+        data=_data_terms(federation),
+        training=federation.training,
+        privacy=_privacy_terms(federation, sizes),
+        cohort=tuple(
+            SiteTerms(
+                name=site.name, key=site.key, domain=site.domain, nominal_size=site.nominal_size
+            )
+            for site in federation.sites
+        ),
+    )
+    return contracts.sign(agreed, key)
+
+
+def public_folder(federation: Federation) -> Path | None:
+    """Returns the folder of the public examples, None where they need none or are found."""
+    given = federation.server.public_data
+    return folder_of(federation.data.name, folder=Path(given) if given else None, root=None)
+
+
+def _data_terms(federation: Federation) -> DataTerms:
+    settings = federation.data
+    changed = {
+        name: value
+        for name, value in (("offset", settings.offset), ("scale", settings.scale))
+        if value is not None
+    }
+    held = public.sha256(settings.name, public_folder(federation))
+    return dataset(settings.name).terms.model_copy(update={**changed, "public": held})
+
+
+def _privacy_terms(federation: Federation, sizes: list[int]) -> PrivacyTerms:
+    privacy, mean = federation.privacy, sum(sizes) / len(sizes)
+    check_budget(privacy.epsilon, privacy.delta)
+    check_delta(privacy.delta, max(sizes))
+    if privacy.batch > mean:
+        raise UsageError(
+            f"privacy.batch {privacy.batch:g} is over the mean nominal size {mean:g}: lower it"
+        )
+    rate = privacy.batch / mean
+    steps = (federation.rounds + federation.spare_attempts) * federation.training.local_steps
+    sigma = privacy.noise_multiplier
+    if sigma is None:
+        sigma = noise_multiplier(
+            epsilon_target=privacy.epsilon, delta=privacy.delta, sampling_rate=rate, steps=steps
+        )
+        if privacy.ceiling is not None:
+            admitted = noise_for_filter(
+                limit=privacy.ceiling,
+                delta=privacy.delta,
+                order=best_order(privacy.ceiling, privacy.delta),
+                sampling_rate=rate,
+                steps=steps,
+            )
+            sigma = max(sigma, admitted)
+    return PrivacyTerms(sampling_rate=rate, noise_multiplier=sigma, clip_norm=privacy.clip_norm)

@@ -1,0 +1,66 @@
+"""Logs of long-running processes: one line an event, as text or as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Literal
+
+Format = Literal["text", "json"]
+# What a line may carry beside its words: public names alone, so that no value slips in.
+FIELDS = ("event", "site", "reason", "round", "replied", "refused", "port", "completed")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, logger, message and the known fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line; an exception is named by its type, never quoted."""
+        return json.dumps({**_facts(record), "message": record.getMessage()}, ensure_ascii=False)
+
+
+class TextLines(logging.Formatter):
+    """One readable line an event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line, its known fields last."""
+        facts = _facts(record)
+        head = [str(facts.pop(name)) for name in ("time", "level", "logger")]
+        fields = " ".join(f"{name}={value}" for name, value in facts.items())
+        return " ".join([*head, record.getMessage(), fields]).rstrip()
+
+
+def begin(form: Format) -> None:
+    """Sends the log of this process to stderr in one form."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if form == "json" else TextLines())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    logging.getLogger("bract").setLevel(min(logging.INFO, _level("bract")))
+    # Flower's own lines repeat requests, public keys among them.
+    for name in ("flwr", "uvicorn", "httpx", "httpcore", "alembic"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = []
+        logger.propagate = True
+        logger.setLevel(logging.ERROR)
+
+
+def _level(name: str) -> int:
+    level = logging.getLogger(name).level
+    return level or logging.INFO
+
+
+def _facts(record: logging.LogRecord) -> dict[str, object]:
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    facts: dict[str, object] = {
+        "time": f"{moment}.{int(record.msecs):03d}Z",
+        "level": record.levelname.lower(),
+        "logger": record.name,
+    }
+    for name in FIELDS:
+        value = getattr(record, name, None)
+        if isinstance(value, str | int | float | bool):
+            facts[name] = value
+    return facts

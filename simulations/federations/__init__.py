@@ -1,0 +1,1 @@
+"""Real federations on this machine: one server and many client processes over TLS on loopback."""

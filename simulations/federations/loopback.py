@@ -1,0 +1,273 @@
+"""Lays out a whole federation in a folder, and runs its real processes on this machine.
+
+Keys, certificates and both kinds of TOML file are what a coordinator and sites would make; the
+processes are `bract server` and `bract client`, ended by their pid.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from bract.shared import federation, keys, pki
+from bract.shared.errors import BractError
+
+LOOPBACK = "127.0.0.1"
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """One site to lay out: its public terms, its budget, and where its data lie."""
+
+    name: str
+    nominal_size: int
+    data_name: str
+    part: str
+    data_folder: str | None = None
+    epsilon: float = 8.0
+    delta: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The files of a federation: one folder for the coordinator, one for each site."""
+
+    root: Path
+    sites: tuple[str, ...]
+    port: int
+
+    @property
+    def federation(self) -> Path:
+        """FEDERATION.toml."""
+        return self.root / "coordinator" / "FEDERATION.toml"
+
+    @property
+    def contract(self) -> Path:
+        """The signed contract."""
+        return self.root / "coordinator" / "contract.json"
+
+    @property
+    def out(self) -> Path:
+        """The run folder."""
+        return self.root / "coordinator" / "run"
+
+    def site(self, name: str) -> Path:
+        """A site's SITE.toml."""
+        return self.root / "sites" / name / "SITE.toml"
+
+    def ledger(self, name: str) -> Path:
+        """A site's ledger."""
+        return self.root / "sites" / name / "state" / "ledger.sqlite"
+
+
+def lay_out(
+    root: Path,
+    *,
+    sites: Sequence[SitePlan],
+    port: int,
+    terms: Mapping[str, Any],
+    public_data: str | None = None,
+) -> Layout:
+    """Returns a federation whose keys, TOML files and signed contract are in a new folder.
+
+    Args:
+        root: made here; must not hold anything.
+        sites: who takes part.
+        port: of the server on loopback.
+        terms: the tables of FEDERATION.toml that say what to train: rounds, model, data,
+            training, privacy, deadlines and the like.
+        public_data: the folder of the server's public examples.
+    """
+    names = tuple(site.name for site in sites)
+    layout = Layout(root=root, sites=names, port=port)
+    coordinator = layout.federation.parent
+    coordinator.mkdir(parents=True)
+    authority, signing, witness = pki.new_authority(), keys.generate(), keys.generate()
+    served = pki.issue_server(authority, [LOOPBACK, "localhost"])
+    (coordinator / "ca.pem").write_bytes(authority.certificate_pem())
+    (coordinator / "server.pem").write_bytes(served.certificate_pem())
+    _private(coordinator / "server-key.pem", served.key_pem())
+    keys.save(signing, coordinator / "coordinator.pem")
+    keys.save(witness, coordinator / "witness.pem")
+    entries = []
+    for site in sites:
+        folder = layout.site(site.name).parent
+        folder.mkdir(parents=True)
+        ledger_key, node_key = keys.generate(), pki.new_node_key()
+        keys.save(ledger_key, folder / "ledger.pem")
+        _private(folder / "node-key.pem", pki.node_key_pem(node_key))
+        (folder / "ca.pem").write_bytes(authority.certificate_pem())
+        layout.site(site.name).write_text(
+            toml(_site_tables(site, signing.public, str(terms["model"]["name"]), port))
+        )
+        entries.append(
+            {
+                "name": site.name,
+                "key": ledger_key.public,
+                "node_key": pki.node_public_line(node_key.public_key()),
+                "domain": site.name,
+                "nominal_size": site.nominal_size,
+            }
+        )
+    server: dict[str, Any] = {
+        "listen": f"{LOOPBACK}:{port}",
+        "certificate": "server.pem",
+        "key": "server-key.pem",
+        "witness_key": "witness.pem",
+        "out": "run",
+    }
+    if public_data is not None:
+        server["public_data"] = public_data
+    tables = {"coordinator_key": "coordinator.pem", **terms, "server": server, "sites": entries}
+    layout.federation.write_text(toml(tables))
+    signed = federation.propose(federation.read(layout.federation))
+    layout.contract.write_bytes(signed.to_bytes())
+    return layout
+
+
+def toml(tables: Mapping[str, Any]) -> str:
+    """Returns nested tables as TOML; scalars come before the tables of their level."""
+    text = "\n".join(_toml_lines(tables, ())) + "\n"
+    if tomllib.loads(text) != dict(tables):
+        raise ValueError("a value that this writer does not know")
+    return text
+
+
+@dataclass(slots=True)
+class Processes:
+    """The running processes of a federation; every one is ended when the block ends."""
+
+    layout: Layout
+    environment: Mapping[str, str] = field(default_factory=dict)
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.running.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        for process in self.running.values():
+            try:
+                process.wait(timeout=max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def start_server(self, *options: str) -> subprocess.Popen[bytes]:
+        """Returns the server's process, started now."""
+        return self._start("server", ["server", str(self.layout.federation), *options])
+
+    def start_client(self, name: str, *options: str) -> subprocess.Popen[bytes]:
+        """Returns a site's process, started now."""
+        return self._start(name, ["client", str(self.layout.site(name)), *options])
+
+    def log(self, name: str) -> str:
+        """Returns what a process (or `server`) has written so far, over all its lives."""
+        path = self.log_path(name)
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def log_path(self, name: str) -> Path:
+        """Returns the file of a process's log."""
+        return self.layout.root / f"{name}.log"
+
+    def wait_for_server(self, timeout_seconds: float) -> None:
+        """Returns once the server has ended well.
+
+        Raises:
+            BractError: where it failed or took too long, with the last line of its log.
+        """
+        try:
+            code = self.running["server"].wait(timeout=timeout_seconds)
+        except subprocess.TimeoutExpired as error:
+            raise BractError(f"the server was not done within {timeout_seconds:g} s") from error
+        if code != 0:
+            last = self.log("server").strip().splitlines()[-1:]
+            raise BractError(f"the server ended with {code}: {' '.join(last)}")
+
+    def _start(self, name: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+        before = self.running.get(name)
+        if before is not None and before.poll() is None:
+            raise BractError(f"{name} is running already")
+        with self.log_path(name).open("ab") as log:
+            self.running[name] = subprocess.Popen(  # noqa: S603  our own interpreter and module
+                [sys.executable, "-c", "from bract.shared.cli import main; main()", *arguments],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **ENVIRONMENT, **self.environment},
+            )
+        return self.running[name]
+
+
+def _site_tables(site: SitePlan, coordinator: str, model: str, port: int) -> dict[str, Any]:
+    data = {"name": site.data_name, "part": site.part}
+    if site.data_folder is not None:
+        data["folder"] = site.data_folder
+    return {
+        "site": site.name,
+        "server": f"{LOOPBACK}:{port}",
+        "state": "state",
+        "head_file": "head.json",
+        "device": "cpu",
+        "coordinators": [coordinator],
+        "models": [model],
+        "keys": {
+            "root_certificate": "ca.pem",
+            "node": "node-key.pem",
+            "ledger": "ledger.pem",
+        },
+        "domains": {site.name: {"epsilon": site.epsilon, "delta": site.delta, "data": data}},
+    }
+
+
+def _private(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _toml_lines(tables: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
+    nested = {k: v for k, v in tables.items() if isinstance(v, Mapping)}
+    lists = {
+        k: v for k, v in tables.items() if isinstance(v, list) and v and isinstance(v[0], Mapping)
+    }
+    lines = [
+        f"{_key(k)} = {_scalar(v)}" for k, v in tables.items() if k not in nested and k not in lists
+    ]
+    for name, table in nested.items():
+        lines += ["", f"[{'.'.join(map(_key, (*path, name)))}]", *_toml_lines(table, (*path, name))]
+    for name, tables_of in lists.items():
+        for table in tables_of:
+            header = ".".join(map(_key, (*path, name)))
+            lines += ["", f"[[{header}]]", *_toml_lines(table, (*path, name))]
+    return lines
+
+
+def _key(name: str) -> str:
+    return name if name.replace("_", "").replace("-", "").isalnum() else f'"{name}"'
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_scalar, value))}]"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)
