@@ -1,7 +1,8 @@
 """The ServerApp: the same object in every grid.
 
 Its run configuration names files on the server's own disk: `contract` (signed), `out` (the run
-folder), `data-dir` or `data-folder` (public examples), `delta` and `init-seed`.
+folder), `data-dir` or `data-folder` (public examples; private ones beside them are not opened),
+`delta` and `init-seed`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bract.server.evaluation import Evaluator
 from bract.server.rounds import RoundLoop, initial_state
 from bract.server.strategy import PublicFedAvg
 from bract.shared import arrays, canonical, contract, models
-from bract.shared.data import load
+from bract.shared.data import load_public
 from bract.shared.data.locations import folder_of
 
 app = ServerApp()
@@ -40,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         folder=_path(configured.get("data-folder")),
         root=_path(configured.get("data-dir")),
     )
-    splits = load(agreed.data.name, folder)
+    validation, test = load_public(agreed.data.name, folder)
     state = checkpoint.load(out / "checkpoint", agreed.sha256)
     if state is None:
         parameters = models.released_parameters(model)
@@ -51,12 +52,12 @@ def main(grid: Grid, context: Context) -> None:
         contract=agreed,
         strategy=PublicFedAvg(signed, models.released_shapes(model)),
         evaluator=evaluator,
-        validation=splits.validation,
+        validation=validation,
         out=out,
         delta=float(configured["delta"]),
     )
     state = loop.run(grid, state)
-    score = evaluator.score(state.weights, splits.test)
+    score = evaluator.score(state.weights, test)
     result = {
         "rounds": state.round,
         "seconds": state.seconds,
@@ -64,7 +65,7 @@ def main(grid: Grid, context: Context) -> None:
         "refused": list(state.refused),
         "test_accuracy": score.accuracy,
         "test_loss": score.loss,
-        **evaluator.report(state.weights, splits.test),
+        **evaluator.report(state.weights, test),
     }
     model_bytes = arrays.to_bytes({k: np.asarray(v) for k, v in state.weights.items()})
     canonical.write_atomically(out / "model.safetensors", model_bytes)

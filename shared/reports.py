@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -42,7 +42,11 @@ class SitePrivacy(Frozen):
 
 
 class Summary(Frozen):
-    """summary.json: one run."""
+    """summary.json: one run.
+
+    `auc` is null unless there are two classes; the accuracies of groups are null where the data
+    set knows none.
+    """
 
     run: str
     epsilon: float | None
@@ -66,6 +70,9 @@ class Summary(Frozen):
     recall: float = Probability
     f1: float = Probability
     confusion: list[list[int]]
+    auc: Annotated[float, Probability] | None = None
+    test_accuracy_by_group: dict[str, Annotated[float, Probability]] | None = None
+    test_accuracy_mean_of_groups: Annotated[float, Probability] | None = None
     rounds: int
     seconds: float
     device: str

@@ -42,8 +42,9 @@ def load_fashion_mnist(folder: Path | None = None) -> Splits:
     Raises:
         UsageError: where a file is missing or is not the published one.
     """
+    train = load_training_images(folder)
     validation, test = load_public_images(folder)
-    return Splits(train=load_training_images(folder), validation=validation, test=test)
+    return Splits(train=train, validation=validation, test=test)
 
 
 def load_training_images(folder: Path | None = None) -> Examples:
