@@ -1,8 +1,9 @@
 """The ServerApp: the same object in every grid.
 
 Its run configuration names files on the server's own disk: `contract` (signed), `out` (the run
-folder), `data-dir` or `data-folder` (public examples), `delta` and `init-seed`; and, where a
-federation waits for sites, `minimum-cohort`, `sites-seconds` and `round-seconds`.
+folder), `data-dir` or `data-folder` (public examples; private ones beside them are not opened),
+`delta` and `init-seed`; and, where a federation waits for sites, `minimum-cohort`,
+`sites-seconds` and `round-seconds`.
 """
 
 from __future__ import annotations

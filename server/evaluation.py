@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from bract.shared.arrays import Arrays
 from bract.shared.contract import DataTerms
-from bract.shared.data import Examples
+from bract.shared.data import Examples, Groups
 from bract.shared.models import released_parameters
 
 BATCH = 1024
@@ -42,10 +42,15 @@ class Evaluator:
         return Score(accuracy=float(correct), loss=loss if np.isfinite(loss) else None)
 
     def report(self, weights: Arrays, examples: Examples) -> dict[str, Any]:
-        """Returns macro precision, recall and F1, and the confusion matrix (rows: the truth)."""
+        """Returns macro precision, recall and F1, and the confusion matrix (rows: the truth).
+
+        With two classes the area under the ROC curve too; with groups each one's accuracy and
+        their mean, in which a small hospital counts as much as a large one.
+        """
         from sklearn import metrics  # slow to import
 
-        guesses = self._logits(weights, examples).argmax(1).numpy()
+        logits = self._logits(weights, examples).numpy()
+        guesses = logits.argmax(1)
         truth, labels = examples.targets, list(range(self._data.classes))
         precision, recall, f1, _ = metrics.precision_recall_fscore_support(
             truth, guesses, labels=labels, average="macro", zero_division=0
@@ -56,6 +61,8 @@ class Evaluator:
             "recall": float(recall),
             "f1": float(f1),
             "confusion": confusion.tolist(),
+            "auc": _auc(logits, truth),
+            **_by_group(guesses == truth, examples.groups),
         }
 
     @torch.inference_mode()
@@ -67,3 +74,23 @@ class Evaluator:
             inputs = torch.from_numpy(examples.inputs[start : start + BATCH]).to(torch.float32)
             pieces.append(self._model((inputs - self._data.offset) / self._data.scale))
         return torch.cat(pieces)
+
+
+def _auc(logits: np.ndarray, truth: np.ndarray) -> float | None:
+    """Returns the area under the ROC curve, None where there are not two classes to tell apart."""
+    from sklearn import metrics  # slow to import
+
+    scores = logits[:, 1] - logits[:, 0]
+    if logits.shape[1] != 2 or len(np.unique(truth)) != 2 or not np.isfinite(scores).all():
+        return None
+    return float(metrics.roc_auc_score(truth, scores))
+
+
+def _by_group(correct: np.ndarray, groups: Groups | None) -> dict[str, Any]:
+    if groups is None:
+        return {"test_accuracy_by_group": None, "test_accuracy_mean_of_groups": None}
+    accuracy = {n: float(correct[rows].mean()) for n, rows in groups.rows().items() if len(rows)}
+    return {
+        "test_accuracy_by_group": accuracy,
+        "test_accuracy_mean_of_groups": float(np.mean(list(accuracy.values()))),
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -41,7 +41,25 @@ class SitePrivacy(Frozen):
     domain: str
 
 
-class Summary(Frozen):
+class Scores(Frozen):
+    """How good the last weights are on public test examples.
+
+    `auc` is null unless there are two classes; the accuracies of groups are null where the data
+    set knows none.
+    """
+
+    test_accuracy: float = Probability
+    test_loss: float | None
+    precision: float = Probability
+    recall: float = Probability
+    f1: float = Probability
+    confusion: list[list[int]]
+    auc: Annotated[float, Probability] | None = None
+    test_accuracy_by_group: dict[str, Annotated[float, Probability]] | None = None
+    test_accuracy_mean_of_groups: Annotated[float, Probability] | None = None
+
+
+class Summary(Scores):
     """summary.json: one run."""
 
     run: str
@@ -60,12 +78,6 @@ class Summary(Frozen):
     refused: list[RefusedRound]
     per_site: dict[str, SitePrivacy]
     heads: dict[str, LedgerHead]
-    test_accuracy: float = Probability
-    test_loss: float | None
-    precision: float = Probability
-    recall: float = Probability
-    f1: float = Probability
-    confusion: list[list[int]]
     rounds: int
     seconds: float
     device: str
@@ -196,7 +208,7 @@ class SiteStatus(Frozen):
     domains: dict[str, DomainStatus]
 
 
-class ServerSummary(Frozen):
+class ServerSummary(Scores):
     """summary.json of a real run, as far as a server can know it.
 
     `epsilon_run` is what a site that served every attempt has spent in this run; what its ledger
@@ -217,13 +229,6 @@ class ServerSummary(Frozen):
     sites: int
     refused: list[RefusedRound]
     heads: dict[str, LedgerHead]
-    test_accuracy: float = Probability
-    test_loss: float | None
-    precision: float = Probability
-    recall: float = Probability
-    f1: float = Probability
-    confusion: list[list[int]]
-    test_accuracy_by_group: dict[str, float] | None = None
     versions: dict[str, str]
     contract_sha256: str
     guarantee: Guarantee

@@ -70,7 +70,7 @@ def simulate(
     """Train a shared model over many sites on this machine.
 
     Each site's gate charges its own ledger before any example is read. EXPERIMENT is a name
-    (digits, fashion-mnist) or a TOML file; digits where none is given.
+    (digits, fashion-mnist, heart-disease) or a TOML file; digits where none is given.
     """
     from bract.simulations import experiment as experiments
     from bract.simulations import simulation
@@ -144,6 +144,12 @@ def _table(report: Summary) -> None:
         f"{report.rounds} rounds in {report.seconds:.1f} s   test accuracy "
         f"{report.test_accuracy:.4f}   macro F1 {report.f1:.4f}"
     )
+    groups = report.test_accuracy_by_group
+    if groups:
+        each = "   ".join(f"{name} {accuracy:.4f}" for name, accuracy in list(groups.items())[:20])
+        console.print(
+            f"test accuracy by group: {each}   mean {shown(report.test_accuracy_mean_of_groups)}"
+        )
     console.print(
         f"ε {shown(report.epsilon)} at δ {report.delta:g}, {report.adjacency}, per "
         f"{report.unit}   guarantee: {report.guarantee}"

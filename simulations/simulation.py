@@ -23,9 +23,9 @@ from bract.shared.contract import (
     SignedContract,
     SiteTerms,
 )
-from bract.shared.data import dataset, load
+from bract.shared.data import Splits, dataset, load
 from bract.shared.data.locations import folder_of
-from bract.shared.data.partitions import nominal_size, split
+from bract.shared.data.partitions import group_names, nominal_size, split
 from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, check_delta
 from bract.shared.privacy.budget import fixed_rule
@@ -33,7 +33,7 @@ from bract.shared.privacy.calibration import check_budget, noise_for_filter, noi
 from bract.simulations import flower
 from bract.simulations.experiment import Experiment
 from bract.simulations.grid import RUN, SERVER, LocalGrid
-from bract.simulations.sites import FACTORY, Plan, site_name
+from bract.simulations.sites import FACTORY, Plan
 from bract.simulations.state import State
 
 
@@ -114,12 +114,7 @@ class Simulation:
         path = self._checkpoint / "rows.npz"
         if not path.exists():
             experiment = self.begun.experiment
-            parts = split(
-                self._splits().train.targets,
-                sites=experiment.sites,
-                partition=experiment.data.partition,
-                seed=experiment.seed,
-            )
+            parts = _parts(experiment, self._splits())
             temporary = path.with_name(f".rows.{os.getpid()}.npz")
             cuts = np.cumsum([len(part) for part in parts])[:-1]
             np.savez(temporary, rows=np.concatenate(parts), cuts=cuts)
@@ -127,7 +122,7 @@ class Simulation:
         with np.load(path, allow_pickle=False) as stored:
             return np.split(stored["rows"], stored["cuts"])
 
-    def _splits(self) -> Any:
+    def _splits(self) -> Splits:
         folder = self.begun.data_folder
         return load(self.begun.experiment.data.name, Path(folder) if folder else None)
 
@@ -148,6 +143,7 @@ class Simulation:
             private=str(state.private),
             domain=domain,
             sites=experiment.sites,
+            site_names=_group_names(experiment, self._splits()),
             seed=experiment.seed,
             coordinator=keys.load_or_generate(state.key("coordinator")).public,
             model=experiment.model.name,
@@ -160,7 +156,7 @@ class Simulation:
 
     def _contract(self, plan: Plan, sizes: list[int]) -> SignedContract:
         experiment, state = self.begun.experiment, self.state
-        names = [site_name(place, experiment.sites) for place in range(experiment.sites)]
+        names = [plan.name_of(place) for place in range(experiment.sites)]
         cohort = tuple(
             SiteTerms(
                 name=name,
@@ -242,9 +238,31 @@ def _check(experiment: Experiment, folder: Path | None) -> None:
     splits = load(data.name, folder)
     model = models.build(experiment.model.name, data.shape, data.classes, experiment.model.options)
     admission.admit(model, shape=data.shape, classes=data.classes, name=experiment.model.name)
-    mean = nominal_size(len(splits.train) // experiment.sites)
-    check_delta(experiment.privacy.delta, max(mean, 1))
-    _sampling_rate(experiment, [max(mean, 1)])
+    if experiment.data.partition.kind == "natural":
+        sizes = [nominal_size(len(part)) for part in _parts(experiment, splits)]
+    else:
+        sizes = [max(nominal_size(len(splits.train) // experiment.sites), 1)]
+    check_delta(experiment.privacy.delta, max(sizes))
+    _sampling_rate(experiment, sizes)
+
+
+def _parts(experiment: Experiment, splits: Splits) -> list[np.ndarray]:
+    """Returns the training rows of each site."""
+    return split(
+        splits.train.targets,
+        sites=experiment.sites,
+        partition=experiment.data.partition,
+        seed=experiment.seed,
+        groups=splits.train.groups,
+    )
+
+
+def _group_names(experiment: Experiment, splits: Splits) -> tuple[str, ...]:
+    """Returns the sites' own names, or none where they are numbered."""
+    partition = experiment.data.partition
+    if partition.kind != "natural":
+        return ()
+    return group_names(splits.train.groups, sites=experiment.sites, partition=partition)
 
 
 def _domain_facts(experiment: Experiment) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Plan(Frozen):
     private: str
     domain: str
     sites: int
+    site_names: tuple[str, ...] = ()
     seed: int
     coordinator: str
     model: str
@@ -52,6 +53,10 @@ class Plan(Frozen):
     def state(self) -> State:
         """The sites' lasting state."""
         return State(ledgers=Path(self.ledgers), private=Path(self.private))
+
+    def name_of(self, index: int) -> str:
+        """Returns the name of a site: its group's where the data set has named it."""
+        return self.site_names[index] if self.site_names else site_name(index, self.sites)
 
     def domain_of(self, site: str) -> str:
         """Returns the id of a site's data domain.
@@ -96,7 +101,7 @@ def open_site(context: Context) -> Site:
 @lru_cache(maxsize=4096)
 def _site(plan_path: str, index: int) -> Site:
     plan = _plan(plan_path)
-    name = site_name(index, plan.sites)
+    name = plan.name_of(index)
     randomness = SeededRandomness(plan.seed, name)
     gate = Gate(
         policy=plan.policy_of(name),

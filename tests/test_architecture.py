@@ -211,10 +211,11 @@ def test_the_wheel_holds_every_package_and_runs_outside_the_checkout(tmp_path: P
     # The dependencies of this environment, without its editable bract: nested .pth are not read.
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     command = "from bract.shared.cli import main; main()"
+    alone = {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(
         [python, "-c", command, "simulate", "digits", "--rounds", "1", "--json"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
+        env=alone,
         capture_output=True,
         text=True,
         check=False,
@@ -224,6 +225,7 @@ def test_the_wheel_holds_every_package_and_runs_outside_the_checkout(tmp_path: P
     where = subprocess.run(
         [python, "-c", "import bract.shared as s; print(s.__file__)"],
         cwd=tmp_path,
+        env=alone,
         capture_output=True,
         text=True,
         check=True,

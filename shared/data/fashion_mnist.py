@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from bract.shared.data.examples import Examples, Splits
-from bract.shared.data.locations import Source, located
-from bract.shared.errors import UsageError
+from bract.shared.data.locations import Source, content, located
 
 VALIDATION = 2_000
 
@@ -45,39 +42,34 @@ def load_fashion_mnist(folder: Path | None = None) -> Splits:
     Raises:
         UsageError: where a file is missing or is not the published one.
     """
-    folder = located(SOURCE) if folder is None else folder
-    train = Examples(
-        inputs=_idx(folder, "train-images-idx3-ubyte")[:, None],
-        targets=_idx(folder, "train-labels-idx1-ubyte").astype(np.int64),
-    )
-    public = Examples(
-        inputs=_idx(folder, "t10k-images-idx3-ubyte")[:, None],
-        targets=_idx(folder, "t10k-labels-idx1-ubyte").astype(np.int64),
-    )
+    train = load_training_images(folder)
+    validation, test = load_public_images(folder)
+    return Splits(train=train, validation=validation, test=test)
+
+
+def load_training_images(folder: Path | None = None) -> Examples:
+    """Returns the 60,000 training images; the public files are not opened."""
+    return _examples(folder, "train")
+
+
+def load_public_images(folder: Path | None = None) -> tuple[Examples, Examples]:
+    """Returns the validation and test images; the training files are not opened."""
+    public = _examples(folder, "t10k")
     rows = np.arange(len(public))
-    return Splits(
-        train=train,
-        validation=public.take(rows[:VALIDATION]),
-        test=public.take(rows[VALIDATION:]),
+    return public.take(rows[:VALIDATION]), public.take(rows[VALIDATION:])
+
+
+def _examples(folder: Path | None, part: str) -> Examples:
+    folder = located(SOURCE) if folder is None else folder
+    return Examples(
+        inputs=_idx(folder, f"{part}-images-idx3-ubyte")[:, None],
+        targets=_idx(folder, f"{part}-labels-idx1-ubyte").astype(np.int64),
     )
 
 
 def _idx(folder: Path, name: str) -> np.ndarray:
     """Returns the array of an idx file: two zero bytes, a type, the rank, the sides, the data."""
-    content = _content(folder, name)
-    if hashlib.sha256(content).hexdigest() != SOURCE.sha256[name]:
-        raise UsageError(f"{folder / name} is not the published file: fetch it again")
-    rank = content[3]
-    sides = np.frombuffer(content, dtype=">u4", count=rank, offset=4).astype(int)
-    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * rank).reshape(tuple(sides))
-
-
-def _content(folder: Path, name: str) -> bytes:
-    packed, plain = folder / f"{name}.gz", folder / name
-    try:
-        return gzip.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
-    except (OSError, EOFError) as error:
-        raise UsageError(
-            f"no readable {name} or {name}.gz in {folder}: name the folder that holds it with "
-            "--set data.dir=FOLDER, or a root with --data-dir"
-        ) from error
+    found = content(SOURCE, folder, name)
+    rank = found[3]
+    sides = np.frombuffer(found, dtype=">u4", count=rank, offset=4).astype(int)
+    return np.frombuffer(found, dtype=np.uint8, offset=4 + 4 * rank).reshape(tuple(sides))

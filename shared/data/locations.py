@@ -8,8 +8,9 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from bract.shared import canonical
 from bract.shared.errors import UsageError
@@ -20,11 +21,17 @@ TIMEOUT_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A data set's name, where it is published, and the SHA-256 of each file's content."""
+    """A data set's name, where it is published, and the SHA-256 of each file's content.
+
+    `suffix` is how its files are packed where they are published. `reissued` holds the SHA-256 of
+    another known edition of a file, taken where it lies in a folder.
+    """
 
     name: str
     base: str
     sha256: Mapping[str, str]
+    suffix: Literal["", ".gz"] = ".gz"
+    reissued: Mapping[str, str] = field(default_factory=dict)
 
 
 def folder_of(name: str, *, folder: Path | None, root: Path | None) -> Path | None:
@@ -65,24 +72,43 @@ def located(source: Source) -> Path:
     return download(source, cache / source.name)
 
 
+def content(source: Source, folder: Path, name: str) -> bytes:
+    """Returns the content of one file in a folder, packed or not.
+
+    Raises:
+        UsageError: where it cannot be read, or is not the published one.
+    """
+    packed, plain = folder / f"{name}.gz", folder / name
+    try:
+        found = gzip.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
+    except (OSError, EOFError) as error:
+        raise UsageError(
+            f"no readable {name} or {name}.gz in {folder}: name the folder that holds it with "
+            "--set data.dir=FOLDER, or a root with --data-dir"
+        ) from error
+    if hashlib.sha256(found).hexdigest() not in (source.sha256[name], source.reissued.get(name)):
+        raise UsageError(f"{folder / name} is not the published file: fetch it again")
+    return found
+
+
 def download(source: Source, folder: Path) -> Path:
     """Returns `folder` filled with a data set's files, each checked by SHA-256 of its content."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, expected in source.sha256.items():
-        target = folder / f"{name}.gz"
+        target = folder / f"{name}{source.suffix}"
         if target.exists():
             continue
-        url = f"{source.base}{name}.gz"
+        url = f"{source.base}{target.name}"
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as reply:  # noqa: S310  https, from a constant
-                packed = reply.read()
-            content = gzip.decompress(packed)
+                fetched = reply.read()
+            unpacked = gzip.decompress(fetched) if source.suffix == ".gz" else fetched
         except (urllib.error.URLError, OSError, EOFError) as error:
             raise UsageError(
                 f"{source.name} is not on this machine and cannot be fetched from {url}: put it "
                 f"into a folder and name its parent with --data-dir or BRACT_DATA"
             ) from error
-        if hashlib.sha256(content).hexdigest() != expected:
+        if hashlib.sha256(unpacked).hexdigest() != expected:
             raise UsageError(f"{url} is not the published file: nothing was kept")
-        canonical.write_atomically(target, packed)
+        canonical.write_atomically(target, fetched)
     return folder

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bract.shared.configuration import Frozen
-from bract.shared.errors import UsageError
+from bract.shared.data.examples import Groups
+from bract.shared.errors import UnknownName, UsageError
 
 
 class Partition(Frozen):
@@ -17,23 +18,49 @@ class Partition(Frozen):
 
     `iid` shuffles and cuts; `dirichlet` draws each label's shares from Dirichlet(`alpha`);
     `label` gives site i the labels i to i + `labels_per_site` − 1, round and round; `sizes` grows
-    the sizes linearly.
+    the sizes linearly; `natural` leaves the data set's own groups, such as hospitals, as they are:
+    all of them, or those that `only` names.
     """
 
-    kind: Literal["iid", "dirichlet", "label", "sizes"] = "iid"
+    kind: Literal["iid", "dirichlet", "label", "sizes", "natural"] = "iid"
     alpha: float = Field(default=0.5, gt=0)
     labels_per_site: int = Field(default=2, ge=1)
     min_size: int = Field(default=10, ge=1)
+    only: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _only_groups(self) -> Partition:
+        if self.only and self.kind != "natural":
+            raise ValueError(f"only names groups, which the kind {self.kind!r} has not")
+        if len(set(self.only)) < len(self.only):
+            raise ValueError("only names a group twice; name each once")
+        return self
 
 
 def split(
-    targets: npt.NDArray[np.int64], *, sites: int, partition: Partition, seed: int
+    targets: npt.NDArray[np.int64],
+    *,
+    sites: int,
+    partition: Partition,
+    seed: int,
+    groups: Groups | None = None,
 ) -> list[npt.NDArray[np.int64]]:
     """Returns the rows of each site, disjoint and sorted.
+
+    Args:
+        targets: of the training examples.
+        sites: how many.
+        partition: how they share the examples.
+        seed: repeats the partition; `natural` has nothing to draw.
+        groups: where the data set has them.
 
     Raises:
         UsageError: where the examples do not suffice for the sites.
     """
+    if partition.kind == "natural":
+        names = group_names(groups, sites=sites, partition=partition)
+        rows = groups.rows() if groups else {}
+        return _of_min_size([rows[name] for name in names], partition)
     if not 1 <= sites <= len(targets) // partition.min_size:
         raise UsageError(
             f"{sites} sites cannot share {len(targets)} examples with at least "
@@ -50,6 +77,36 @@ def split(
         ]
     except ValueError as error:
         raise UsageError(f"partition {partition.kind!r} over {sites} sites: {error}") from error
+    return _of_min_size(parts, partition)
+
+
+def group_names(groups: Groups | None, *, sites: int, partition: Partition) -> tuple[str, ...]:
+    """Returns the names of the sites that a natural partition makes, in their order.
+
+    Raises:
+        UsageError: where the data set has no groups, or another number of sites is asked for.
+        UnknownName: for a group that is not there.
+    """
+    if groups is None:
+        raise UsageError(
+            "this data set has no groups of its own: set data.partition.kind to iid, dirichlet, "
+            "label or sizes"
+        )
+    for name in partition.only:
+        if name not in groups.names:
+            raise UnknownName("group in data.partition.only", name, groups.names)
+    chosen = tuple(n for n in groups.names if not partition.only or n in partition.only)
+    if sites != len(chosen):
+        raise UsageError(
+            f"partition 'natural' makes {len(chosen)} sites of these data, not {sites}: set sites "
+            f"to {len(chosen)}, or choose groups with data.partition.only"
+        )
+    return chosen
+
+
+def _of_min_size(
+    parts: list[npt.NDArray[np.int64]], partition: Partition
+) -> list[npt.NDArray[np.int64]]:
     if min(len(part) for part in parts) < partition.min_size:
         raise UsageError(
             f"partition {partition.kind!r} leaves a site under {partition.min_size} examples: "

@@ -1,0 +1,42 @@
+"""Shares of a data set that has no sites of its own, so that a real federation can try it."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from bract.shared.data.examples import Examples
+from bract.shared.errors import UsageError
+
+_SEED = 20_260_101  # public: every site must cut alike
+
+
+def share(train: Examples, part: str) -> Examples:
+    """Returns the i-th of n shares of the training examples, `part` being "i/n".
+
+    The n shares are disjoint, hold every example, and differ in size by one at the most.
+
+    Raises:
+        UsageError: where `part` is no share that has an example.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", part)
+    place, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= place <= count <= len(train):
+        raise UsageError(
+            f"part {part!r} must be i/n, the i-th of n shares, as in 2/5: i from 1 to n, n up to "
+            f"{len(train)}"
+        )
+    order = np.random.default_rng(_SEED).permutation(len(train))
+    return train.take(np.sort(order[place - 1 :: count]))
+
+
+def faults(examples: Examples, *, classes: int, where: str) -> list[str]:
+    """Returns what would add nothing to training: a line for each example, without its values."""
+    inputs = examples.inputs.reshape(len(examples), -1)
+    finite = np.isfinite(inputs).all(axis=1)
+    known = (examples.targets >= 0) & (examples.targets < classes)
+    return [
+        f"{where}, example {row + 1}: {'unknown label' if finite[row] else 'value not finite'}"
+        for row in np.flatnonzero(~(finite & known))
+    ]
