@@ -7,13 +7,16 @@ names an installed `module:function` that opens the site.
 from __future__ import annotations
 
 import importlib
+import logging
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from bract.client.site import Site
 from bract.shared import wire
-from bract.shared.errors import BractError, Reason, UsageError
+from bract.shared.errors import BractError, Reason, Refusal, UsageError
+
+logger = logging.getLogger("bract.client")
 
 app = ClientApp()
 
@@ -31,6 +34,23 @@ def train(message: Message, context: Context) -> Message:
         if isinstance(reply, wire.RefusalReply)
         else wire.encode_reply(reply)
     )
+    return Message(content, reply_to=message)
+
+
+@app.query()
+def close(message: Message, context: Context) -> Message:
+    """Keeps the last witness of a run."""
+    site = _site(context)
+    try:
+        order = wire.decode_close(message.content)
+        site.gate.keep_witness(order.contract, order.witness)
+        content = wire.encode_closed(site.name)
+    except Refusal as refusal:
+        logger.warning("%s", refusal, extra={"site": site.name, "reason": refusal.reason.value})
+        content = wire.encode_refusal(wire.RefusalReply(site.name, 0, refusal.reason))
+    except BractError:
+        reply = wire.RefusalReply(site=site.name, round=0, reason=Reason.CONTRACT_UNTRUSTED)
+        content = wire.encode_refusal(reply)
     return Message(content, reply_to=message)
 
 

@@ -15,15 +15,16 @@ from bract.client.holdings import Holdings
 from bract.client.training.randomness import Kind
 from bract.client.updates import UpdateStore
 from bract.shared import arrays, versions
-from bract.shared.contract import ADJACENCY, Contract, SiteTerms
+from bract.shared.contract import ADJACENCY, Contract, SignedContract, SiteTerms
 from bract.shared.data import Examples
-from bract.shared.errors import LedgerError, Reason, Refusal, VerificationFailed
+from bract.shared.errors import LedgerError, Reason, Refusal, RolledBack, VerificationFailed
 from bract.shared.keys import SigningKey
 from bract.shared.policy import Policy, check
-from bract.shared.privacy import budget, entries
+from bract.shared.privacy import budget, entries, witness
 from bract.shared.privacy.chain import Chain
-from bract.shared.privacy.entries import NO_PREVIOUS, Charge, Genesis, Head, Release
+from bract.shared.privacy.entries import NO_PREVIOUS, Charge, Genesis, Release
 from bract.shared.privacy.ledger import Ledger, Transaction
+from bract.shared.privacy.witness import Witness
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate, Update
 from bract.shared.wire import Receipt, TrainOrder, TrainReply
 
@@ -72,6 +73,35 @@ class Gate:
         try:
             with self.ledger.transaction() as transaction:
                 return self._decide(transaction, contract, terms, order, weights)
+        except RolledBack as error:
+            raise Refusal(Reason.LEDGER_ROLLED_BACK, str(error)) from error
+        except (LedgerError, VerificationFailed) as error:
+            raise Refusal(Reason.LEDGER_UNAVAILABLE, str(error)) from error
+
+    def check_ledger(self) -> None:
+        """Returns where the ledger holds everything that was seen of it before.
+
+        Raises:
+            RolledBack: where an older copy was put back; nothing is trained on it.
+        """
+        with self.ledger.transaction() as transaction:
+            for domain in self.policy.domains:
+                transaction.chain(self.policy.site, domain, key=self.key.public)
+
+    def keep_witness(self, signed: SignedContract, seen: Witness) -> None:
+        """Stores the last witness of a run.
+
+        Raises:
+            Refusal: where contract or witness is not trusted, or what was seen is not in the chain.
+        """
+        terms = self._trusted(signed)
+        self._check_witness(signed.contract, terms, seen)
+        try:
+            with self.ledger.transaction() as transaction:
+                self._chain(transaction, terms.domain)
+                transaction.keep_witness(seen)
+        except RolledBack as error:
+            raise Refusal(Reason.LEDGER_ROLLED_BACK, str(error)) from error
         except (LedgerError, VerificationFailed) as error:
             raise Refusal(Reason.LEDGER_UNAVAILABLE, str(error)) from error
 
@@ -87,11 +117,10 @@ class Gate:
                 round=permit.round,
                 update=stored,
             )
-            entry = transaction.append(chain, body, self.key)
-        head = Head(sequence=entry.body.sequence, hash=entry.hash)
-        return self._reply(
-            permit.contract, permit.terms, permit.round, permit.attempt, update, head
-        )
+            transaction.append(chain, body, self.key)
+            return self._reply(
+                transaction, chain, permit.contract, permit.round, permit.attempt, update
+            )
 
     def check(self, order: TrainOrder) -> tuple[Contract, SiteTerms]:
         """Returns the contract and this site's terms where signature and policy hold.
@@ -99,22 +128,36 @@ class Gate:
         Raises:
             Refusal: with a reason; the ledger is not looked at.
         """
-        contract = order.contract.contract
-        try:
-            if contract.coordinator not in self.policy.coordinators:
-                raise VerificationFailed("the coordinator's key is not in the policy")
-            order.contract.verify(contract.coordinator)
-        except VerificationFailed as error:
-            raise Refusal(Reason.CONTRACT_UNTRUSTED, str(error)) from error
-        terms = check(self.policy, contract)
-        if terms.key != self.key.public:
-            raise Refusal(Reason.NOT_IN_CONTRACT, "the contract lists another key for this site")
+        contract, terms = order.contract.contract, self._trusted(order.contract)
         if contract.privacy.randomness != self.randomness:
             raise Refusal(Reason.SIMULATION_ONLY, "the contract asks for another kind of noise")
         self.holdings.check(terms.domain, contract.data)
         if not 1 <= order.round <= contract.rounds:
             raise Refusal(Reason.ROUND_OUT_OF_RANGE, f"round {order.round}")
+        if order.witness is not None:
+            self._check_witness(contract, terms, order.witness)
         return contract, terms
+
+    def _trusted(self, signed: SignedContract) -> SiteTerms:
+        contract = signed.contract
+        try:
+            if contract.coordinator not in self.policy.coordinators:
+                raise VerificationFailed("the coordinator's key is not in the policy")
+            signed.verify(contract.coordinator)
+        except VerificationFailed as error:
+            raise Refusal(Reason.CONTRACT_UNTRUSTED, str(error)) from error
+        terms = check(self.policy, contract)
+        if terms.key != self.key.public:
+            raise Refusal(Reason.NOT_IN_CONTRACT, "the contract lists another key for this site")
+        return terms
+
+    def _check_witness(self, contract: Contract, terms: SiteTerms, seen: Witness) -> None:
+        try:
+            seen.verify(contract.witness or "")
+        except VerificationFailed as error:
+            raise Refusal(Reason.WITNESS_INVALID, str(error)) from error
+        if (seen.site, seen.domain) != (self.policy.site, terms.domain):
+            raise Refusal(Reason.WITNESS_INVALID, "a witness of another ledger")
 
     def _decide(
         self,
@@ -126,10 +169,12 @@ class Gate:
     ) -> Permit | TrainReply:
         first, *shared = self.policy.charged_domains(terms.domain)
         primary, key = self._chain(transaction, first), (contract.sha256, order.round)
+        if order.witness is not None:
+            transaction.keep_witness(order.witness)
         earlier = primary.charges.get(key, [])
         if earlier and earlier[0].weights != weights:
             raise Refusal(Reason.WEIGHTS_CHANGED, f"round {order.round} came with other weights")
-        stored = self._stored(primary, contract, terms, order.round)
+        stored = self._stored(transaction, primary, contract, order.round)
         if stored is not None:
             return stored  # before other chains are begun: it costs nothing and writes nothing
         chains = [primary, *(self._chain(transaction, domain) for domain in shared)]
@@ -201,37 +246,48 @@ class Gate:
         return chain
 
     def _stored(
-        self, chain: Chain, contract: Contract, terms: SiteTerms, round_number: int
+        self, transaction: Transaction, chain: Chain, contract: Contract, round_number: int
     ) -> TrainReply | None:
         """Returns the reply of a round that was released before, from its stored bytes."""
         release = chain.releases.get((contract.sha256, round_number))
         values = self.updates.find(release.update) if release else None
-        if release is None or values is None or chain.head is None:
+        if release is None or values is None:
             return None
         private = contract.privacy.mechanism == "dp-sgd"
         update = ProtectedUpdate(values) if private else UnprotectedUpdate(values)
-        return self._reply(contract, terms, round_number, release.attempt, update, chain.head)
+        return self._reply(transaction, chain, contract, round_number, release.attempt, update)
 
     def _reply(
         self,
+        transaction: Transaction,
+        chain: Chain,
         contract: Contract,
-        terms: SiteTerms,
         round_number: int,
         attempt: int,
         update: Update,
-        head: Head,
     ) -> TrainReply:
+        head, site = chain.head, self.policy.site
+        assert head is not None  # noqa: S101  something was released
+        since = (
+            transaction.witness(site, chain.domain, contract.witness) if contract.witness else None
+        )
+        after = transaction.bodies_after(site, chain.domain, since.sequence if since else -1)
         receipt = Receipt(
             contract=contract.sha256,
-            site=self.policy.site,
+            site=site,
             round=round_number,
             attempt=attempt,
             update=arrays.digest(update.arrays),
-            head_domain=terms.domain,
+            head_domain=chain.domain,
             head_sequence=head.sequence,
             head_hash=head.hash,
         )
-        return TrainReply(update=update, receipt=receipt, signature=self.key.sign(receipt.digest()))
+        return TrainReply(
+            update=update,
+            receipt=receipt,
+            signature=self.key.sign(receipt.digest()),
+            ledger=witness.show(since, after, contract=contract.sha256),
+        )
 
     def _common(self, chain: Chain, attempt: int) -> dict[str, Any]:
         return {

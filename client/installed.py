@@ -23,6 +23,7 @@ from bract.client.training.trainer import Execution
 from bract.client.updates import UpdateStore
 from bract.shared import keys
 from bract.shared.errors import BractError, UsageError
+from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.ledger import Ledger
 
 FACTORY = "bract.client.installed:open_site"
@@ -78,12 +79,15 @@ def opened(path: str) -> Site:
     gate = Gate(
         policy=policy,
         key=keys.load(Path(chosen.keys.ledger)),
-        ledger=Ledger(state.ledger),
+        ledger=Ledger(
+            state.ledger, head_file=HeadFile(Path(chosen.head_file)) if chosen.head_file else None
+        ),
         updates=UpdateStore(state.folder / "updates"),
         holdings=Roots(roots),
         simulation=False,
         randomness=randomness.kind,
     )
+    gate.check_ledger()
     return Site(
         name=chosen.site,
         gate=gate,

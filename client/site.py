@@ -59,7 +59,11 @@ class Site:
             return self._train(order)
         except Refusal as refusal:
             reason = refusal.reason
-            logger.warning("%s", refusal, extra={"site": self.name})
+            logger.warning(
+                "%s",
+                refusal,
+                extra={"event": "refused", "site": self.name, "reason": reason.value},
+            )
         except BractError as error:
             reason = Reason.SITE_FAILED
             logger.error("site failed: %s", error, extra={"site": self.name})

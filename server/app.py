@@ -3,7 +3,8 @@
 Its run configuration names files on the server's own disk: `contract` (signed), `out` (the run
 folder), `data-dir` or `data-folder` (public examples; private ones beside them are not opened),
 `delta` and `init-seed`; and, where a federation waits for sites, `minimum-cohort`,
-`sites-seconds` and `round-seconds`.
+`sites-seconds`, `round-seconds` and `close-seconds`; and `witness-key`, by which ledger heads are
+countersigned.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from bract.server import checkpoint
 from bract.server.evaluation import Evaluator
 from bract.server.rounds import Patience, RoundLoop, initial_state
 from bract.server.strategy import PublicFedAvg
-from bract.shared import arrays, canonical, contract, models
-from bract.shared.data import load_public
+from bract.server.witnesses import WitnessDesk
+from bract.shared import arrays, canonical, contract, keys, models
+from bract.shared.data import load_public, public
 from bract.shared.data.locations import folder_of
+from bract.shared.errors import UsageError, VerificationFailed
 
 app = ServerApp()
 
@@ -43,6 +46,11 @@ def main(grid: Grid, context: Context) -> None:
         root=_path(configured.get("data-dir")),
     )
     validation, test = load_public(agreed.data.name, folder)
+    if agreed.data.public not in (None, public.sha256(agreed.data.name, folder)):
+        raise VerificationFailed(
+            "the public examples here are not those that the contract declares: name their folder "
+            "with server.public_data"
+        )
     state = checkpoint.load(out / "checkpoint", agreed.sha256)
     if state is None:
         parameters = models.released_parameters(model)
@@ -51,7 +59,12 @@ def main(grid: Grid, context: Context) -> None:
         checkpoint.save(state, out / "checkpoint")
     loop = RoundLoop(
         contract=agreed,
-        strategy=PublicFedAvg(signed, models.released_shapes(model)),
+        strategy=PublicFedAvg(
+            signed,
+            models.released_shapes(model),
+            WitnessDesk(_witness_key(agreed, configured.get("witness-key"))),
+            getattr(grid, "site_names", None),
+        ),
         evaluator=evaluator,
         validation=validation,
         out=out,
@@ -60,6 +73,7 @@ def main(grid: Grid, context: Context) -> None:
             minimum_cohort=int(configured.get("minimum-cohort", 1)),
             sites_seconds=_seconds(configured.get("sites-seconds")),
             round_seconds=_seconds(configured.get("round-seconds")),
+            close_seconds=_seconds(configured.get("close-seconds")),
         ),
     )
     state = loop.run(grid, state)
@@ -85,6 +99,20 @@ def _initial_model(agreed: contract.Contract, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         terms, data = agreed.model, agreed.data
         return models.build(terms.name, data.shape, data.classes, terms.options)
+
+
+def _witness_key(agreed: contract.Contract, path: Any) -> keys.SigningKey | None:
+    """Returns the key that the contract names as its witness.
+
+    Raises:
+        UsageError: where another key was given, or none.
+    """
+    if agreed.witness is None:
+        return None
+    key = keys.load(Path(str(path)))
+    if key.public != agreed.witness:
+        raise UsageError(f"{path} is not the witness key that the contract names")
+    return key
 
 
 def _seconds(value: Any) -> float | None:

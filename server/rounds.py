@@ -43,11 +43,13 @@ class Patience:
         minimum_cohort: with fewer updates a round is void, with fewer sites it is not begun.
         sites_seconds: how long to wait for that many sites; None waits for ever.
         round_seconds: how long to wait for answers; None waits for all.
+        close_seconds: how long to wait in the last exchange.
     """
 
     minimum_cohort: int = 1
     sites_seconds: float | None = None
     round_seconds: float | None = None
+    close_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,13 +86,22 @@ class RoundLoop:
                 logger.info("no site is left to ask", extra={"event": "stopped"})
                 break
             state = following
+        self._close(grid, state)
         return state
+
+    def _close(self, grid: Grid, state: RoundState) -> None:
+        """Delivers the last witnesses; a site that is away keeps an unwitnessed tail."""
+        self.strategy.desk.remember(state.heads)
+        messages = self.strategy.configure_close(grid)
+        if messages:
+            list(grid.send_and_receive(messages, timeout=self.patience.close_seconds))
 
     def _round(self, grid: Grid, state: RoundState) -> RoundState | None:
         """Returns the state after one attempt at the next round, None where none can be asked."""
         started, number = time.monotonic(), state.round + 1
         if not self._wait_for_sites(grid):
             return None
+        self.strategy.desk.remember(state.heads)  # what is saved, and nothing newer
         messages = self.strategy.configure_train(
             number, to_record(state.weights), ConfigRecord(), grid
         )

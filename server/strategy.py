@@ -11,11 +11,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays as named
 from bract.shared import wire
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import SignedContract
-from bract.shared.errors import Reason, VerificationFailed
+from bract.shared.errors import Reason, RolledBack, VerificationFailed
 from bract.shared.models import Shape
 from bract.shared.updates import ProtectedUpdate
 
@@ -35,11 +36,20 @@ class PublicFedAvg(FedAvg):
     Args:
         signed: the contract that every message carries.
         shapes: names and shapes that an update must have exactly.
+        desk: countersigns the heads of the sites' ledgers.
+        names: the site of each node, where the grid knows it; else learned from receipts.
     """
 
-    def __init__(self, signed: SignedContract, shapes: Mapping[str, Shape]) -> None:
+    def __init__(
+        self,
+        signed: SignedContract,
+        shapes: Mapping[str, Shape],
+        desk: WitnessDesk,
+        names: Mapping[int, str] | None = None,
+    ) -> None:
         super().__init__(fraction_evaluate=0.0, min_train_nodes=1, weighted_by_key=_WEIGHT)
-        self._signed, self._shapes = signed, shapes
+        self._signed, self._shapes, self.desk = signed, shapes, desk
+        self._registered, self._names = dict(names or {}), dict(names or {})
         self._order = {site.name: place for place, site in enumerate(signed.contract.cohort)}
         self._retired: set[int] = set()
         self.replied: dict[str, wire.TrainReply] = {}
@@ -49,19 +59,35 @@ class PublicFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Returns one train order for each node that has not refused for good."""
-        order = wire.TrainOrder(
-            contract=self._signed, round=server_round, weights=from_record(arrays)
-        )
-        content = wire.encode_order(order)
+        weights = from_record(arrays)
+        packed = wire.pack(weights)  # one record for all: it is hashed and held once
         return [
             Message(
-                content=content,
+                content=wire.encode_order(
+                    wire.TrainOrder(
+                        contract=self._signed,
+                        round=server_round,
+                        weights=weights,
+                        witness=self.desk.witness(self._names.get(node)),
+                    ),
+                    packed=packed,
+                ),
                 message_type=MessageType.TRAIN,
                 dst_node_id=node,
                 group_id=str(server_round),
             )
             for node in self.available(grid)
         ]
+
+    def configure_close(self, grid: Grid) -> list[Message]:
+        """Returns the last message of the run, for each node that has a witness to be given."""
+        messages = []
+        for node in sorted(set(grid.get_node_ids())):
+            seen = self.desk.witness(self._names.get(node))
+            if seen is not None:
+                content = wire.encode_close(wire.CloseOrder(contract=self._signed, witness=seen))
+                messages.append(Message(content, node, MessageType.QUERY, group_id="close"))
+        return messages
 
     def available(self, grid: Grid) -> list[int]:
         """Returns the nodes that are there and have not refused for good."""
@@ -104,7 +130,7 @@ class PublicFedAvg(FedAvg):
         """Returns the name of the site whose update is accepted, None where there is none."""
         node = message.metadata.src_node_id
         if message.has_error():
-            self.refused.append((f"node {node}", FAILED))
+            self.refused.append((self._name(node), FAILED))
             return None
         try:
             reply = wire.decode_reply(message.content)
@@ -113,14 +139,26 @@ class PublicFedAvg(FedAvg):
                 if Reason(reply.reason).final:
                     self._retired.add(node)
                 return None
-            self._accept(reply, server_round)
+            self._accept(reply, server_round, node)
             return reply.receipt.site
+        except RolledBack as error:
+            logger.warning("update of %s is not used: %s", self._name(node), error)
+            self.refused.append((self._name(node), Reason.LEDGER_ROLLED_BACK.value))
+            return None
         except VerificationFailed as error:
-            logger.warning("update of node %d is not used: %s", node, error)
-            self.refused.append((f"node {node}", INVALID_UPDATE))
+            logger.warning(
+                "update of %s is not used: %s",
+                self._name(node),
+                error,
+                extra={"event": "refused", "reason": INVALID_UPDATE, "site": self._name(node)},
+            )
+            self.refused.append((self._name(node), INVALID_UPDATE))
             return None
 
-    def _accept(self, reply: wire.TrainReply, server_round: int) -> None:
+    def _name(self, node: int) -> str:
+        return self._names.get(node, f"node {node}")
+
+    def _accept(self, reply: wire.TrainReply, server_round: int, node: int) -> None:
         contract, receipt = self._signed.contract, reply.receipt
         terms = contract.site(receipt.site)
         if terms is None:
@@ -136,7 +174,11 @@ class PublicFedAvg(FedAvg):
             raise VerificationFailed(fault)
         if receipt.site in self.replied:
             raise VerificationFailed("a second one from the same site")
+        if self._registered.get(node, receipt.site) != receipt.site:
+            raise VerificationFailed("of another site than the node's")
+        self.desk.check(reply, terms.domain)
         self.replied[receipt.site] = reply
+        self._names[node] = receipt.site
 
 
 def to_record(values: Arrays) -> ArrayRecord:

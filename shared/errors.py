@@ -4,6 +4,7 @@ BractError                 exit 1: the check or the run failed
 ├── UsageError             exit 2: the command, a file or a value is wrong
 │   └── UnknownName        a model, key or experiment that does not exist; names the nearest
 ├── VerificationFailed     a signature, hash, chain or contract does not hold
+│   └── RolledBack         a ledger lacks entries that were seen before
 ├── LedgerError            the ledger could not be used; nothing was charged
 │   ├── LedgerBusy         another process holds it
 │   └── LedgerUnwritable   the disk is full or the file cannot be written
@@ -49,6 +50,10 @@ class VerificationFailed(BractError):
     """A signature, a hash, a chain or a rule of the contract does not hold."""
 
 
+class RolledBack(VerificationFailed):
+    """A ledger lacks entries that this site or a server has seen: an older copy was put back."""
+
+
 class LedgerError(BractError):
     """The ledger could not be read or written; nothing was charged."""
 
@@ -85,6 +90,8 @@ class Reason(StrEnum):
     WEIGHTS_CHANGED = "weights-changed"
     WEIGHTS_INVALID = "weights-invalid"
     LEDGER_UNAVAILABLE = "ledger-unavailable"
+    LEDGER_ROLLED_BACK = "ledger-rolled-back"
+    WITNESS_INVALID = "witness-invalid"
     SITE_FAILED = "site-failed"
 
     @property
@@ -93,7 +100,14 @@ class Reason(StrEnum):
         return self not in _PASSING
 
 
-_PASSING = frozenset({Reason.WEIGHTS_INVALID, Reason.LEDGER_UNAVAILABLE, Reason.SITE_FAILED})
+_PASSING = frozenset(
+    {
+        Reason.WEIGHTS_INVALID,
+        Reason.LEDGER_UNAVAILABLE,
+        Reason.WITNESS_INVALID,
+        Reason.SITE_FAILED,
+    }
+)
 
 
 class Refusal(BractError):

@@ -123,6 +123,7 @@ class VerifiedChain(Frozen):
     entries: int
     head: str
     anchored: bool
+    witnessed: int | None
     simulation: bool
 
 

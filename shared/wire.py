@@ -1,8 +1,11 @@
 """The messages between server and site: the only place that knows their keys.
 
-train    server → site   weights: arrays   order: contract, round
+train    server → site   weights: arrays   order: contract, round, witness
 update   site → server   update (or unprotected-update): arrays   receipt: signed facts
+                         ledger: the entries since the last witness
 refusal  site → server   refusal: reason, site, round
+close    server → site   close: contract, witness
+closed   site → server   closed: site
 """
 
 from __future__ import annotations
@@ -17,14 +20,16 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from bract.shared import arrays as named
-from bract.shared import canonical, keys
+from bract.shared import canonical, contract, keys
 from bract.shared.arrays import Arrays
-from bract.shared.contract import SignedContract, from_bytes
+from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, UsageError, VerificationFailed
+from bract.shared.privacy.witness import NOTHING, Extension, Link, Witness, from_bytes
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate, Update
 
 _WEIGHTS, _ORDER = "weights", "order"
 _UPDATE, _UNPROTECTED, _RECEIPT, _REFUSAL = "update", "unprotected-update", "receipt", "refusal"
+_LEDGER, _CLOSE, _CLOSED = "ledger", "close", "closed"
 _STYPE = "numpy.ndarray.raw"
 _T = TypeVar("_T")
 
@@ -36,6 +41,15 @@ class TrainOrder:
     contract: SignedContract
     round: int
     weights: Arrays
+    witness: Witness | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CloseOrder:
+    """The last exchange of a run: it delivers the last witness."""
+
+    contract: SignedContract
+    witness: Witness
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +72,12 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainReply:
-    """An update with its receipt and the site's signature of it."""
+    """An update with its receipt, the site's signature of it, and what its ledger grew by."""
 
     update: Update
     receipt: Receipt
     signature: bytes
+    ledger: Extension = NOTHING
 
     def verify(self, key: str) -> None:
         """Returns where the site's key signed the receipt and the receipt names the update.
@@ -84,10 +99,28 @@ class RefusalReply:
     reason: Reason
 
 
-def encode_order(order: TrainOrder) -> RecordDict:
-    """Returns the content of a train message."""
-    terms = ConfigRecord({"contract": order.contract.to_bytes(), "round": order.round})
-    return RecordDict({_WEIGHTS: _pack(order.weights), _ORDER: terms})
+def pack(arrays: Arrays) -> ArrayRecord:
+    """Returns arrays as they travel; messages to many sites share one such record."""
+    return ArrayRecord(
+        {
+            name: FlowerArray(
+                dtype=str(value.dtype), shape=value.shape, stype=_STYPE, data=value.tobytes()
+            )
+            for name, value in arrays.items()
+        }
+    )
+
+
+def encode_order(order: TrainOrder, *, packed: ArrayRecord | None = None) -> RecordDict:
+    """Returns the content of a train message; `packed` are its weights, where they are at hand."""
+    terms = ConfigRecord(
+        {
+            "contract": order.contract.to_bytes(),
+            "round": order.round,
+            "witness": _optional(order.witness),
+        }
+    )
+    return RecordDict({_WEIGHTS: pack(order.weights) if packed is None else packed, _ORDER: terms})
 
 
 def decode_order(content: RecordDict) -> TrainOrder:
@@ -97,23 +130,53 @@ def decode_order(content: RecordDict) -> TrainOrder:
         VerificationFailed: for a message of any other form.
     """
     records = _exactly(content, {_WEIGHTS, _ORDER})
-    terms = _config(records[_ORDER], {"contract", "round"})
-    try:
-        signed = from_bytes(_typed(terms, "contract", bytes))
-    except UsageError as error:
-        raise VerificationFailed(str(error)) from error
+    terms = _config(records[_ORDER], {"contract", "round", "witness"})
     return TrainOrder(
-        contract=signed,
+        contract=_contract(terms),
         round=_typed(terms, "round", int),
         weights=_unpack(records[_WEIGHTS]),
+        witness=_witness(terms),
     )
+
+
+def encode_close(order: CloseOrder) -> RecordDict:
+    """Returns the content of a closing message."""
+    terms = ConfigRecord(
+        {"contract": order.contract.to_bytes(), "witness": order.witness.to_bytes()}
+    )
+    return RecordDict({_CLOSE: terms})
+
+
+def decode_close(content: RecordDict) -> CloseOrder:
+    """Returns the closing order in a message.
+
+    Raises:
+        VerificationFailed: for a message of any other form.
+    """
+    terms = _config(_exactly(content, {_CLOSE})[_CLOSE], {"contract", "witness"})
+    witness = _witness(terms)
+    if witness is None:
+        raise VerificationFailed("a closing message without a witness")
+    return CloseOrder(contract=_contract(terms), witness=witness)
+
+
+def encode_closed(site: str) -> RecordDict:
+    """Returns the content of the answer to a closing message."""
+    return RecordDict({_CLOSED: ConfigRecord({"site": site})})
 
 
 def encode_reply(reply: TrainReply) -> RecordDict:
     """Returns the content of an update; a protected and an unprotected one differ in their key."""
     name = _UPDATE if isinstance(reply.update, ProtectedUpdate) else _UNPROTECTED
     receipt = ConfigRecord({**asdict(reply.receipt), "signature": reply.signature})
-    return RecordDict({name: _pack(reply.update.arrays), _RECEIPT: receipt})
+    ledger = ConfigRecord(
+        {
+            "since": _optional(reply.ledger.since),
+            "hashes": [link.body_hash for link in reply.ledger.links],
+            "bodies": [link.body for link in reply.ledger.links],
+        }
+    )
+    return RecordDict({name: pack(reply.update.arrays), _RECEIPT: receipt, _LEDGER: ledger})
 
 
 def encode_refusal(refusal: RefusalReply) -> RecordDict:
@@ -140,7 +203,7 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
             site=_typed(record, "site", str), round=_typed(record, "round", int), reason=reason
         )
     name = _UPDATE if _UPDATE in content else _UNPROTECTED
-    records = _exactly(content, {name, _RECEIPT})
+    records = _exactly(content, {name, _RECEIPT, _LEDGER})
     values = _unpack(records[name])
     facts = _config(records[_RECEIPT], {*Receipt.__dataclass_fields__, "signature"})
     receipt = Receipt(
@@ -155,19 +218,38 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
     )
     made = ProtectedUpdate if name == _UPDATE else UnprotectedUpdate
     return TrainReply(
-        update=made(values), receipt=receipt, signature=_typed(facts, "signature", bytes)
+        update=made(values),
+        receipt=receipt,
+        signature=_typed(facts, "signature", bytes),
+        ledger=_extension(_config(records[_LEDGER], {"since", "hashes", "bodies"})),
     )
 
 
-def _pack(arrays: Arrays) -> ArrayRecord:
-    return ArrayRecord(
-        {
-            name: FlowerArray(
-                dtype=str(value.dtype), shape=value.shape, stype=_STYPE, data=value.tobytes()
-            )
-            for name, value in arrays.items()
-        }
-    )
+def _optional(witness: Witness | None) -> bytes:
+    return witness.to_bytes() if witness else b""
+
+
+def _witness(record: Mapping[str, Any], name: str = "witness") -> Witness | None:
+    text = _typed(record, name, bytes)
+    return from_bytes(text) if text else None
+
+
+def _contract(record: Mapping[str, Any]) -> SignedContract:
+    try:
+        return contract.from_bytes(_typed(record, "contract", bytes))
+    except UsageError as error:
+        raise VerificationFailed(str(error)) from error
+
+
+def _extension(record: Mapping[str, Any]) -> Extension:
+    hashes, bodies = _typed(record, "hashes", list), _typed(record, "bodies", list)
+    if len(hashes) != len(bodies) or not all(
+        type(one) is bytes and len(one) == 32 and type(other) is bytes
+        for one, other in zip(hashes, bodies, strict=True)
+    ):
+        raise VerificationFailed("the entries since a witness are not hashes and bodies")
+    links = tuple(Link(*pair) for pair in zip(hashes, bodies, strict=True))
+    return Extension(since=_witness(record, "since"), links=links)
 
 
 def _unpack(record: Any) -> dict[str, named.Array]:

@@ -97,6 +97,7 @@ class Simulation:
             "data-folder": self.begun.data_folder or "",
             "delta": experiment.privacy.delta,
             "init-seed": experiment.seed,
+            "witness-key": str(self.state.key("witness")),
         }
         try:
             server_app(
@@ -170,6 +171,7 @@ class Simulation:
             run=experiment.name,
             nonce=contract.new_nonce(),
             coordinator=plan.coordinator,
+            witness=keys.load_or_generate(state.key("witness")).public,
             simulation=True,
             rounds=experiment.rounds,
             max_attempts=experiment.rounds + experiment.spare_attempts,

@@ -6,11 +6,10 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from bract.shared import contract
 from bract.shared.errors import UsageError, VerificationFailed
-from bract.shared.privacy import ledger
+from bract.shared.privacy import head_file, ledger
 from bract.shared.privacy.entries import Head
 
 
@@ -43,18 +42,12 @@ def heads(path: Path) -> Mapping[tuple[str, str], Head]:
     """Returns the heads in a summary, a checkpoint or a head file, by (site, domain).
 
     Args:
-        path: JSON with `heads`: {SITE: {domain, sequence, hash}}.
+        path: JSON with `heads`: {SITE: {domain, sequence, hash}}, or a list of them for a site.
 
     Raises:
         UsageError: where the file is missing or holds none.
     """
     try:
-        value: Any = json.loads(path.read_bytes())
-        return {
-            (site, str(head["domain"])): Head(
-                sequence=int(head["sequence"]), hash=str(head["hash"])
-            )
-            for site, head in value["heads"].items()
-        }
+        return head_file.heads(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} holds no heads: name a summary.json or a head file") from error

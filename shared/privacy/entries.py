@@ -96,12 +96,12 @@ class Head:
     hash: str
 
 
-def write(body: Body, key: keys.SigningKey) -> Entry:
+def write(made: Body, key: keys.SigningKey) -> Entry:
     """Returns the signed entry of a body."""
-    text = canonical.encode(body.model_dump())
-    digest = _hash(body.previous, text)
+    text = canonical.encode(made.model_dump())
+    digest = _hash(made.previous, text)
     signature = key.sign(_signed(digest))
-    return Entry(body=body, text=text, signature=signature, hash=digest.hex())
+    return Entry(body=made, text=text, signature=signature, hash=digest.hex())
 
 
 def read(text: bytes, signature: bytes, *, key: str) -> Entry:
@@ -110,16 +110,12 @@ def read(text: bytes, signature: bytes, *, key: str) -> Entry:
     Raises:
         VerificationFailed: for anything else.
     """
-    value = canonical.decode(text)
-    try:
-        body = _ADAPTER.validate_python(value)
-    except ValidationError as error:
-        raise VerificationFailed(f"not an entry of schema {SCHEMA_VERSION}") from error
-    if body.key != key:
+    found = body(text)
+    if found.key != key:
         raise VerificationFailed("entry names another key than the pinned")
-    digest = _hash(body.previous, text)
+    digest = _hash(found.previous, text)
     keys.verify(key, signature, _signed(digest))
-    return Entry(body=body, text=text, signature=signature, hash=digest.hex())
+    return Entry(body=found, text=text, signature=signature, hash=digest.hex())
 
 
 def event_of(charge: Charge) -> events.Event:
@@ -127,9 +123,39 @@ def event_of(charge: Charge) -> events.Event:
     return events.decode(charge.event)
 
 
+def body(text: bytes) -> Body:
+    """Returns the body in canonical JSON; no signature is looked at.
+
+    Raises:
+        VerificationFailed: where it is none.
+    """
+    value = canonical.decode(text)
+    try:
+        return _ADAPTER.validate_python(value)
+    except ValidationError as error:
+        raise VerificationFailed(f"not an entry of schema {SCHEMA_VERSION}") from error
+
+
+def body_hash(text: bytes) -> bytes:
+    """Returns the hash by which a body is linked."""
+    return canonical.tagged("body/1", text)
+
+
+def link(previous: str, hashed: bytes) -> str:
+    """Returns an entry's hash: H(previous ‖ H(body)).
+
+    So that a link can be shown to a server without the body of another run.
+    """
+    return canonical.tagged("entry/1", bytes.fromhex(previous), hashed).hex()
+
+
+def hash_of(text: bytes) -> str:
+    """Returns the hash of the entry whose body this is."""
+    return link(body(text).previous, body_hash(text))
+
+
 def _hash(previous: str, text: bytes) -> bytes:
-    # H(previous ‖ H(body)): a link can be shown to a server without the body of another run.
-    return canonical.tagged("entry/1", bytes.fromhex(previous), canonical.tagged("body/1", text))
+    return bytes.fromhex(link(previous, body_hash(text)))
 
 
 def _signed(digest: bytes) -> bytes:

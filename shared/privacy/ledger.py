@@ -17,11 +17,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from bract.shared.errors import LedgerBusy, LedgerError, LedgerUnwritable, VerificationFailed
+from bract.shared.errors import LedgerBusy, LedgerError, LedgerUnwritable, RolledBack
 from bract.shared.keys import SigningKey
-from bract.shared.privacy import entries
+from bract.shared.privacy import entries, witness
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Body, Entry, Head
+from bract.shared.privacy.head_file import HeadFile
+from bract.shared.privacy.witness import Witness
 
 APPLICATION_ID = 0x62726163  # "brac"
 DocumentKind = Literal["contract", "policy"]
@@ -31,6 +33,10 @@ CREATE TABLE entries (
     site TEXT NOT NULL, domain TEXT NOT NULL, sequence INTEGER NOT NULL,
     body TEXT NOT NULL, signature BLOB NOT NULL,
     PRIMARY KEY (site, domain, sequence)
+) WITHOUT ROWID, STRICT;
+CREATE TABLE witnesses (
+    site TEXT NOT NULL, domain TEXT NOT NULL, key TEXT NOT NULL, body TEXT NOT NULL,
+    PRIMARY KEY (site, domain, key)
 ) WITHOUT ROWID, STRICT;
 CREATE TABLE documents (
     kind TEXT NOT NULL, sha256 TEXT NOT NULL, body TEXT NOT NULL,
@@ -69,11 +75,62 @@ class Transaction:
         ]
         known = chain.head or self._seen.get(name)
         if known and [known.hash] != [e.hash for e in found[known.sequence - start :][:1]]:
-            raise VerificationFailed(_rolled_back(site, domain))
+            raise RolledBack(_rolled_back(site, domain))
         for entry in found[chain.length - start :]:
             chain.extend_(entry)
+        if start == 0:
+            self._check_witnesses(site, domain)
         self._chains[name] = chain
         return chain
+
+    def hash_at(self, site: str, domain: str, sequence: int) -> str | None:
+        """Returns the hash of an entry, None where there is none of that number."""
+        row = self._connection.execute(
+            "SELECT body FROM entries WHERE site = ? AND domain = ? AND sequence = ?",
+            (site, domain, sequence),
+        ).fetchone()
+        return entries.hash_of(row[0].encode()) if row else None
+
+    def bodies_after(self, site: str, domain: str, sequence: int) -> list[bytes]:
+        """Returns the bodies of the entries after one, in order."""
+        rows = self._connection.execute(
+            "SELECT body FROM entries WHERE site = ? AND domain = ? AND sequence > ?"
+            " ORDER BY sequence",
+            (site, domain, sequence),
+        )
+        return [text.encode() for (text,) in rows]
+
+    def witness(self, site: str, domain: str, key: str) -> Witness | None:
+        """Returns the newest witness that a key gave of a chain."""
+        row = self._connection.execute(
+            "SELECT body FROM witnesses WHERE site = ? AND domain = ? AND key = ?",
+            (site, domain, key),
+        ).fetchone()
+        return witness.from_bytes(row[0].encode()) if row else None
+
+    def keep_witness(self, seen: Witness) -> None:
+        """Stores a witness in the place of an older one of the same key.
+
+        Raises:
+            RolledBack: where what was seen is not in the chain.
+        """
+        if self.hash_at(seen.site, seen.domain, seen.sequence) != seen.hash:
+            raise RolledBack(_rolled_back(seen.site, seen.domain))
+        held = self.witness(seen.site, seen.domain, seen.key)
+        if held is None or held.sequence < seen.sequence:
+            self._connection.execute(
+                "INSERT OR REPLACE INTO witnesses VALUES (?, ?, ?, ?)",
+                (seen.site, seen.domain, seen.key, seen.to_bytes().decode()),
+            )
+
+    def _check_witnesses(self, site: str, domain: str) -> None:
+        for (text,) in self._connection.execute(
+            "SELECT body FROM witnesses WHERE site = ? AND domain = ?", (site, domain)
+        ):
+            seen = witness.from_bytes(text.encode())
+            seen.verify(seen.key)
+            if self.hash_at(site, domain, seen.sequence) != seen.hash:
+                raise RolledBack(_rolled_back(site, domain))
 
     def append(self, chain: Chain, body: Body, key: SigningKey) -> Entry:
         """Signs and adds the next entry of a chain."""
@@ -99,12 +156,16 @@ class Ledger:
     Args:
         path: the SQLite file; made where it is missing.
         timeout_seconds: how long to wait for another process that is charging.
+        head_file: on another disk, keeps the last head of each chain; a ledger without it was put
+            back to an older copy.
     """
 
-    def __init__(self, path: Path, *, timeout_seconds: float = 30.0) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, *, timeout_seconds: float = 30.0, head_file: HeadFile | None = None
+    ) -> None:
+        self.path, self._head_file = path, head_file
         self._chains: dict[tuple[str, str], Chain] = {}
-        self._seen: dict[tuple[str, str], Head] = {}
+        self._seen: dict[tuple[str, str], Head] = head_file.read() if head_file else {}
         with _typed_errors(path):
             self._connection = sqlite3.connect(
                 path, timeout=timeout_seconds, isolation_level=None, check_same_thread=False
@@ -130,6 +191,8 @@ class Ledger:
                 for name in transaction.touched & self._chains.keys():
                     if head := self._chains[name].head:
                         self._seen[name] = head
+                if self._head_file and transaction.ahead:
+                    self._head_file.write(self._seen)
             except BaseException:
                 # A fold that was added to is ahead of the file now: read it anew next time, against
                 # the last head that was committed, so that a cut file stays refused.
@@ -185,6 +248,7 @@ class Contents:
 
     rows: dict[tuple[str, str], list[tuple[int, bytes, bytes]]]
     documents: dict[tuple[str, str], bytes]
+    witnesses: dict[tuple[str, str, str], bytes]
 
 
 def contents(path: Path) -> Contents:
@@ -236,7 +300,13 @@ def _contents(connection: sqlite3.Connection, path: Path) -> Contents:
         (kind, sha256): text.encode()
         for kind, sha256, text in connection.execute("SELECT kind, sha256, body FROM documents")
     }
-    return Contents(rows=rows, documents=documents)
+    witnesses = {
+        (site, domain, key): text.encode()
+        for site, domain, key, text in connection.execute(
+            "SELECT site, domain, key, body FROM witnesses"
+        )
+    }
+    return Contents(rows=rows, documents=documents, witnesses=witnesses)
 
 
 def _objects(connection: sqlite3.Connection) -> set[tuple[str, ...]]:

@@ -15,18 +15,22 @@ from bract.shared.configuration import parse
 from bract.shared.contract import Contract
 from bract.shared.errors import BractError, Refusal, VerificationFailed
 from bract.shared.policy import Policy, check
-from bract.shared.privacy import accounting, budget, entries, ledger
+from bract.shared.privacy import accounting, budget, entries, ledger, witness
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Charge, Head
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A chain that holds, and whether an anchor excludes that its tail was cut."""
+    """A chain that holds, and whether an anchor excludes that its tail was cut.
+
+    `witnessed` is the number of the last entry that a server countersigned, None where none did.
+    """
 
     chain: Chain
     anchored: bool
     policies: Mapping[str, Policy]
+    witnessed: int | None = None
 
     @property
     def policy(self) -> Policy:
@@ -81,8 +85,14 @@ def _verify(
     if unused:
         raise VerificationFailed(f"{unused[0][0]} {unused[0][1]} is stored but no entry names it")
     _check_overlaps(chains, policies)
+    witnessed = _check_witnesses(held, contracts)
     return [
-        Verified(chain=chain, anchored=name in anchors, policies=policies)
+        Verified(
+            chain=chain,
+            anchored=name in anchors,
+            policies=policies,
+            witnessed=witnessed.get(name),
+        )
         for name, chain in chains.items()
     ]
 
@@ -219,6 +229,31 @@ def _departure(charge: Charge, agreed: Contract, policy: Policy) -> str | None:
     if charge.round > agreed.rounds:
         return f"round {charge.round} is over the contract's {agreed.rounds}"
     return None
+
+
+def _check_witnesses(
+    held: ledger.Contents, contracts: Mapping[str, Contract]
+) -> dict[tuple[str, str], int]:
+    """Returns the last witnessed entry of each chain, every witness being in its chain."""
+    trusted = {agreed.witness for agreed in contracts.values()}
+    found: dict[tuple[str, str], int] = {}
+    for (site, domain, key), text in held.witnesses.items():
+        seen = witness.from_bytes(text)
+        if (seen.site, seen.domain, seen.key) != (site, domain, key) or key not in trusted:
+            raise VerificationFailed(
+                f"ledger of {site!r}, domain {domain!r}: a witness of another chain, or by a key "
+                "that no contract names"
+            )
+        seen.verify(key)
+        rows = held.rows.get((site, domain), [])
+        body = rows[seen.sequence][1] if seen.sequence < len(rows) else None
+        if body is None or entries.hash_of(body) != seen.hash:
+            raise VerificationFailed(
+                f"ledger of {site!r}, domain {domain!r}: the witnessed entry {seen.sequence} is "
+                "not in the chain"
+            )
+        found[site, domain] = max(seen.sequence, found.get((site, domain), -1))
+    return found
 
 
 def _check_overlaps(

@@ -1,0 +1,97 @@
+"""What the server saw of each site's ledger: it only ever grows, and pays before it releases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bract.shared import wire
+from bract.shared.errors import RolledBack, VerificationFailed
+from bract.shared.keys import SigningKey
+from bract.shared.privacy import witness
+from bract.shared.privacy.entries import Charge, Head, Release
+from bract.shared.privacy.witness import Witness
+
+
+class WitnessDesk:
+    """The newest head seen of each site, checked against every update and countersigned.
+
+    Args:
+        key: countersigns; None where the contract names no witness.
+    """
+
+    def __init__(self, key: SigningKey | None) -> None:
+        self._key = key
+        self._seen: dict[str, tuple[str, Head]] = {}
+
+    def remember(self, heads: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes the heads of a saved checkpoint: only what is durable here is countersigned.
+
+        Args:
+            heads: {SITE: {domain, sequence, hash}}.
+        """
+        self._seen = {
+            site: (head["domain"], Head(sequence=head["sequence"], hash=head["hash"]))
+            for site, head in heads.items()
+        }
+
+    def witness(self, site: str | None) -> Witness | None:
+        """Returns the countersignature of the newest head of a site."""
+        seen = self._seen.get(site or "")
+        if self._key is None or site is None or seen is None:
+            return None
+        return witness.sign(site, *seen, self._key)
+
+    def check(self, reply: wire.TrainReply, domain: str) -> None:
+        """Returns where an update's ledger extends what was seen and holds a charge before it.
+
+        Raises:
+            RolledBack: where entries that were seen are gone.
+            VerificationFailed: where the links do not lead to the receipt's head, or no charge
+                stands before the update's release.
+        """
+        if self._key is None:
+            return
+        receipt, since = reply.receipt, reply.ledger.since
+        if receipt.head_domain != domain:
+            raise VerificationFailed("a head of another domain than the contract's")
+        if since is not None:
+            since.verify(self._key.public)
+            if (since.site, since.domain) != (receipt.site, domain):
+                raise VerificationFailed("a witness of another ledger")
+        heads = {since.sequence: since.hash} if since else {}
+        charged = released = False
+        last = since.head if since else None
+        for head, body in witness.follow(reply.ledger):
+            heads[head.sequence], last = head.hash, head
+            charged |= isinstance(body, Charge) and _is_charge(body, reply)
+            # A release counts only after its charge.
+            released |= charged and isinstance(body, Release) and _is_release(body, reply)
+        if last != Head(receipt.head_sequence, receipt.head_hash):
+            raise VerificationFailed("the links do not lead to the head that the site signed")
+        _, seen = self._seen.get(receipt.site, (domain, None))
+        if seen is not None and heads.get(seen.sequence) != seen.hash:
+            raise RolledBack(f"the ledger of {receipt.site!r} does not extend what was witnessed")
+        if not released:
+            raise VerificationFailed("no charge stands before the update's release")
+
+
+def _is_charge(body: Charge, reply: wire.TrainReply) -> bool:
+    receipt = reply.receipt
+    return (body.contract, body.site, body.round, body.attempt) == (
+        receipt.contract,
+        receipt.site,
+        receipt.round,
+        receipt.attempt,
+    )
+
+
+def _is_release(body: Release, reply: wire.TrainReply) -> bool:
+    receipt = reply.receipt
+    return (body.contract, body.site, body.round, body.attempt, body.update) == (
+        receipt.contract,
+        receipt.site,
+        receipt.round,
+        receipt.attempt,
+        receipt.update,
+    )

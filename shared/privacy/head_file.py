@@ -1,0 +1,72 @@
+"""The last head of each chain, kept apart from the ledger so that an older copy is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bract.shared import canonical
+from bract.shared.errors import BractError, LedgerUnwritable, UsageError
+from bract.shared.privacy.entries import Head
+
+
+class HeadFile:
+    """A JSON file {"heads": {SITE: [{domain, sequence, hash}]}}, replaced after every commit.
+
+    It is what `bract audit verify --head` takes. On the ledger's own disk it would be put back
+    together with it.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> dict[tuple[str, str], Head]:
+        """Returns the heads, none where the file was never written.
+
+        Raises:
+            UsageError: where the file holds anything else.
+        """
+        if not self._path.exists():
+            return {}
+        try:
+            return heads(canonical.decode(self._path.read_bytes()))
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, BractError) as error:
+            raise UsageError(
+                f"{self._path} is no readable head file: put it back from its backup; without it a "
+                "ledger that lost entries would not be noticed"
+            ) from error
+
+    def write(self, seen: Mapping[tuple[str, str], Head]) -> None:
+        """Replaces the heads.
+
+        Raises:
+            LedgerUnwritable: where the file cannot be written; what was charged stands.
+        """
+        by_site: dict[str, list[dict[str, Any]]] = {}
+        for (site, domain), head in sorted(seen.items()):
+            by_site.setdefault(site, []).append(
+                {"domain": domain, "sequence": head.sequence, "hash": head.hash}
+            )
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            canonical.write_atomically(self._path, canonical.encode({"heads": by_site}))
+        except OSError as error:
+            raise LedgerUnwritable(
+                f"cannot write {self._path}: {error.strerror}; free some space. The charge stands"
+            ) from error
+
+
+def heads(value: Any) -> dict[tuple[str, str], Head]:
+    """Returns the heads in a head file, a summary or a checkpoint, by (site, domain).
+
+    A site has one head, or a list of one for each of its domains.
+    """
+    return {
+        (site, str(head["domain"])): Head(sequence=int(head["sequence"]), hash=str(head["hash"]))
+        for site, listed in value["heads"].items()
+        for head in (listed if isinstance(listed, list) else [listed])
+    }
