@@ -26,6 +26,7 @@ COMMANDS = {
         "bract.shared.commands.calibrate:calibrate",
         "The noise for a budget, and what it buys.",
     ),
+    "keys": ("bract.shared.commands.keys:keys", "Make and read certificates and keys."),
     "audit": ("bract.shared.commands.audit:audit", "Check ledgers and what was spent."),
 }
 
