@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from bract.shared import keyfiles
 from bract.shared.errors import UsageError, VerificationFailed
 
 
@@ -39,19 +39,16 @@ def save(key: SigningKey, path: Path) -> None:
     Raises:
         UsageError: where the file exists; a key is never overwritten.
     """
-    pem = key.private.private_bytes(
+    keyfiles.create([keyfiles.private(path, to_pem(key))])
+
+
+def to_pem(key: SigningKey) -> bytes:
+    """Returns the private key as PKCS#8 PEM."""
+    return key.private.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError as error:
-        raise UsageError(f"{path} exists: a key is never overwritten; name another file") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def load(path: Path) -> SigningKey:
@@ -64,7 +61,7 @@ def load(path: Path) -> SigningKey:
         private = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except OSError as error:
         raise UsageError(f"no key at {path}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{path} holds no readable private key") from error
     if not isinstance(private, Ed25519PrivateKey):
         raise UsageError(f"{path} holds another kind of key; an Ed25519 key is needed")

@@ -1,1 +1,1 @@
-"""The commands of this floor, a module each: calibrate, audit."""
+"""The commands of this floor, a module each: audit, calibrate, keys."""

@@ -60,6 +60,8 @@ def verify(
                 if chain.anchored
                 else f"whole up to entry {chain.entries - 1}; later entries cannot be excluded"
             )
+            if chain.witnessed is not None:
+                tail += f", witnessed up to entry {chain.witnessed}"
             tail += ", simulation: no guarantee" if chain.simulation else ""
             click.echo(
                 f"ok  {chain.ledger}  {chain.site}  {chain.domain}  {chain.entries} entries, {tail}"
@@ -93,6 +95,7 @@ def _verified(path: Path, site_key: str | None, head: Path | None) -> list[Verif
             entries=found.chain.length,
             head=found.chain.head.hash if found.chain.head else "",
             anchored=found.anchored,
+            witnessed=found.witnessed,
             simulation=bool(found.chain.genesis and found.chain.genesis.simulation),
         )
         for found in _verify(path, site_key, head)
