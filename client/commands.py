@@ -8,6 +8,7 @@ import click
 
 from bract.shared.cli import AS_JSON, print_json
 from bract.shared.errors import BractError, UsageError
+from bract.shared.reports import Recovery
 
 
 @click.command(epilog="Example: bract client SITE.toml --check contract.json")
@@ -20,6 +21,11 @@ from bract.shared.errors import BractError, UsageError
     help="Would the gate accept it, what would it cost, do the data fit? Starts nothing.",
 )
 @click.option(
+    "--recover",
+    metavar="DOMAIN",
+    help="Close a domain whose ledger lost entries: its whole ε counts as spent.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
@@ -27,14 +33,23 @@ from bract.shared.errors import BractError, UsageError
     help="One line an event on stderr.",
 )
 @AS_JSON
-def client(site: Path, status: bool, check: Path | None, log_format: str, as_json: bool) -> None:
+def client(
+    site: Path,
+    status: bool,
+    check: Path | None,
+    recover: str | None,
+    log_format: str,
+    as_json: bool,
+) -> None:
     """Serve a site: connect, and answer orders through its gate, for as long as it takes.
 
     What arrives is a contract and weights; no code is ever taken from the network.
     """
-    if status and check is not None:
-        raise UsageError("--status and --check are two questions: ask one at a time")
-    if status:
+    if sum([status, check is not None, recover is not None]) > 1:
+        raise UsageError("--status, --check and --recover are asked one at a time")
+    if recover is not None:
+        _recover(site, recover, as_json)
+    elif status:
         _status(site, as_json)
     elif check is not None:
         _check(site, check, as_json)
@@ -48,6 +63,16 @@ def _serve(site: Path, log_format: str) -> None:
 
     logs.begin("json" if log_format == "json" else "text")
     service.serve(site)
+
+
+def _recover(site: Path, domain: str, as_json: bool) -> None:
+    from bract.client import installed
+
+    spent = installed.recover(str(site), domain)
+    if as_json:
+        print_json(Recovery(domain=domain, epsilon=spent).model_dump(mode="json"))
+    else:
+        click.echo(f"domain {domain}: ε {spent:g} counts as spent; nothing more is charged to it")
 
 
 def _check(site: Path, path: Path, as_json: bool) -> None:

@@ -17,12 +17,19 @@ from bract.client.updates import UpdateStore
 from bract.shared import arrays, versions
 from bract.shared.contract import ADJACENCY, Contract, SignedContract, SiteTerms
 from bract.shared.data import Examples
-from bract.shared.errors import LedgerError, Reason, Refusal, RolledBack, VerificationFailed
+from bract.shared.errors import (
+    LedgerError,
+    Reason,
+    Refusal,
+    RolledBack,
+    UsageError,
+    VerificationFailed,
+)
 from bract.shared.keys import SigningKey
 from bract.shared.policy import Policy, check
-from bract.shared.privacy import budget, entries, witness
+from bract.shared.privacy import accounting, budget, entries, events, witness
 from bract.shared.privacy.chain import Chain
-from bract.shared.privacy.entries import NO_PREVIOUS, Charge, Genesis, Release
+from bract.shared.privacy.entries import NO_PREVIOUS, Charge, Genesis, Head, Recovered, Release
 from bract.shared.privacy.ledger import Ledger, Transaction
 from bract.shared.privacy.witness import Witness
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate, Update
@@ -87,6 +94,31 @@ class Gate:
         with self.ledger.transaction() as transaction:
             for domain in self.policy.domains:
                 transaction.chain(self.policy.site, domain, key=self.key.public)
+
+    def recover(self, domain: str, lost: Head | None) -> float:
+        """Returns the ε that a domain counts as spent, now that its ledger lost entries.
+
+        Its ceiling is the worst case: the gate kept every charge, the lost ones too, within it.
+
+        Raises:
+            UsageError: where the domain was recovered before.
+        """
+        with self.ledger.transaction() as transaction:
+            chain = self._chain(transaction, domain)
+            if chain.recovered is not None:
+                raise UsageError(f"domain {domain!r} is closed already: its ε counts as spent")
+            spent = accounting.epsilon(chain.events, self.policy.domains[domain].delta)
+            ceiling = max(self.policy.domains[domain].epsilon, spent)
+            transaction.keep("policy", self.policy.sha256, self.policy.to_bytes())
+            body = Recovered(
+                **self._common(chain, 0),
+                kind="recovered",
+                event=events.encode(events.Spent(ceiling)),
+                lost_sequence=lost.sequence if lost else None,
+                lost_hash=lost.hash if lost else None,
+            )
+            transaction.append(chain, body, self.key)
+            return ceiling
 
     def keep_witness(self, signed: SignedContract, seen: Witness) -> None:
         """Stores the last witness of a run.

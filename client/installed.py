@@ -22,7 +22,8 @@ from bract.client.training.randomness import SecureRandomness
 from bract.client.training.trainer import Execution
 from bract.client.updates import UpdateStore
 from bract.shared import keys
-from bract.shared.errors import BractError, UsageError
+from bract.shared.errors import BractError, UnknownName, UsageError
+from bract.shared.privacy import verification
 from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.ledger import Ledger
 
@@ -69,32 +70,60 @@ def opened(path: str) -> Site:
         BractError: where another process uses the state.
     """
     chosen = settings.read(Path(path))
+    gate = _gate(chosen, _head_file(chosen))
+    gate.check_ledger()
+    return Site(
+        name=chosen.site,
+        gate=gate,
+        randomness=SecureRandomness(),
+        trainers=Trainers(_execution(chosen)),
+        fingerprints=Fingerprints(Path(chosen.state) / "fingerprints"),
+    )
+
+
+def recover(path: str, domain: str) -> float:
+    """Returns the ε that a domain counts as spent after its ledger lost entries.
+
+    Raises:
+        UsageError: where there is no such domain, or it is closed already.
+    """
+    chosen = settings.read(Path(path))
+    if domain not in chosen.domains:
+        raise UnknownName("domain", domain, chosen.domains)
+    head_file = _head_file(chosen)
+    seen = head_file.read() if head_file else {}
+    # The ledger as it was put back, not held against the heads that it lost.
+    spent = _gate(chosen, None).recover(domain, seen.get((chosen.site, domain)))
+    if head_file is not None:
+        public = keys.load(Path(chosen.keys.ledger)).public
+        found = verification.verify(
+            SiteState(Path(chosen.state)).ledger, site_keys={chosen.site: public}, anchors={}
+        )
+        now = {(c.site, c.domain): c.head for c in (one.chain for one in found) if c.head}
+        head_file.write({**seen, (chosen.site, domain): now[chosen.site, domain]})
+    return spent
+
+
+def _gate(chosen: SiteSettings, head_file: HeadFile | None) -> Gate:
     state = SiteState(Path(chosen.state))
     state.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock(state)
     roots = {name: domain.data for name, domain in chosen.domains.items()}
     policy = chosen.policy()
     holdings.bind(roots, policy, state.folder / "domains.json")
-    randomness = SecureRandomness()
-    gate = Gate(
+    return Gate(
         policy=policy,
         key=keys.load(Path(chosen.keys.ledger)),
-        ledger=Ledger(
-            state.ledger, head_file=HeadFile(Path(chosen.head_file)) if chosen.head_file else None
-        ),
+        ledger=Ledger(state.ledger, head_file=head_file),
         updates=UpdateStore(state.folder / "updates"),
         holdings=Roots(roots),
         simulation=False,
-        randomness=randomness.kind,
+        randomness=SecureRandomness.kind,
     )
-    gate.check_ledger()
-    return Site(
-        name=chosen.site,
-        gate=gate,
-        randomness=randomness,
-        trainers=Trainers(_execution(chosen)),
-        fingerprints=Fingerprints(state.folder / "fingerprints"),
-    )
+
+
+def _head_file(chosen: SiteSettings) -> HeadFile | None:
+    return HeadFile(Path(chosen.head_file)) if chosen.head_file else None
 
 
 def lock(state: SiteState) -> None:

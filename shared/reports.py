@@ -189,6 +189,13 @@ class ContractCheck(Frozen):
     epsilon_after: float | None
 
 
+class Recovery(Frozen):
+    """`bract client SITE.toml --recover DOMAIN --json`."""
+
+    domain: str
+    epsilon: float
+
+
 class DomainStatus(Frozen):
     """What is spent and left of one domain's budget."""
 
@@ -351,6 +358,7 @@ REPORTS: dict[str, type[Frozen]] = {
     "audit-budget": Budget,
     "contract": ContractShown,
     "client-check": ContractCheck,
+    "client-recover": Recovery,
     "client-status": SiteStatus,
     "server": ServerSummary,
     "server-status": ServerStatus,

@@ -123,6 +123,9 @@ class World:
             randomness=more.get("randomness", SecureRandomness.kind),
         )
 
+    def shelf(self, examples: Callable[[], Examples]) -> Shelf:
+        return Shelf(examples)
+
     def serve(self, gate: Gate, order: TrainOrder) -> TrainReply:
         """Returns the reply to an order, charged and released by a training without effect."""
         permit = gate.admit(order)

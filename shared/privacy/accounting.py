@@ -14,7 +14,7 @@ import dp_accounting
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
 
-from bract.shared.privacy.events import Event, PoissonGaussian, Unbounded, merge
+from bract.shared.privacy.events import Event, PoissonGaussian, Spent, Unbounded, merge
 
 ONLINE_INTERVAL = 1e-3
 THOROUGH_INTERVAL = 1e-4
@@ -53,6 +53,8 @@ def fits(events: Iterable[Event], *, limit: float, delta: float, order: int | No
     The filter is asked first, since it costs a thousandth.
     """
     merged = merge(events)
+    if lost(merged) is not None:
+        return False
     if order is not None and filter_epsilon(merged, delta, order) > limit:
         return False
     return epsilon(merged, delta) <= limit
@@ -63,12 +65,22 @@ def is_unbounded(events: Iterable[Event]) -> bool:
     return any(isinstance(event, Unbounded) for event in events)
 
 
+def lost(events: Iterable[Event]) -> float | None:
+    """Returns the ceiling under which releases were lost from the record, None where none were.
+
+    The gate kept every charge within it, and nothing is charged afterwards: it is the total.
+    """
+    return max((event.epsilon for event in events if isinstance(event, Spent)), default=None)
+
+
 @lru_cache(maxsize=4096)
 def _epsilon(events: tuple[Event, ...], delta: float, interval: float) -> float:
     if not events:
         return 0.0
     if is_unbounded(events):
         return math.inf
+    if (ceiling := lost(events)) is not None:
+        return ceiling
     total = privacy_loss_distribution.identity(value_discretization_interval=interval)
     for event in events:
         if not isinstance(event, PoissonGaussian):
@@ -96,6 +108,8 @@ def _filter_epsilon(events: tuple[Event, ...], delta: float, order: int) -> floa
         return 0.0
     if is_unbounded(events):
         return math.inf
+    if (ceiling := lost(events)) is not None:
+        return ceiling
     accountant = RdpAccountant([order], _ADD_OR_REMOVE_ONE)
     for event in events:
         if not isinstance(event, PoissonGaussian):

@@ -101,6 +101,11 @@ def check_room(chain: Chain, contract: Contract, domain: DomainPolicy) -> None:
         genesis.simulation or (private and contract.privacy.randomness == "csprng")
     ):
         raise Refusal(Reason.SIMULATION_ONLY, "this ledger is not a simulation's")
+    if chain.recovered is not None:
+        raise Refusal(
+            Reason.BUDGET_EXHAUSTED,
+            f"domain {chain.domain!r} lost entries: its whole epsilon counts as spent",
+        )
     spent = chain.attempts[contract.sha256]
     if spent >= contract.max_attempts:
         raise Refusal(Reason.ATTEMPTS_EXHAUSTED, f"{contract.max_attempts} charges were made")

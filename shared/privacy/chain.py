@@ -6,12 +6,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from bract.shared.errors import VerificationFailed
+from bract.shared.privacy import events
 from bract.shared.privacy.entries import (
     NO_PREVIOUS,
     Charge,
     Entry,
     Genesis,
     Head,
+    Recovered,
     Release,
     event_of,
 )
@@ -39,15 +41,18 @@ class Chain:
     attempts: Counter[str] = field(default_factory=Counter)
     policies: dict[str, int] = field(default_factory=dict)
     seeded: bool = False
+    recovered: Recovered | None = None
     _events: Counter[Event] = field(default_factory=Counter)
 
     @property
     def events(self) -> tuple[Event, ...]:
         """Everything charged, merged."""
-        return merge(
-            event if isinstance(event, Unbounded) else _times(event, count)
+        charged = [
+            _times(event, count) if isinstance(event, PoissonGaussian) else event
             for event, count in self._events.items()
-        )
+        ]
+        lost = [events.decode(self.recovered.event)] if self.recovered else []
+        return merge([*charged, *lost])
 
     @property
     def length(self) -> int:
@@ -88,6 +93,10 @@ class Chain:
                 self._add_charge(body)
             case Release():
                 self._add_release(body)
+            case Recovered():
+                lost = isinstance(events.decode(body.event), events.Spent)
+                self._check(lost, body.sequence, "recovered, but charges no ceiling")
+                self.recovered = body
         self.policies[body.policy] = body.sequence
         self.head = Head(sequence=body.sequence, hash=entry.hash)
 
@@ -106,6 +115,7 @@ class Chain:
 
     def _add_charge(self, charge: Charge) -> None:
         number = charge.sequence
+        self._check(self.recovered is None, number, "a charge after entries were lost")
         before = self.charges[charge.contract, charge.round]
         self._check(charge.attempt == len(before) + 1, number, f"attempt {charge.attempt}")
         if before:
@@ -118,6 +128,7 @@ class Chain:
             private or self.genesis.simulation, number, "seeded or without noise on a real ledger"
         )
         event = event_of(charge)
+        self._check(not isinstance(event, events.Spent), number, "charges a ceiling")
         unbounded = isinstance(event, Unbounded)
         self._check(
             unbounded == (charge.mechanism == "none"), number, "event and mechanism disagree"
@@ -152,7 +163,7 @@ class Chain:
 
 
 def _single(event: Event) -> Event:
-    return event if isinstance(event, Unbounded) else _times(event, 1)
+    return _times(event, 1) if isinstance(event, PoissonGaussian) else event
 
 
 def _steps(event: Event) -> int:

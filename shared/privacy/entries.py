@@ -73,7 +73,20 @@ class Release(_Body):
     update: Hex32
 
 
-Body = Genesis | Charge | Release
+class Recovered(_Body):
+    """The operator's word that entries were lost: the domain's whole ceiling counts as spent.
+
+    `lost_sequence` and `lost_hash` name the newest entry that is known to be gone, where a head
+    file or a witness knew it. Nothing is charged to the domain afterwards.
+    """
+
+    kind: Literal["recovered"]
+    event: dict[str, Any]
+    lost_sequence: Annotated[int, Field(ge=0)] | None
+    lost_hash: Hex32 | None
+
+
+Body = Genesis | Charge | Release | Recovered
 BodyT = TypeVar("BodyT", bound=_Body)
 _ADAPTER: TypeAdapter[Body] = TypeAdapter(Annotated[Body, Field(discriminator="kind")])
 

@@ -39,7 +39,18 @@ class Unbounded:
     """A release without noise: nothing bounds what it tells."""
 
 
-Event = PoissonGaussian | Unbounded
+@dataclass(frozen=True, slots=True, order=True)
+class Spent:
+    """Releases whose record was lost: as much as the ceiling `epsilon` that the gate kept to."""
+
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.epsilon < math.inf):
+            raise ValueError(f"epsilon {self.epsilon} must be above 0 and finite")
+
+
+Event = PoissonGaussian | Unbounded | Spent
 
 
 def encode(event: Event) -> dict[str, Any]:
@@ -54,6 +65,8 @@ def encode(event: Event) -> dict[str, Any]:
             }
         case Unbounded():
             return {"type": "unbounded"}
+        case Spent():
+            return {"type": "spent", "epsilon": float(event.epsilon).hex()}
 
 
 def decode(value: Any) -> Event:
@@ -75,6 +88,8 @@ def decode(value: Any) -> Event:
 def _decode(value: Any) -> Event:
     if value["type"] == "unbounded":
         return Unbounded()
+    if value["type"] == "spent":
+        return Spent(epsilon=float.fromhex(value["epsilon"]))
     if value["type"] != "poisson-gaussian":
         raise ValueError("unknown type of event")
     return PoissonGaussian(
@@ -93,11 +108,11 @@ def merge(events: Iterable[Event]) -> tuple[Event, ...]:
         (PoissonGaussian(sampling_rate=0.1, noise_multiplier=1.0, steps=10),)
     """
     steps: Counter[PoissonGaussian] = Counter()
-    unbounded = False
+    others: set[Unbounded | Spent] = set()
     for event in events:
-        if isinstance(event, Unbounded):
-            unbounded = True
-        else:
+        if isinstance(event, PoissonGaussian):
             steps[replace(event, steps=1)] += event.steps
+        else:
+            others.add(event)
     merged = sorted(replace(kind, steps=count) for kind, count in steps.items())
-    return (*merged, *([Unbounded()] if unbounded else []))
+    return (*merged, *sorted(others, key=repr))

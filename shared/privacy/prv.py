@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from opacus.accountants import PRVAccountant
 
-from bract.shared.privacy.accounting import epsilon
+from bract.shared.privacy.accounting import epsilon, lost
 from bract.shared.privacy.events import Event, PoissonGaussian, merge
 
 # Above this the PRV accountant's domain grows until its time and memory have no bound.
@@ -18,13 +18,13 @@ AGREEMENT = 0.02
 def epsilon_prv(events: Iterable[Event], delta: float) -> float | None:
     """Returns ε at δ by PRV (Gopi, Lee & Wutschitz 2021, arXiv 2106.02848), or None over 500.
 
-    Its upper bound, whose error is set to 0.01.
+    Its upper bound, whose error is set to 0.01. None too where entries were lost.
     """
     merged = merge(events)
     if not merged:
         return 0.0
     known = epsilon(merged, delta)
-    if not known < GREATEST:
+    if not known < GREATEST or lost(merged) is not None:
         return None
     accountant = PRVAccountant()
     accountant.history = [

@@ -76,7 +76,7 @@ def test_a_charge_is_on_disk_before_any_example_is_opened(world: Any) -> None:
         seen.append(charges(world))
         return world.examples()
 
-    served = site(world, replace(world.gate(), examples=examples))
+    served = site(world, replace(world.gate(), holdings=world.shelf(examples)))
     signed = world.sign(world.contract())
     for number in (1, 2):
         order = world.order(signed, number)
@@ -565,7 +565,7 @@ def test_a_failure_tells_neither_server_nor_log_what_the_exception_said(
         raise ValueError("secret 42")
 
     signed = world.sign(world.contract())
-    failing = site(world, replace(world.gate(), examples=examples))
+    failing = site(world, replace(world.gate(), holdings=world.shelf(examples)))
     with caplog.at_level(logging.INFO):
         reply = failing.train(world.order(signed))
     assert reply == RefusalReply("alpha", 1, Reason.SITE_FAILED)
@@ -586,7 +586,7 @@ def test_any_failure_is_one_reason(world: Any, failure: Exception) -> None:
         raise failure
 
     order = world.order(world.sign(world.contract()))
-    reply = site(world, replace(world.gate(), examples=examples)).train(order)
+    reply = site(world, replace(world.gate(), holdings=world.shelf(examples))).train(order)
     assert reply == RefusalReply("alpha", 1, Reason.SITE_FAILED)
 
 

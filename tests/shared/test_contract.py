@@ -102,7 +102,13 @@ VALUES = TRIAL.model_dump(mode="json")
 # The only words that a field may hold cannot be changed to another legal one.
 FIXED = {("schema_version",), ("privacy", "adjacency"), ("privacy", "unit")}
 OTHERS = {"mechanism": "none", "randomness": "seeded", "rounds": 6, "max_attempts": 9}
-HEX = {"nonce": "1" * 32, "coordinator": OTHER.public, "key": KEY.public}
+HEX = {
+    "nonce": "1" * 32,
+    "coordinator": OTHER.public,
+    "key": KEY.public,
+    "witness": OTHER.public,
+    "public": "2" * 64,
+}
 
 
 def another(name: str, old: Any) -> Any:

@@ -123,7 +123,7 @@ def test_a_file_that_lost_entries_stays_refused_by_the_process_that_saw_them(
     for _ in range(2):
         with pytest.raises(Refusal, match="gone or changed") as refused:
             gate.admit(order)
-        assert refused.value.reason is Reason.LEDGER_UNAVAILABLE
+        assert refused.value.reason is Reason.LEDGER_ROLLED_BACK
 
 
 def test_an_older_copy_is_refused_even_after_a_transaction_that_failed(world: Any) -> None:
@@ -185,6 +185,7 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
 HOST = """
 import json, os, resource, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 from bract.client.gate import Gate
 from bract.client.updates import UpdateStore
@@ -205,7 +206,9 @@ def gate(name):
         key=keys.load(folder / "key.pem"),
         ledger=Ledger(folder / "alpha.sqlite"),
         updates=UpdateStore(folder / name),
-        examples=lambda: opened.append(1),
+        holdings=SimpleNamespace(
+            check=lambda domain, data: None, open=lambda domain: opened.append(1)
+        ),
         simulation=False,
         randomness="csprng",
     )
