@@ -210,11 +210,12 @@ def test_the_wheel_holds_every_package_and_runs_outside_the_checkout(tmp_path: P
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
     # The dependencies of this environment, without its editable bract: nested .pth are not read.
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    outside = {**os.environ, "PYTHONPATH": ""}
     command = "from bract.shared.cli import main; main()"
     done = subprocess.run(
         [python, "-c", command, "simulate", "digits", "--rounds", "1", "--json"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
+        env=outside,
         capture_output=True,
         text=True,
         check=False,
@@ -224,6 +225,7 @@ def test_the_wheel_holds_every_package_and_runs_outside_the_checkout(tmp_path: P
     where = subprocess.run(
         [python, "-c", "import bract.shared as s; print(s.__file__)"],
         cwd=tmp_path,
+        env=outside,
         capture_output=True,
         text=True,
         check=True,
