@@ -152,15 +152,26 @@ def world(tmp_path: Path) -> World:
     return World(folder=tmp_path)
 
 
-@pytest.fixture
-def data_root() -> Path:
-    """The root of the data sets; absent data skips by name, and in CI it fails."""
+def _root_with(name: str) -> Path:
+    """The root of the data sets; an absent one skips by name, and in CI it fails."""
     root = os.environ.get("BRACT_DATA")
-    if root and (Path(root) / "fashion-mnist").is_dir():
+    if root and (Path(root) / name).is_dir():
         return Path(root)
     if os.environ.get("CI") == "true":
-        pytest.fail("BRACT_DATA names no folder with fashion-mnist")
-    pytest.skip("needs fashion-mnist under BRACT_DATA")
+        pytest.fail(f"BRACT_DATA names no folder with {name}")
+    pytest.skip(f"needs {name} under BRACT_DATA")
+
+
+@pytest.fixture
+def data_root() -> Path:
+    """A root that holds fashion-mnist."""
+    return _root_with("fashion-mnist")
+
+
+@pytest.fixture
+def hospitals() -> Path:
+    """The folder of heart-disease's published files."""
+    return _root_with("heart-disease") / "heart-disease"
 
 
 @dataclass

@@ -24,6 +24,7 @@ CASES = {
     ("simulate", "digits", "--set", "privacy.batch=261"): (2, "over the mean nominal size 260"),
     ("simulate", "digits", "--set", "model.options.width=x"): (2, "whole number (got 'x')"),
     ("simulate", "digits", "--set", "model.options.widht=3"): (2, "did you mean 'width'?"),
+    ("simulate", "digits", "--set", "data.partition.kind=natural"): (2, "no groups of its own"),
     ("simulate", "digits", "--sites", "0"): (2, "greater than or equal to 1"),
     ("simulate", "digits", "--rounds", "0"): (2, "greater than or equal to 1"),
     ("simulate", "digits", "--workers", "0"): (2, "--workers 0 must be at least 1"),

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 
 from bract.shared import data
-from bract.shared.data import locations
+from bract.shared.data import Examples, Groups, locations
 from bract.shared.data.fashion_mnist import SOURCE, load_fashion_mnist
-from bract.shared.data.locations import Source, download, folder_of, located
-from bract.shared.data.partitions import Partition, nominal_size, split
+from bract.shared.data.locations import Source, content, download, folder_of, located
+from bract.shared.data.partitions import Partition, group_names, nominal_size, split
+from bract.shared.data.shares import faults
 from bract.shared.errors import UnknownName, UsageError
 
 # flwr-datasets' advice names options of its own
@@ -36,11 +38,12 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def published(tmp_path: Path) -> Iterator[Source]:
-    """A data set of two files, served on the loopback."""
+    """A data set of two files, served on the loopback, packed and as they are."""
     folder = tmp_path / "published"
     folder.mkdir()
-    for name, content in CONTENT.items():
-        (folder / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
+    for name, plain in CONTENT.items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(plain, mtime=0))
+        (folder / name).write_bytes(plain)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -82,6 +85,80 @@ def test_digits_are_split_once_and_for_all_into_disjoint_parts() -> None:
     np.testing.assert_array_equal(again.test.inputs, splits.test.inputs)
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 1300])
+def test_shares_hold_every_training_example_once_and_are_even(count: int) -> None:
+    shares = [data.load_part("digits", None, f"{i}/{count}") for i in range(1, count + 1)]
+    assert {len(part) for part in shares} <= {1300 // count, 1300 // count + 1}
+
+    def content(examples: Examples) -> list[tuple[bytes, int]]:
+        return [
+            (x.tobytes(), int(y)) for x, y in zip(examples.inputs, examples.targets, strict=True)
+        ]
+
+    together = sorted(pair for part in shares for pair in content(part))
+    assert together == sorted(content(data.load("digits", None).train))
+
+
+def test_shares_are_shuffled_alike_for_every_site() -> None:
+    one, again = (data.load_part("digits", None, "2/3") for _ in range(2))
+    np.testing.assert_array_equal(one.inputs, again.inputs)
+    train = data.load("digits", None).train
+    assert not np.array_equal(one.targets, train.targets[1::3])
+
+
+@pytest.mark.parametrize("part", ["", "3", "0/3", "4/3", "1/1301", "-1/3", "1/3/4", "a/b", "1/0"])
+def test_part_that_is_no_share_is_an_error(part: str) -> None:
+    with pytest.raises(UsageError, match=r"must be i/n, .* n up to 1300"):
+        data.load_part("digits", None, part)
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist", "heart-disease"])
+def test_server_and_simulation_hold_the_same_public_examples(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    folder = None
+    if name == "fashion-mnist":
+        folder = request.getfixturevalue("data_root") / name
+    if name == "heart-disease":
+        folder = request.getfixturevalue("hospitals")
+    splits = data.load(name, folder)
+    public = data.load_public(name, folder)
+    for one, other in zip(public, (splits.validation, splits.test), strict=True):
+        np.testing.assert_array_equal(one.inputs, other.inputs)
+        np.testing.assert_array_equal(one.targets, other.targets)
+
+
+def test_server_and_site_of_fashion_mnist_open_only_their_own_files(
+    data_root: Path, tmp_path: Path
+) -> None:
+    for part in ("train", "t10k"):
+        (tmp_path / part).mkdir()
+        for path in (data_root / "fashion-mnist").glob(f"{part}-*"):
+            (tmp_path / part / path.name).symlink_to(path)
+    assert len(data.load_public("fashion-mnist", tmp_path / "t10k")[1]) == 8000
+    assert len(data.load_part("fashion-mnist", tmp_path / "train", "3/10")) == 6000
+    with pytest.raises(UsageError, match="no readable train-images"):
+        data.load_part("fashion-mnist", tmp_path / "t10k", "3/10")
+
+
+def test_check_names_too_few_rows_and_nothing_else() -> None:
+    assert data.check_part("digits", None, "1/5", 260) == []
+    (problem,) = data.check_part("digits", None, "1/5", 270)
+    assert "digits 1/5: fewer rows than the nominal size 270" in problem
+    assert "260" not in problem
+
+
+def test_check_names_examples_that_would_add_nothing_without_their_values() -> None:
+    inputs = np.full((4, 1, 2, 2), 0.125)
+    inputs[1, 0, 1, 0], inputs[2, 0, 0, 0] = np.nan, np.inf
+    examples = Examples(inputs=inputs, targets=np.array([0, 1, 1, 77]))
+    assert faults(examples, classes=2, where="here") == [
+        "here, example 2: value not finite",
+        "here, example 3: value not finite",
+        "here, example 4: unknown label",
+    ]
+
+
 def test_fashion_mnist_is_read_from_a_folder(data_root: Path) -> None:
     splits = load_fashion_mnist(data_root / "fashion-mnist")
     assert [len(p) for p in (splits.train, splits.validation, splits.test)] == [60_000, 2000, 8000]
@@ -117,6 +194,28 @@ def test_download_keeps_the_files_and_needs_no_second_one(
     assert kept == {f"{name}.gz": content for name, content in CONTENT.items()}
     gone = Source(name=published.name, base="http://127.0.0.1:9/", sha256=published.sha256)
     assert download(gone, folder) == folder
+
+
+def test_files_that_are_published_as_they_are_are_kept_as_they_are(
+    published: Source, tmp_path: Path
+) -> None:
+    source = replace(published, suffix="")
+    folder = download(source, tmp_path / "cache")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == CONTENT
+    assert {name: content(source, folder, name) for name in CONTENT} == CONTENT
+    wrong = replace(source, sha256={"labels": "0" * 64})
+    with pytest.raises(UsageError, match=r"labels is not the published file: nothing was kept"):
+        download(wrong, tmp_path / "other")
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_another_known_edition_is_taken_where_it_lies_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "labels").write_bytes(CONTENT["labels"])
+    source = Source("made-up", "http://127.0.0.1:9/", {"labels": "0" * 64})
+    with pytest.raises(UsageError, match="labels is not the published file"):
+        content(source, tmp_path, "labels")
+    known = {"labels": hashlib.sha256(CONTENT["labels"]).hexdigest()}
+    assert content(replace(source, reissued=known), tmp_path, "labels") == CONTENT["labels"]
 
 
 def test_download_of_another_content_is_refused_and_not_kept(
@@ -240,6 +339,66 @@ def test_sites_that_the_examples_cannot_serve_are_an_error(sites: int) -> None:
 def test_partition_that_cannot_be_made_is_an_error(partition: Partition) -> None:
     with pytest.raises(UsageError, match=f"partition '{partition.kind}'"):
         split(TARGETS, sites=8, partition=partition, seed=1)
+
+
+GROUPS = Groups(("north", "east", "south"), np.arange(len(TARGETS)) % 4 % 3)
+NATURAL = Partition(kind="natural")
+
+
+def test_natural_partition_leaves_the_groups_as_they_are() -> None:
+    parts = split(TARGETS, sites=3, partition=NATURAL, seed=1, groups=GROUPS)
+    assert [len(part) for part in parts] == [600, 300, 300]
+    for place, part in enumerate(parts):
+        np.testing.assert_array_equal(part, np.flatnonzero(GROUPS.index == place))
+    assert group_names(GROUPS, sites=3, partition=NATURAL) == ("north", "east", "south")
+
+
+def test_natural_partition_of_chosen_groups_keeps_their_order() -> None:
+    partition = Partition(kind="natural", only=("south", "north"))
+    assert group_names(GROUPS, sites=2, partition=partition) == ("north", "south")
+    parts = split(TARGETS, sites=2, partition=partition, seed=1, groups=GROUPS)
+    assert [set(GROUPS.index[part]) for part in parts] == [{0}, {2}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sites", "groups", "remedy"),
+    [
+        ({}, 4, GROUPS, "makes 3 sites of these data, not 4: set sites to 3"),
+        ({"only": ("east",)}, 3, GROUPS, "makes 1 sites of these data, not 3: set sites to 1"),
+        ({"only": ("eest",)}, 1, GROUPS, "unknown group .* 'eest': did you mean 'east'"),
+        ({}, 3, None, "no groups of its own: set data.partition.kind to iid"),
+        ({"min_size": 301}, 3, GROUPS, "leaves a site under 301 examples"),
+    ],
+    ids=["sites", "sites-of-only", "unknown", "no-groups", "too-small"],
+)
+def test_natural_partition_that_cannot_be_made_is_an_error(
+    changes: dict[str, Any], sites: int, groups: Groups | None, remedy: str
+) -> None:
+    partition = Partition(kind="natural", **changes)
+    with pytest.raises(UsageError, match=remedy):
+        split(TARGETS, sites=sites, partition=partition, seed=1, groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"only": ("east",)}, "which the kind 'iid' has not"),
+     ({"kind": "natural", "only": ("east", "east")}, "name each once")],
+    ids=["other-kind", "twice"],
+)  # fmt: skip
+def test_only_names_groups_of_a_natural_partition_once(fields: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Partition(**fields)
+
+
+def test_examples_keep_their_groups_when_taken() -> None:
+    examples = Examples(inputs=TARGETS[:, None], targets=TARGETS, groups=GROUPS)
+    rows = np.array([5, 2, 7])
+    taken = examples.take(rows).groups
+    assert taken is not None
+    np.testing.assert_array_equal(taken.index, GROUPS.index[rows])
+    assert {name: list(of) for name, of in taken.rows().items()} == {
+        "north": [2], "east": [0], "south": [1]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("labels_per_site", [2, 20])
