@@ -1,7 +1,8 @@
 """The ServerApp: the same object in every grid.
 
 Its run configuration names files on the server's own disk: `contract` (signed), `out` (the run
-folder), `data-dir` or `data-folder` (public examples), `delta` and `init-seed`.
+folder), `data-dir` or `data-folder` (public examples), `delta`, `init-seed` and `wait-seconds` (how
+long to wait for the sites before the first round).
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from torch import nn
 
 from bract.server import checkpoint
 from bract.server.evaluation import Evaluator
-from bract.server.rounds import RoundLoop, initial_state
+from bract.server.rounds import RoundLoop, await_nodes, initial_state
 from bract.server.strategy import PublicFedAvg
 from bract.shared import arrays, canonical, contract, models
 from bract.shared.data import load
 from bract.shared.data.locations import folder_of
+
+_WAIT_SECONDS = 60.0
 
 app = ServerApp()
 
@@ -55,6 +58,8 @@ def main(grid: Grid, context: Context) -> None:
         out=out,
         delta=float(configured["delta"]),
     )
+    wait = float(configured.get("wait-seconds", _WAIT_SECONDS))
+    await_nodes(grid, len(agreed.cohort), wait)
     state = loop.run(grid, state)
     score = evaluator.score(state.weights, splits.test)
     result = {

@@ -21,10 +21,13 @@ from bract.shared import canonical
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract
 from bract.shared.data import Examples
+from bract.shared.errors import BractError
 from bract.shared.privacy import accounting, entries, events
 from bract.shared.reports import MetricsLine
 
 logger = logging.getLogger("bract.server")
+
+_NODES_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,6 +150,22 @@ class RoundLoop:
             "completed" if completed else "void",
             extra={"event": "round", "completed": completed, "line": line},
         )
+
+
+def await_nodes(grid: Grid, wanted: int, timeout_seconds: float) -> None:
+    """Returns once `wanted` nodes are connected, or with fewer when the time is over.
+
+    Raises:
+        BractError: where not one is connected by then.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while (found := len(list(grid.get_node_ids()))) < wanted:
+        if time.monotonic() >= deadline:
+            if not found:
+                raise BractError(f"no site connected in {timeout_seconds:g} s: start the sites")
+            logger.warning("%d of %d sites are connected: going on", found, wanted)
+            return
+        time.sleep(_NODES_POLL_SECONDS)
 
 
 def initial_state(contract: Contract, weights: Arrays) -> RoundState:
