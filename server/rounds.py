@@ -27,7 +27,6 @@ from bract.shared.reports import MetricsLine
 
 logger = logging.getLogger("bract.server")
 
-
 POLL_SECONDS = 0.1
 
 
@@ -41,12 +40,14 @@ class Patience:
 
     Args:
         minimum_cohort: with fewer updates a round is void, with fewer sites it is not begun.
+        gather_seconds: how long to wait for the whole cohort before the first round.
         sites_seconds: how long to wait for that many sites; None waits for ever.
         round_seconds: how long to wait for answers; None waits for all.
         close_seconds: how long to wait in the last exchange.
     """
 
     minimum_cohort: int = 1
+    gather_seconds: float = 0.0
     sites_seconds: float | None = None
     round_seconds: float | None = None
     close_seconds: float | None = None
@@ -80,6 +81,7 @@ class RoundLoop:
         canonical.write_atomically(
             self.out / "metrics.jsonl", "".join(map(_line, state.metrics)).encode()
         )
+        self._gather(grid)
         while state.round < self.contract.rounds and state.attempts < self.contract.max_attempts:
             following = self._round(grid, state)
             if following is None:
@@ -125,6 +127,15 @@ class RoundLoop:
                 file.write(_line(state.metrics[-1]))
         self._tell(state, completed=average is not None)
         return state
+
+    def _gather(self, grid: Grid) -> None:
+        """Waits for the whole cohort, and goes on with fewer when the time is over."""
+        deadline = time.monotonic() + self.patience.gather_seconds
+        while (found := len(self.strategy.available(grid))) < len(self.contract.cohort):
+            if time.monotonic() >= deadline:
+                logger.warning("%d of %d sites are here", found, len(self.contract.cohort))
+                return
+            time.sleep(POLL_SECONDS)
 
     def _wait_for_sites(self, grid: Grid) -> bool:
         """Returns whether enough sites are there; False where too many refused for good.

@@ -217,6 +217,7 @@ def _context(chosen: Federation, run: int) -> Context:
             "data-folder": str(federation.public_folder(chosen) or ""),
             "delta": chosen.privacy.delta,
             "init-seed": chosen.init_seed,
+            "wait-seconds": chosen.deadlines.gather,
             "minimum-cohort": chosen.minimum_cohort,
             "sites-seconds": chosen.deadlines.sites,
             "round-seconds": chosen.deadlines.round,

@@ -78,6 +78,13 @@ def test_only_one_module_a_side_touches_flowers_internals() -> None:
         assert users <= {"flower"}, floor
 
 
+def test_only_the_engine_on_ray_imports_ray() -> None:
+    users = {
+        p for floor in FLOORS for p in sources(floor) if any(under(n, "ray") for n in imports(p))
+    }
+    assert users == {ROOT / "simulations/flower.py"}
+
+
 def test_only_the_wire_module_knows_message_keys() -> None:
     keys = {"weights", "order", "unprotected-update", "receipt", "refusal"}
     for floor in FLOORS:
