@@ -22,7 +22,7 @@ from bract.server.app import app as server_app
 from bract.shared.errors import UsageError
 from bract.simulations import flower
 from bract.simulations.grid import RUN, SERVER, LocalGrid
-from bract.simulations.sites import FACTORY, PLAN_VARIABLE, open_plan
+from bract.simulations.sites import FACTORY, PLAN_VARIABLE, node_config, open_plan
 
 
 class Engine(Protocol):
@@ -38,10 +38,7 @@ class LocalEngine:
 
     def run(self, plan: Path, *, sites: int, workers: int, run_config: Mapping[str, Any]) -> int:
         """Returns the number of workers, when the ServerApp has ended."""
-        node_configs = [
-            {"site-factory": FACTORY, "plan": str(plan), "partition-id": place}
-            for place in range(sites)
-        ]
+        node_configs = [node_config(plan, place) for place in range(sites)]
         count = min(workers, sites)
         grid = LocalGrid(client_app, node_configs, workers=count)
         try:

@@ -67,9 +67,7 @@ class Simulation:
         with state.locked():
             rows = self._rows()
             plan = self._plan(state, self._domain(state))
-            canonical.write_atomically(
-                self._checkpoint / "plan.json", plan.model_dump_json().encode()
-            )
+            canonical.write_atomically(self.plan_path, plan.model_dump_json().encode())
             path = self.out / "contract.json"
             if not path.exists():
                 signed = self._contract(plan, [nominal_size(len(part)) for part in rows])
@@ -78,21 +76,29 @@ class Simulation:
 
     def run(self, engine: Engine) -> int:
         """Returns how many processes trained; what the ServerApp leaves lies in the run folder."""
-        experiment = self.begun.experiment
-        run_config = {
+        return engine.run(
+            self.plan_path,
+            sites=self.begun.experiment.sites,
+            workers=self.workers,
+            run_config=self.run_config,
+        )
+
+    @property
+    def plan_path(self) -> Path:
+        """The file that nodes open their sites by."""
+        return self._checkpoint / "plan.json"
+
+    @property
+    def run_config(self) -> dict[str, str | int | float]:
+        """What the ServerApp is told."""
+        return {
             "contract": str(self.out / "contract.json"),
             "out": str(self.out),
             "data-folder": self.begun.data_folder or "",
-            "delta": experiment.privacy.delta,
-            "init-seed": experiment.seed,
+            "delta": self.begun.experiment.privacy.delta,
+            "init-seed": self.begun.experiment.seed,
             "witness-key": str(self.state.key("witness")),
         }
-        return engine.run(
-            self._checkpoint / "plan.json",
-            sites=experiment.sites,
-            workers=self.workers,
-            run_config=run_config,
-        )
 
     @property
     def _checkpoint(self) -> Path:

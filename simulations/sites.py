@@ -110,6 +110,11 @@ def open_site(context: Context) -> Site:
     return _site(str(plan), int(config["partition-id"]))
 
 
+def node_config(plan: Path, place: int) -> dict[str, str | int]:
+    """Returns the configuration of the node that is a site of a plan."""
+    return {"site-factory": FACTORY, "plan": str(plan), "partition-id": place}
+
+
 def open_plan(path: Path) -> Plan:
     """Returns the plan that a simulation wrote."""
     return _plan(str(path))

@@ -215,6 +215,7 @@ def test_the_wheel_holds_every_package_and_runs_outside_the_checkout(tmp_path: P
     site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
     wheel = next(tmp_path.glob("bract-*.whl"))
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
+    assert (site / "bract/simulations/federations/stock/pyproject.toml").exists()
     # The dependencies of this environment, without its editable bract: nested .pth are not read.
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     command = "from bract.shared.cli import main; main()"
