@@ -97,18 +97,18 @@ class FleetGrid(Grid):
 
         What comes later is refused, never mixed into another round.
         """
-        listed = list(messages)
-        sent = dict(zip(self.push_messages(listed), listed, strict=True))
+        sent = set(self.push_messages(messages))
         deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
         replies: list[Message] = []
         orders = self._host.orders
         while sent and time.monotonic() < deadline:
             for name in orders.wait_answered(sent, min(1.0, max(deadline - time.monotonic(), 0))):
                 replies.append(self._take(name))
-                del sent[name]
+                sent.remove(name)
             for name in orders.overdue(sent, self._reply_seconds):
-                replies.append(self._give_up(name, sent.pop(name)))
-        replies.extend(self._give_up(name, message) for name, message in sent.items())
+                replies.append(self._give_up(name))
+                sent.remove(name)
+        replies.extend(self._give_up(name) for name in sent)
         return replies
 
     def _take(self, name: str) -> Message:
@@ -129,11 +129,11 @@ class FleetGrid(Grid):
         self._discard(name)
         return reply
 
-    def _give_up(self, name: str, message: Message) -> Message:
-        order = self._discard(name)
+    def _give_up(self, name: str) -> Message:
+        envelope, order = self._host.envelopes[name], self._discard(name)
         if order is not None and order.reply is not None:
             self._host.state.object_store.delete(order.reply)
-        return Message(Error(NO_ANSWER), reply_to=message)
+        return Message(Error(NO_ANSWER), reply_to=envelope)
 
     def _discard(self, name: str) -> Order | None:
         order = self._host.orders.close(name)

@@ -107,10 +107,12 @@ def free_port() -> int:
 
 @contextmanager
 def _echo_grid(folder: Path, sites: int) -> Iterator[Any]:
+    from bract.server import memory
     from bract.server.flower.grid import FleetGrid
     from bract.server.flower.host import Host, Listener
     from bract.shared import pki
 
+    memory.return_freed_blocks()
     authority, node_keys = pki.new_authority(), [pki.new_node_key() for _ in range(sites)]
     served = pki.issue_server(authority, [LOOPBACK])
     for name, text in {
