@@ -124,14 +124,18 @@ class Gate:
         """Stores the last witness of a run.
 
         Raises:
-            Refusal: where contract or witness is not trusted, or what was seen is not in the chain.
+            Refusal: where contract or witness is not trusted, the contract charged nothing here,
+                or what was seen is not in the chain.
         """
         terms = self._trusted(signed)
         self._check_witness(signed.contract, terms, seen)
         try:
             with self.ledger.transaction() as transaction:
-                self._chain(transaction, terms.domain)
+                chain = self._chain(transaction, terms.domain)
                 transaction.keep_witness(seen)
+                if not chain.attempts[signed.contract.sha256]:
+                    # An auditor refuses a witness whose key no contract in the ledger names.
+                    raise Refusal(Reason.WITNESS_INVALID, "of a contract that charged nothing")
         except RolledBack as error:
             raise Refusal(Reason.LEDGER_ROLLED_BACK, str(error)) from error
         except (LedgerError, VerificationFailed) as error:
