@@ -34,7 +34,7 @@ class Execution:
     """
 
     device: str = "cpu"
-    mode: Mode = "opacus-hooks"
+    mode: Mode = "book-keeping"
     physical_batch: int = 256
 
 

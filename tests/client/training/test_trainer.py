@@ -23,7 +23,7 @@ from bract.shared.errors import ModelRejected
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 
 ROOT = Path(__file__).parents[3]
-MODES = ("opacus-hooks", "opacus-ghost")
+MODES = ("book-keeping", "opacus-hooks", "opacus-ghost")
 STEPS, RATE = 4, 0.5
 FACTORIES = """
 import torch

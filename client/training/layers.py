@@ -1,0 +1,262 @@
+"""What one layer adds to the sum of clipped gradients: a rule for each kind of layer.
+
+A rule takes the inputs and output gradients of all uses of a layer in one pass and returns a share
+for each of its trainable parameters: the norm of every example's gradient, and the weighted sum of
+the same numbers. Layers without a rule go to Opacus' samplers.
+
+In a product layer the gradient of an example is Σ_t b_t·a_tᵀ, over the places t at which the layer
+was applied to it. It is kept as a row (formed once, measured, added) or as its two factors: the
+ghost norm of Li, Tramèr, Liang & Hashimoto 2022 (arXiv 2110.05679), and the sum from the same
+factors, as in Bu, Wang, Zha & Karypis 2023 (arXiv 2210.00038). The shapes decide.
+docs/decisions/0003 says why the bound holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
+from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
+    GradSampleModuleFastGradientClipping,
+)
+from opacus.layers.dp_rnn import RNNLinear
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bract.client.training.clipping import add_weighted_, row_norms, without_dropped
+
+# The greatest cancellation within one example that a norm from factors is believed in: past it the
+# norm is taken to be Σ‖a_t‖‖b_t‖ / GREATEST_CANCELLATION, which clips more than need be.
+GREATEST_CANCELLATION = 2.0**15
+UNIT_ROUNDOFF = 2.0**-53
+# What a number of a row costs to write, measure and add, in multiplications of a float64 product.
+ROW_COST = 24
+
+Use = tuple[Sequence[Tensor], Tensor]
+Gram = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """One parameter's part of the clipped sum.
+
+    `norms` bounds the norm of each example's gradient, in float64, and is that norm but for
+    rounding. `add_(total, factors)` adds Σ f_i·g_i to a float64 total in place.
+    """
+
+    parameter: Tensor
+    norms: Tensor
+    add_: Callable[[Tensor, Tensor], None]
+
+
+Rule = Callable[[Any, Sequence[Use]], list[Share]]
+
+
+def sampled(layer: nn.Module, uses: Sequence[Use]) -> list[Share]:
+    """Returns shares by Opacus' sampler, functorch where it has none; uses are added up first.
+
+    For any other kind of layer, and for every layer whose parameters another layer uses too.
+    """
+    return [formed(p, rows) for p, rows in sampled_rows(layer, uses).items()]
+
+
+def sampled_rows(layer: nn.Module, uses: Sequence[Use]) -> dict[Tensor, Tensor]:
+    """Returns a gradient for every example, by Opacus' samplers, added up over uses."""
+    sampler = GradSampleModule.GRAD_SAMPLERS.get(type(layer), ft_compute_per_sample_gradient)
+    rows: dict[Tensor, Tensor] = {}
+    for inputs, backprops in uses:
+        for parameter, found in sampler(layer, list(inputs), backprops).items():
+            if parameter.requires_grad:
+                rows[parameter] = rows[parameter] + found if parameter in rows else found
+    return rows
+
+
+def dense(layer: nn.Linear, uses: Sequence[Use]) -> list[Share]:
+    """Returns the shares of a linear layer; a sequence axis and several uses are its places."""
+    activations = _side([inputs[0].to(b.dtype) for inputs, b in uses])
+    backprops = _side([b for _, b in uses])
+    return [
+        *_weight(layer, activations[:, None], backprops[:, None]),
+        *_bias(layer, lambda: backprops.sum(1)),
+    ]
+
+
+def convolution(layer: nn.Conv1d | nn.Conv2d, uses: Sequence[Use]) -> list[Share]:
+    """Returns the shares of a convolution: a dense layer over patches, for each group."""
+    patches = [_patches(layer, inputs[0].to(b.dtype)) for inputs, b in uses]
+    activations = patches[0] if len(uses) == 1 else torch.cat(patches, 3)
+    outputs = [
+        b.reshape(len(b), layer.groups, layer.out_channels // layer.groups, -1) for _, b in uses
+    ]
+    backprops = outputs[0] if len(uses) == 1 else torch.cat(outputs, 3)
+    return [
+        *_weight(layer, activations.transpose(2, 3), backprops.transpose(2, 3)),
+        *_bias(layer, lambda: backprops.sum(3).flatten(1)),
+    ]
+
+
+def embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
+    """Returns the share of an embedding: gradients by (example, token), never one-hot."""
+    tokens = torch.cat([inputs[0].reshape(len(b), -1) for inputs, b in uses], 1)
+    backprops = _side([b[:, None] if b.dim() == 2 else b for _, b in uses])
+    owners = torch.arange(len(tokens), device=tokens.device)[:, None] * layer.num_embeddings
+    pairs, place = torch.unique(owners + tokens, return_inverse=True)
+    rows = backprops.new_zeros((len(pairs), backprops.shape[2]), dtype=torch.float64)
+    rows.index_add_(0, place.flatten(), backprops.double().flatten(0, 1))
+    example, token = pairs // layer.num_embeddings, pairs % layer.num_embeddings
+    if layer.padding_idx is not None:
+        rows = torch.where((token == layer.padding_idx)[:, None], 0.0, rows)
+    squares = rows.new_zeros(len(tokens)).index_add_(0, example, row_norms(rows).square())
+
+    def add_(total: Tensor, factors: Tensor) -> None:
+        weights = factors[example]
+        total.index_add_(0, token, without_dropped(weights, rows) * weights[:, None])
+
+    return [Share(layer.weight, squares.sqrt(), add_)]
+
+
+def ghost_dense(layer: nn.Linear, uses: Sequence[Use]) -> list[Share]:
+    """Returns the shares of a linear layer by Opacus' own ghost norms, whatever the shapes."""
+    ((inputs, b),) = uses
+    activations, backprops = _side([inputs[0].to(b.dtype)]), _side([b])
+
+    def gram(one: Tensor, other: Tensor) -> Tensor:
+        ghost: Tensor = _norm_sampler(layer)(layer, [one], other)[layer.weight]
+        return ghost.square()
+
+    weight = _products(layer.weight, activations[:, None], backprops[:, None], gram)
+    return [
+        *([weight] if layer.weight.requires_grad else []),
+        *_bias(layer, lambda: backprops.sum(1)),
+    ]
+
+
+def ghost_embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
+    """Returns the share of an embedding by Opacus' own ghost norm."""
+    ((inputs, backprops),) = uses
+    ghost = _norm_sampler(layer)(layer, list(inputs), backprops.double())[layer.weight]
+    return [replace(share, norms=ghost) for share in embedding(layer, uses)]
+
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: dense,
+    RNNLinear: dense,
+    nn.Conv1d: convolution,
+    nn.Conv2d: convolution,
+    nn.Embedding: embedding,
+}
+GHOST_RULES: dict[type[nn.Module], Rule] = {nn.Linear: ghost_dense, nn.Embedding: ghost_embedding}
+
+
+def _norm_sampler(layer: nn.Module) -> Callable[..., dict[Tensor, Tensor]]:
+    sampler: Callable[..., dict[Tensor, Tensor]]
+    sampler = GradSampleModuleFastGradientClipping.NORM_SAMPLERS[type(layer)]
+    return sampler
+
+
+def _side(uses: list[Tensor]) -> Tensor:
+    """Returns one side of a dense layer as (examples, places, features)."""
+    sides = [side.reshape(len(side), -1, side.shape[-1]) for side in uses]
+    return sides[0] if len(sides) == 1 else torch.cat(sides, 1)
+
+
+def _weight(layer: nn.Linear | nn.Conv1d | nn.Conv2d, a: Tensor, b: Tensor) -> list[Share]:
+    """Returns the share of a product's weight, the cheaper way; a, b: (examples, groups, t, ·)."""
+    if not layer.weight.requires_grad:
+        return []
+    if _keeps_factors(places=a.shape[2], inputs=a.shape[3], outputs=b.shape[3]):
+        return [_products(layer.weight, a, b, _gram)]
+    rows = torch.bmm(b.flatten(0, 1).transpose(1, 2), a.flatten(0, 1))
+    return [formed(layer.weight, rows.view(len(a), -1))]
+
+
+def _bias(layer: nn.Linear | nn.Conv1d | nn.Conv2d, rows: Callable[[], Tensor]) -> list[Share]:
+    # annotated as never None, but a layer made with bias=False has none
+    bias: Tensor | None = layer.bias
+    return [formed(bias, rows())] if bias is not None and bias.requires_grad else []
+
+
+def _keeps_factors(*, places: int, inputs: int, outputs: int) -> bool:
+    """Whether two Gram matrices and a float64 product cost less than rows (half that in float32).
+
+    One place has no Gram matrices: its norm is ‖a‖‖b‖.
+    """
+    gram = 0 if places == 1 else 2 * places * places * (inputs + outputs)
+    return gram + places * inputs * outputs < (places / 2 + ROW_COST) * inputs * outputs
+
+
+def formed(parameter: Tensor, rows: Tensor) -> Share:
+    """Returns the share of gradients that were formed: what is measured is what is added."""
+    return Share(
+        parameter,
+        row_norms(rows),
+        lambda total, factors: add_weighted_(total, factors, rows),
+    )
+
+
+def _products(parameter: Tensor, a: Tensor, b: Tensor, gram: Gram) -> Share:
+    """Returns the share of Σ_t b_t·a_tᵀ kept as factors, (examples, groups, t, ·) each."""
+    one, other = a.double().flatten(0, 1), b.double().flatten(0, 1)
+    lengths = (torch.linalg.vector_norm(side, dim=2) for side in (one, other))
+    bound = torch.mul(*lengths).sum(1)
+    if one.shape[1] > 1:
+        squares = gram(one, other).clamp(min=0) + _gram_error(one, other) * bound.square()
+        bound = torch.maximum(squares.sqrt(), bound / GREATEST_CANCELLATION)
+    norms = torch.linalg.vector_norm(bound.view(a.shape[:2]), dim=1)
+    return Share(parameter, norms, partial(_add_products_, a, b))
+
+
+def _add_products_(a: Tensor, b: Tensor, total: Tensor, factors: Tensor) -> None:
+    """Adds Σ_it (f_i·b_it)·a_itᵀ, one float64 product for each group."""
+    one, other = (
+        without_dropped(factors, side).double().transpose(0, 1).flatten(1, 2) for side in (a, b)
+    )
+    weighted = other * factors.repeat_interleave(b.shape[2])[:, None]
+    total.view(len(one), other.shape[2], -1).baddbmm_(weighted.transpose(1, 2), one)
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
+    """Returns ‖Σ_t b_t·a_tᵀ‖² = Σ_ts (a_t·a_s)(b_t·b_s), which rounding may leave below zero."""
+    products = torch.bmm(a, a.transpose(1, 2)) * torch.bmm(b, b.transpose(1, 2))
+    return products.sum((1, 2))
+
+
+def _gram_error(a: Tensor, b: Tensor) -> float:
+    """Returns γ with |rounding of the Gram sum| ≤ γ·(Σ_t ‖a_t‖‖b_t‖)², any order of adding."""
+    operations = a.shape[2] + b.shape[2] + a.shape[1] ** 2 + 8
+    return 2 * operations * UNIT_ROUNDOFF
+
+
+def _patches(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
+    """Returns what each output place of a convolution sees, (examples, groups, features, places).
+
+    Features are in the order of the weight: channel of the group, then kernel.
+    """
+    if any(layer._reversed_padding_repeated_twice):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        inputs = functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    axes = list(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True))
+    outputs = [
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, (kernel, stride, dilation) in zip(inputs.shape[2:], axes, strict=True)
+    ]
+    first, channel, *rest = inputs.stride()
+    view = inputs.as_strided(
+        (*inputs.shape[:2], *layer.kernel_size, *outputs),
+        (
+            first,
+            channel,
+            *(step * axis[2] for step, axis in zip(rest, axes, strict=True)),
+            *(step * axis[1] for step, axis in zip(rest, axes, strict=True)),
+        ),
+        inputs.storage_offset(),
+    )
+    places = 1
+    for size in outputs:
+        places *= size
+    return view.reshape(len(inputs), layer.groups, -1, places)
