@@ -15,7 +15,7 @@ from torch import Tensor
 
 SLACK = 1e-3
 # Numbers widened to float64 at once: two megabytes, about what a core keeps near.
-_BLOCK = 1 << 18
+BLOCK = 1 << 18
 
 
 def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
@@ -40,9 +40,8 @@ def joint_norms(norms: list[Tensor]) -> Tensor:
 def add_weighted_(total: Tensor, factors: Tensor, gradients: Tensor) -> None:
     """Adds Σ f_i·g_i to a float64 total in place."""
     rows = without_dropped(factors, gradients).reshape(len(gradients), -1)
-    flat = total.view(-1)
     for part in _blocks(rows):
-        flat += factors[part] @ rows[part].double()
+        total += (factors[part] @ rows[part].double()).view(total.shape)
 
 
 def without_dropped(factors: Tensor, rows: Tensor) -> Tensor:
@@ -54,5 +53,5 @@ def without_dropped(factors: Tensor, rows: Tensor) -> Tensor:
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    step = max(1, _BLOCK // max(1, rows.shape[1]))
+    step = max(1, BLOCK // max(1, rows.shape[1]))
     return (slice(start, start + step) for start in range(0, len(rows), step))

@@ -13,6 +13,7 @@ docs/decisions/0003 says why the bound holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +29,7 @@ from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bract.client.training.clipping import add_weighted_, row_norms, without_dropped
+from bract.client.training.clipping import BLOCK, add_weighted_, row_norms, without_dropped
 
 # The greatest cancellation within one example that a norm from factors is believed in: past it the
 # norm is taken to be Σ‖a_t‖‖b_t‖ / GREATEST_CANCELLATION, which clips more than need be.
@@ -80,24 +81,25 @@ def dense(layer: nn.Linear, uses: Sequence[Use]) -> list[Share]:
     """Returns the shares of a linear layer; a sequence axis and several uses are its places."""
     activations = _side([inputs[0].to(b.dtype) for inputs, b in uses])
     backprops = _side([b for _, b in uses])
-    return [
-        *_weight(layer, activations[:, None], backprops[:, None]),
-        *_bias(layer, lambda: backprops.sum(1)),
-    ]
+    weight = _weight(
+        layer, lambda part: activations[part, None], backprops[:, None], layer.in_features
+    )
+    return [*weight, *_bias(layer, lambda: backprops.sum(1))]
 
 
 def convolution(layer: nn.Conv1d | nn.Conv2d, uses: Sequence[Use]) -> list[Share]:
     """Returns the shares of a convolution: a dense layer over patches, for each group."""
-    patches = [_patches(layer, inputs[0].to(b.dtype)) for inputs, b in uses]
-    activations = patches[0] if len(uses) == 1 else torch.cat(patches, 3)
-    outputs = [
-        b.reshape(len(b), layer.groups, layer.out_channels // layer.groups, -1) for _, b in uses
-    ]
-    backprops = outputs[0] if len(uses) == 1 else torch.cat(outputs, 3)
-    return [
-        *_weight(layer, activations.transpose(2, 3), backprops.transpose(2, 3)),
-        *_bias(layer, lambda: backprops.sum(3).flatten(1)),
-    ]
+    groups, last = layer.groups, _channels_last(layer, uses[0][1])
+    outputs = [b.reshape(len(b), groups, layer.out_channels // groups, -1) for _, b in uses]
+    backprops = (outputs[0] if len(uses) == 1 else torch.cat(outputs, 3)).transpose(2, 3)
+
+    def patches(part: slice) -> Tensor:
+        found = [_patches(layer, inputs[0][part].to(b.dtype), last) for inputs, b in uses]
+        return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+    features = math.prod(layer.weight.shape[1:])
+    weight = _weight(layer, patches, backprops, features, _kernel_first if last else _as_it_is)
+    return [*weight, *_bias(layer, lambda: backprops.sum(2).flatten(1))]
 
 
 def embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
@@ -139,7 +141,8 @@ def ghost_dense(layer: nn.Linear, uses: Sequence[Use]) -> list[Share]:
 def ghost_embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
     """Returns the share of an embedding by Opacus' own ghost norm."""
     ((inputs, backprops),) = uses
-    ghost = _norm_sampler(layer)(layer, list(inputs), backprops.double())[layer.weight]
+    tokens = inputs[0].contiguous()  # Opacus' sampler views it flat
+    ghost = _norm_sampler(layer)(layer, [tokens], backprops.double())[layer.weight]
     return [replace(share, norms=ghost) for share in embedding(layer, uses)]
 
 
@@ -165,14 +168,53 @@ def _side(uses: list[Tensor]) -> Tensor:
     return sides[0] if len(sides) == 1 else torch.cat(sides, 1)
 
 
-def _weight(layer: nn.Linear | nn.Conv1d | nn.Conv2d, a: Tensor, b: Tensor) -> list[Share]:
-    """Returns the share of a product's weight, the cheaper way; a, b: (examples, groups, t, ·)."""
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _weight(
+    layer: nn.Linear | nn.Conv1d | nn.Conv2d,
+    activations: Callable[[slice], Tensor],
+    backprops: Tensor,
+    features: int,
+    arrange: Callable[[Tensor], Tensor] = _as_it_is,
+) -> list[Share]:
+    """Returns the share of a product's weight, the cheaper way.
+
+    Args:
+        layer: whose weight.
+        activations: of some examples, (examples, groups, places, features).
+        backprops: (examples, groups, places, outputs).
+        features: how many an output sees.
+        arrange: a view of the weight in the order of the features.
+    """
     if not layer.weight.requires_grad:
         return []
-    if _keeps_factors(places=a.shape[2], inputs=a.shape[3], outputs=b.shape[3]):
-        return [_products(layer.weight, a, b, _gram)]
-    rows = torch.bmm(b.flatten(0, 1).transpose(1, 2), a.flatten(0, 1))
-    return [formed(layer.weight, rows.view(len(a), -1))]
+    places, outputs = backprops.shape[2:]
+    if _keeps_factors(places=places, inputs=features, outputs=outputs):
+        share = _products(layer.weight, activations(slice(None)), backprops, _gram)
+    else:
+        share = _formed_products(layer.weight, activations, backprops, features)
+    return [replace(share, add_=lambda total, factors: share.add_(arrange(total), factors))]
+
+
+def _formed_products(
+    parameter: Tensor, activations: Callable[[slice], Tensor], backprops: Tensor, features: int
+) -> Share:
+    """Returns the share of Σ_t b_t·a_tᵀ formed for every example, some examples at a time."""
+    count, groups, places, outputs = backprops.shape
+    rows = backprops.new_empty(count, groups, outputs, features)
+    step = max(1, BLOCK // (groups * features * max(places, outputs)))
+    norms = []
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        a, b = activations(part).flatten(0, 1), backprops[part].flatten(0, 1)
+        if features < outputs // 2:  # a product of few columns is slow
+            rows[part] = torch.bmm(a.transpose(1, 2), b).transpose(1, 2).view(rows[part].shape)
+        else:
+            torch.bmm(b.transpose(1, 2), a, out=rows[part].flatten(0, 1))
+        norms.append(row_norms(rows[part]))
+    return formed(parameter, rows, torch.cat(norms))
 
 
 def _bias(layer: nn.Linear | nn.Conv1d | nn.Conv2d, rows: Callable[[], Tensor]) -> list[Share]:
@@ -190,11 +232,11 @@ def _keeps_factors(*, places: int, inputs: int, outputs: int) -> bool:
     return gram + places * inputs * outputs < (places / 2 + ROW_COST) * inputs * outputs
 
 
-def formed(parameter: Tensor, rows: Tensor) -> Share:
+def formed(parameter: Tensor, rows: Tensor, norms: Tensor | None = None) -> Share:
     """Returns the share of gradients that were formed: what is measured is what is added."""
     return Share(
         parameter,
-        row_norms(rows),
+        row_norms(rows) if norms is None else norms,
         lambda total, factors: add_weighted_(total, factors, rows),
     )
 
@@ -217,7 +259,8 @@ def _add_products_(a: Tensor, b: Tensor, total: Tensor, factors: Tensor) -> None
         without_dropped(factors, side).double().transpose(0, 1).flatten(1, 2) for side in (a, b)
     )
     weighted = other * factors.repeat_interleave(b.shape[2])[:, None]
-    total.view(len(one), other.shape[2], -1).baddbmm_(weighted.transpose(1, 2), one)
+    sums = torch.bmm(weighted.transpose(1, 2), one)
+    total += sums.view(total.shape)
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
@@ -232,31 +275,45 @@ def _gram_error(a: Tensor, b: Tensor) -> float:
     return 2 * operations * UNIT_ROUNDOFF
 
 
-def _patches(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
-    """Returns what each output place of a convolution sees, (examples, groups, features, places).
+def _channels_last(layer: nn.Conv1d | nn.Conv2d, backprops: Tensor) -> bool:
+    """Whether patches are copied in longer runs where channels are the last axis."""
+    run: int = layer.kernel_size[-1] * layer.in_channels
+    return layer.groups == 1 and layer.in_channels > 1 and run > backprops.shape[-1]
 
-    Features are in the order of the weight: channel of the group, then kernel.
+
+def _kernel_first(weight: Tensor) -> Tensor:
+    """Returns a view of a convolution's weight with channels last."""
+    return weight.movedim(1, -1)
+
+
+def _patches(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, last: bool) -> Tensor:
+    """Returns what each output place of a convolution sees, (examples, groups, places, features).
+
+    Features are a channel of the group, then a place in the kernel; the other way where `last`.
     """
     if any(layer._reversed_padding_repeated_twice):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         inputs = functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    axes = list(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True))
+    if last:
+        inputs = inputs.movedim(1, -1).contiguous().movedim(-1, 1)
+    sizes, axes = inputs.shape[2:], range(len(layer.kernel_size))
     outputs = [
-        (size - dilation * (kernel - 1) - 1) // stride + 1
-        for size, (kernel, stride, dilation) in zip(inputs.shape[2:], axes, strict=True)
+        (sizes[i] - layer.dilation[i] * (layer.kernel_size[i] - 1) - 1) // layer.stride[i] + 1
+        for i in axes
     ]
-    first, channel, *rest = inputs.stride()
+    example, channel, *steps = inputs.stride()
     view = inputs.as_strided(
         (*inputs.shape[:2], *layer.kernel_size, *outputs),
         (
-            first,
+            example,
             channel,
-            *(step * axis[2] for step, axis in zip(rest, axes, strict=True)),
-            *(step * axis[1] for step, axis in zip(rest, axes, strict=True)),
+            *(steps[i] * layer.dilation[i] for i in axes),
+            *(steps[i] * layer.stride[i] for i in axes),
         ),
         inputs.storage_offset(),
     )
-    places = 1
-    for size in outputs:
-        places *= size
-    return view.reshape(len(inputs), layer.groups, -1, places)
+    places = math.prod(outputs)
+    if last:  # (examples, places…, kernel…, channel)
+        order = (0, *(i + 2 + len(axes) for i in axes), *(i + 2 for i in axes), 1)
+        return view.permute(order).reshape(len(inputs), 1, places, -1)
+    return view.reshape(len(inputs), layer.groups, -1, places).transpose(2, 3)

@@ -64,7 +64,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns a row of logits for each row of tokens."""
-        places = torch.arange(tokens.shape[1]).expand_as(tokens)
+        places = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
         hidden = self.blocks(self.tokens(tokens) + self.places(places))
         logits: Tensor = self.out(self.norm(hidden).mean(1))
         return logits
