@@ -71,7 +71,9 @@ def sampled_rows(layer: nn.Module, uses: Sequence[Use]) -> dict[Tensor, Tensor]:
     sampler = GradSampleModule.GRAD_SAMPLERS.get(type(layer), ft_compute_per_sample_gradient)
     rows: dict[Tensor, Tensor] = {}
     for inputs, backprops in uses:
-        for parameter, found in sampler(layer, list(inputs), backprops).items():
+        # Opacus' samplers read strided memory as if its axes lay in order
+        kept = [value.contiguous() for value in inputs]
+        for parameter, found in sampler(layer, kept, backprops.contiguous()).items():
             if parameter.requires_grad:
                 rows[parameter] = rows[parameter] + found if parameter in rows else found
     return rows
@@ -89,8 +91,8 @@ def dense(layer: nn.Linear, uses: Sequence[Use]) -> list[Share]:
 
 def convolution(layer: nn.Conv1d | nn.Conv2d, uses: Sequence[Use]) -> list[Share]:
     """Returns the shares of a convolution: a dense layer over patches, for each group."""
-    groups, last = layer.groups, _channels_last(layer, uses[0][1])
-    outputs = [b.reshape(len(b), groups, layer.out_channels // groups, -1) for _, b in uses]
+    groups, last = layer.groups, _channels_last(layer, *uses[0])
+    outputs = [b.flatten(2).reshape(len(b), groups, -1, b[0, 0].numel()) for _, b in uses]
     backprops = (outputs[0] if len(uses) == 1 else torch.cat(outputs, 3)).transpose(2, 3)
 
     def patches(part: slice) -> Tensor:
@@ -275,10 +277,14 @@ def _gram_error(a: Tensor, b: Tensor) -> float:
     return 2 * operations * UNIT_ROUNDOFF
 
 
-def _channels_last(layer: nn.Conv1d | nn.Conv2d, backprops: Tensor) -> bool:
-    """Whether patches are copied in longer runs where channels are the last axis."""
+def _channels_last(
+    layer: nn.Conv1d | nn.Conv2d, inputs: Sequence[Tensor], backprops: Tensor
+) -> bool:
+    """Whether patches are copied in longer runs, or at all, where channels are the last axis."""
+    if layer.groups > 1 or layer.in_channels == 1:
+        return False
     run: int = layer.kernel_size[-1] * layer.in_channels
-    return layer.groups == 1 and layer.in_channels > 1 and run > backprops.shape[-1]
+    return inputs[0].stride(1) == 1 or run > backprops.shape[-1]
 
 
 def _kernel_first(weight: Tensor) -> Tensor:
