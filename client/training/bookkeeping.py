@@ -1,14 +1,16 @@
 """Clipped sums from one forward and one backward pass that forms no gradient of a parameter.
 
-Book-keeping, Bu, Wang, Zha & Karypis 2023 (arXiv 2210.00038): the backward pass stops at the
-outputs of the layers; their gradients and the layers' inputs give norms, then weighted sums.
+Book-keeping, Bu, Wang, Zha & Karypis 2023 (arXiv 2210.00038): the backward pass goes through the
+outputs of the layers and no further; their gradients and the layers' inputs give every example's
+norm, then the weighted sums.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -24,56 +26,102 @@ from bract.client.training.layers import Rule, Share, Use
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class _Call(NamedTuple):
-    """One use of a layer: its inputs, as they were at that `version`, and where it output them."""
-
-    layer: nn.Module
-    inputs: list[Tensor]
-    version: int
-    output: GradientEdge
-
-
 class _Recorder(GradSampleModule):  # type: ignore[misc]
-    """Opacus' module, which notes the uses of layers; it needs no backward hooks."""
+    """Opacus' module, which hands the uses of a layer to its rule as the last one is reached.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        shares: what the rules returned.
+        sources: the outputs of layers that lie behind no other layer: where a backward pass ends.
+    """
+
+    def __init__(self, model: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> None:
         super().__init__(model, loss_reduction="sum")
-        self.calls: list[_Call] = []
-        self._names = {layer: name for name, layer in model.named_modules()}
+        self._rules = rules
+        self._layers = {layer: name for name, layer in model.named_modules()}
+        self.users = Counter(p for layer in self.hooked for p in layer.parameters())
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets a pass; one that was cut off, by lack of memory, leaves much behind."""
+        self.shares: list[Share] = []
+        self.sources: list[GradientEdge] = []
+        self.calls: Counter[nn.Module] = Counter()
+        self._uses: dict[nn.Module, list[Use]] = {}
+        self._tied: dict[Tensor, Tensor] = {}
 
     def add_hooks(self, **options: Any) -> None:
-        """Adds a forward hook to each layer that Opacus would hook."""
+        """Adds a forward hook to each layer that Opacus would hook, and no backward hook."""
         self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks = []
-        for layer in self.iterate_submodules(self._module):
-            if type(layer) in (DPRNN, DPLSTM, DPGRU):
-                continue  # made of linear layers
+        recurrent = (DPRNN, DPLSTM, DPGRU)  # made of linear layers
+        found = [x for x in self.iterate_submodules(self._module) if type(x) not in recurrent]
+        for layer in found:
             if type(layer) not in self.GRAD_SAMPLERS:
                 prepare_layer(layer)
             hook = layer.register_forward_hook(self.capture_activations_hook)
             self.autograd_grad_sample_hooks.append(hook)
+        self.__dict__["hooked"] = found
         self.enable_hooks()
 
     def capture_activations_hook(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Notes a use of a layer."""
+        """Notes a use of a layer, and asks for the gradient of its output as it is now."""
+        if not (self.hooks_enabled and torch.is_grad_enabled()):
+            return
         if not isinstance(output, Tensor):
-            raise self.refusal(module, "returns no single tensor")
+            raise self._refusal(module, "returns no single tensor")
+        if not any(value.requires_grad for value in inputs):
+            self.sources.append(get_gradient_edge(output))
+        self.calls[module] += 1
         kept = [value.detach() for value in inputs]
-        # the edge, not the output: what comes after may change the output in place
-        self.calls.append(_Call(module, kept, kept[0]._version, get_gradient_edge(output)))
+        reached = partial(self._reached, module, kept, kept[0]._version)
+        output.register_hook(reached)  # type: ignore[no-untyped-call]  # torch's
 
-    def refusal(self, layer: nn.Module, reason: str) -> NotImplementedError:
-        """Returns the error for a layer that cannot be taken."""
-        name = f"{self._names[layer] or 'model'!r} ({type(layer).__name__})"
+    def _reached(
+        self, layer: nn.Module, inputs: list[Tensor], version: int, backprops: Tensor
+    ) -> None:
+        if inputs[0]._version != version:
+            raise self._refusal(layer, "has an input that is changed in place")
+        uses = self._uses.setdefault(layer, [])
+        uses.append((inputs, backprops))
+        if len(uses) == self.calls[layer]:
+            self._settle(layer)
+
+    def _settle(self, layer: nn.Module) -> None:
+        uses = self._uses.pop(layer)
+        if all(self.users[parameter] == 1 for parameter in layer.parameters()):
+            self.shares += self._rules.get(type(layer), layers.sampled)(layer, uses)
+            return
+        for weight, rows in layers.sampled_rows(layer, uses).items():
+            self._tied[weight] = self._tied[weight] + rows if weight in self._tied else rows
+
+    def finished(self, examples: int) -> list[Share]:
+        """Returns the shares of the pass, one a parameter that was reached."""
+        for layer in list(self._uses):  # an output that nothing came back to
+            self._settle(layer)
+        shares = self.shares + [layers.formed(weight, rows) for weight, rows in self._tied.items()]
+        for share in shares:
+            if len(share.norms) != examples:
+                raise NotImplementedError(
+                    f"a layer has {len(share.norms)} gradients for {examples} examples: its first "
+                    "axis must be that of the examples"
+                )
+        self.clear()
+        return shares
+
+    def _refusal(self, layer: nn.Module, reason: str) -> NotImplementedError:
+        name = f"{self._layers[layer] or 'model'!r} ({type(layer).__name__})"
         return NotImplementedError(f"layer {name} {reason}: use the mode opacus-hooks")
 
 
 class BookKeepingSum:
-    """Sums of clipped gradients by a rule for each kind of layer, else by Opacus' samplers."""
+    """Sums of clipped gradients by a rule for each kind of layer, else by Opacus' samplers.
+
+    The weights of a model for images are kept with their channels last.
+    """
 
     rules: ClassVar[Mapping[type[nn.Module], Rule]] = layers.RULES
 
     def __init__(self, model: nn.Module, loss: Loss, clip_norm: float) -> None:
-        self._module = _Recorder(model)
+        self._module = _Recorder(model, self.rules)
         self._channels_last = any(p.dim() == 4 for p in model.parameters())
         if self._channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -84,9 +132,12 @@ class BookKeepingSum:
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         """Adds the clipped gradients of a physical batch."""
         total = self._loss(self._outputs(inputs), targets).sum()
-        uses = self._uses(total, len(inputs))
+        torch.autograd.grad([total], self._module.sources, allow_unused=True)
         with torch.no_grad():
-            shares = self._shares(uses)
+            shares = self._module.finished(len(inputs))
+            if missing := self._names.keys() - {share.parameter for share in shares}:
+                names = ", ".join(sorted(self._names[p] for p in missing))
+                raise RuntimeError(f"no per-example gradient reached {names}")
             factors = clip_factors(joint_norms([share.norms for share in shares]), self._clip_norm)
             for share in shares:
                 share.add_(sums[self._names[share.parameter]], factors)
@@ -95,9 +146,9 @@ class BookKeepingSum:
         """Returns the model's outputs; images lie with their channels last, if the model can.
 
         Pooling and patches are several times faster so. A model that views its tensors as if the
-        channels came first fails, at its rehearsal, by their shapes alone.
+        channels came first fails, whatever the data, and is taken back.
         """
-        self._module.calls = []  # a pass that was cut off, by lack of memory, leaves some
+        self._module.clear()
         outputs: Tensor
         if not (self._channels_last and inputs.dim() == 4):
             outputs = self._module(inputs)
@@ -112,60 +163,21 @@ class BookKeepingSum:
             self._module.to(memory_format=torch.contiguous_format)
             return self._outputs(inputs)
 
-    def _uses(self, total: Tensor, examples: int) -> dict[nn.Module, list[Use]]:
-        """Returns the uses of each layer with the gradients of their outputs."""
-        calls, self._module.calls = self._module.calls, []
-        edges = [call.output for call in calls]
-        found = torch.autograd.grad([total], edges, allow_unused=True)
-        uses: dict[nn.Module, list[Use]] = defaultdict(list)
-        for call, backprops in zip(calls, found, strict=True):
-            if call.inputs[0]._version != call.version:
-                raise self._module.refusal(call.layer, "has an input that is changed in place")
-            if backprops is None:
-                continue
-            if len(backprops) != examples or len(call.inputs[0]) != examples:
-                raise self._module.refusal(call.layer, "has no first axis of examples")
-            uses[call.layer].append((call.inputs, backprops))
-        return uses
-
-    def _shares(self, uses: dict[nn.Module, list[Use]]) -> list[Share]:
-        """Returns a share for each released parameter."""
-        users: dict[Tensor, int] = defaultdict(int)
-        for layer in uses:
-            for parameter in layer.parameters():
-                users[parameter] += 1
-        shares: list[Share] = []
-        tied: dict[Tensor, Tensor] = {}
-        for layer in list(uses):
-            calls = uses.pop(layer)  # so that what formed rows replace is freed
-            rule = self.rules.get(type(layer), layers.sampled)
-            if all(users[parameter] == 1 for parameter in layer.parameters()):
-                shares += rule(layer, calls)
-                continue
-            for weight, rows in layers.sampled_rows(layer, calls).items():
-                tied[weight] = tied[weight] + rows if weight in tied else rows
-        shares += [layers.formed(parameter, rows) for parameter, rows in tied.items()]
-        reached: set[Tensor] = {share.parameter for share in shares}
-        for released, name in self._names.items():
-            if released not in reached:
-                raise RuntimeError(f"no per-example gradient reached {name}")
-        return shares
-
 
 class GhostSum(BookKeepingSum):
     """The same with Opacus' own ghost norms, for the layers for which Opacus has them."""
 
     rules = layers.GHOST_RULES
 
-    def _shares(self, uses: dict[nn.Module, list[Use]]) -> list[Share]:
-        users: dict[Tensor, int] = defaultdict(int)
-        for layer, calls in uses.items():
-            for parameter in layer.parameters():
-                users[parameter] += len(calls)
-        for layer in uses:
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        outputs = super()._outputs(inputs)
+        users: Counter[Tensor] = Counter()
+        for layer, times in self._module.calls.items():
+            users.update({parameter: times for parameter in layer.parameters()})
+        for layer in self._module.calls:
             if type(layer) in self.rules and any(users[p] > 1 for p in layer.parameters()):
                 raise NotImplementedError(
                     f"opacus-ghost takes no {type(layer).__name__} whose parameter is used twice: "
                     "use the mode opacus-hooks or book-keeping"
                 )
-        return super()._shares(uses)
+        return outputs

@@ -28,7 +28,7 @@ def row_norms(gradients: Tensor) -> Tensor:
     """Returns the norm of each row; in float64, since a square may overflow float32."""
     rows = gradients.reshape(len(gradients), -1)
     parts = [torch.linalg.vector_norm(rows[part].double(), dim=1) for part in _blocks(rows)]
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def joint_norms(norms: list[Tensor]) -> Tensor:
@@ -37,11 +37,13 @@ def joint_norms(norms: list[Tensor]) -> Tensor:
     return joint
 
 
-def add_weighted_(total: Tensor, factors: Tensor, gradients: Tensor) -> None:
-    """Adds Σ f_i·g_i to a float64 total in place."""
+def weighted_sum(factors: Tensor, gradients: Tensor) -> Tensor:
+    """Returns Σ f_i·g_i in float64."""
     rows = without_dropped(factors, gradients).reshape(len(gradients), -1)
-    for part in _blocks(rows):
-        total += (factors[part] @ rows[part].double()).view(total.shape)
+    first, *rest = (factors[part] @ rows[part].double() for part in _blocks(rows))
+    for more in rest:
+        first += more
+    return first.view(gradients.shape[1:])
 
 
 def without_dropped(factors: Tensor, rows: Tensor) -> Tensor:

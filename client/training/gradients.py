@@ -17,7 +17,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from bract.client.training.bookkeeping import BookKeepingSum, GhostSum, Loss
-from bract.client.training.clipping import add_weighted_, clip_factors, joint_norms, row_norms
+from bract.client.training.clipping import clip_factors, joint_norms, row_norms, weighted_sum
 
 Mode = Literal["book-keeping", "opacus-hooks", "opacus-ghost"]
 
@@ -53,7 +53,7 @@ class HooksSum:
         norms = joint_norms([row_norms(gradients) for gradients in samples.values()])
         factors = clip_factors(norms, self._clip_norm)
         for name, gradients in samples.items():
-            add_weighted_(sums[name], factors, gradients)
+            sums[name] += weighted_sum(factors, gradients)
         _reset(self._module)
 
 

@@ -29,7 +29,7 @@ from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bract.client.training.clipping import BLOCK, add_weighted_, row_norms, without_dropped
+from bract.client.training.clipping import BLOCK, row_norms, weighted_sum, without_dropped
 
 # The greatest cancellation within one example that a norm from factors is believed in: past it the
 # norm is taken to be Σ‖a_t‖‖b_t‖ / GREATEST_CANCELLATION, which clips more than need be.
@@ -73,7 +73,8 @@ def sampled_rows(layer: nn.Module, uses: Sequence[Use]) -> dict[Tensor, Tensor]:
     for inputs, backprops in uses:
         # Opacus' samplers read strided memory as if its axes lay in order
         kept = [value.contiguous() for value in inputs]
-        for parameter, found in sampler(layer, kept, backprops.contiguous()).items():
+        outputs = _without_padding(layer, inputs[0], backprops).contiguous()
+        for parameter, found in sampler(layer, kept, outputs).items():
             if parameter.requires_grad:
                 rows[parameter] = rows[parameter] + found if parameter in rows else found
     return rows
@@ -100,21 +101,20 @@ def convolution(layer: nn.Conv1d | nn.Conv2d, uses: Sequence[Use]) -> list[Share
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     features = math.prod(layer.weight.shape[1:])
-    weight = _weight(layer, patches, backprops, features, _kernel_first if last else _as_it_is)
+    weight = _weight(layer, patches, backprops, features, last)
     return [*weight, *_bias(layer, lambda: backprops.sum(2).flatten(1))]
 
 
 def embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
     """Returns the share of an embedding: gradients by (example, token), never one-hot."""
     tokens = torch.cat([inputs[0].reshape(len(b), -1) for inputs, b in uses], 1)
-    backprops = _side([b[:, None] if b.dim() == 2 else b for _, b in uses])
+    found = [_without_padding(layer, inputs[0], b) for inputs, b in uses]
+    backprops = _side([b[:, None] if b.dim() == 2 else b for b in found])
     owners = torch.arange(len(tokens), device=tokens.device)[:, None] * layer.num_embeddings
     pairs, place = torch.unique(owners + tokens, return_inverse=True)
     rows = backprops.new_zeros((len(pairs), backprops.shape[2]), dtype=torch.float64)
     rows.index_add_(0, place.flatten(), backprops.double().flatten(0, 1))
     example, token = pairs // layer.num_embeddings, pairs % layer.num_embeddings
-    if layer.padding_idx is not None:
-        rows = torch.where((token == layer.padding_idx)[:, None], 0.0, rows)
     squares = rows.new_zeros(len(tokens)).index_add_(0, example, row_norms(rows).square())
 
     def add_(total: Tensor, factors: Tensor) -> None:
@@ -133,11 +133,10 @@ def ghost_dense(layer: nn.Linear, uses: Sequence[Use]) -> list[Share]:
         ghost: Tensor = _norm_sampler(layer)(layer, [one], other)[layer.weight]
         return ghost.square()
 
-    weight = _products(layer.weight, activations[:, None], backprops[:, None], gram)
-    return [
-        *([weight] if layer.weight.requires_grad else []),
-        *_bias(layer, lambda: backprops.sum(1)),
-    ]
+    bias = _bias(layer, lambda: backprops.sum(1))
+    if not layer.weight.requires_grad:
+        return bias
+    return [_products(layer.weight, activations[:, None], backprops[:, None], gram), *bias]
 
 
 def ghost_embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
@@ -164,14 +163,17 @@ def _norm_sampler(layer: nn.Module) -> Callable[..., dict[Tensor, Tensor]]:
     return sampler
 
 
+def _without_padding(layer: nn.Module, tokens: Tensor, backprops: Tensor) -> Tensor:
+    """Returns the gradients without those of an embedding's padding, which autograd leaves out."""
+    if not isinstance(layer, nn.Embedding) or layer.padding_idx is None:
+        return backprops
+    return torch.where((tokens == layer.padding_idx)[..., None], 0.0, backprops)
+
+
 def _side(uses: list[Tensor]) -> Tensor:
     """Returns one side of a dense layer as (examples, places, features)."""
     sides = [side.reshape(len(side), -1, side.shape[-1]) for side in uses]
     return sides[0] if len(sides) == 1 else torch.cat(sides, 1)
-
-
-def _as_it_is(weight: Tensor) -> Tensor:
-    return weight
 
 
 def _weight(
@@ -179,7 +181,7 @@ def _weight(
     activations: Callable[[slice], Tensor],
     backprops: Tensor,
     features: int,
-    arrange: Callable[[Tensor], Tensor] = _as_it_is,
+    channels_last: bool = False,
 ) -> list[Share]:
     """Returns the share of a product's weight, the cheaper way.
 
@@ -188,16 +190,20 @@ def _weight(
         activations: of some examples, (examples, groups, places, features).
         backprops: (examples, groups, places, outputs).
         features: how many an output sees.
-        arrange: a view of the weight in the order of the features.
+        channels_last: whether the features lie so.
     """
-    if not layer.weight.requires_grad:
+    weight, (places, outputs) = layer.weight, backprops.shape[2:]
+    if not weight.requires_grad:
         return []
-    places, outputs = backprops.shape[2:]
     if _keeps_factors(places=places, inputs=features, outputs=outputs):
-        share = _products(layer.weight, activations(slice(None)), backprops, _gram)
+        share = _products(weight, activations(slice(None)), backprops, _gram)
     else:
-        share = _formed_products(layer.weight, activations, backprops, features)
-    return [replace(share, add_=lambda total, factors: share.add_(arrange(total), factors))]
+        share = _formed_products(weight, activations, backprops, features)
+
+    def add_(total: Tensor, factors: Tensor) -> None:
+        share.add_(total.movedim(1, -1) if channels_last else total, factors)
+
+    return [replace(share, add_=add_)]
 
 
 def _formed_products(
@@ -205,18 +211,23 @@ def _formed_products(
 ) -> Share:
     """Returns the share of Σ_t b_t·a_tᵀ formed for every example, some examples at a time."""
     count, groups, places, outputs = backprops.shape
-    rows = backprops.new_empty(count, groups, outputs, features)
+    wide = features < outputs  # a product is faster the more columns it has
+    sides = (features, outputs) if wide else (outputs, features)
+    rows = backprops.new_empty(count, groups, *sides)
     step = max(1, BLOCK // (groups * features * max(places, outputs)))
     norms = []
     for start in range(0, count, step):
         part = slice(start, start + step)
         a, b = activations(part).flatten(0, 1), backprops[part].flatten(0, 1)
-        if features < outputs // 2:  # a product of few columns is slow
-            rows[part] = torch.bmm(a.transpose(1, 2), b).transpose(1, 2).view(rows[part].shape)
-        else:
-            torch.bmm(b.transpose(1, 2), a, out=rows[part].flatten(0, 1))
+        left, right = (a, b) if wide else (b, a)
+        torch.bmm(left.transpose(1, 2), right, out=rows[part].flatten(0, 1))
         norms.append(row_norms(rows[part]))
-    return formed(parameter, rows, torch.cat(norms))
+
+    def add_(total: Tensor, factors: Tensor) -> None:
+        found = weighted_sum(factors, rows)
+        total += (found.transpose(1, 2) if wide else found).reshape(total.shape)
+
+    return Share(parameter, torch.cat(norms), add_)
 
 
 def _bias(layer: nn.Linear | nn.Conv1d | nn.Conv2d, rows: Callable[[], Tensor]) -> list[Share]:
@@ -234,13 +245,13 @@ def _keeps_factors(*, places: int, inputs: int, outputs: int) -> bool:
     return gram + places * inputs * outputs < (places / 2 + ROW_COST) * inputs * outputs
 
 
-def formed(parameter: Tensor, rows: Tensor, norms: Tensor | None = None) -> Share:
+def formed(parameter: Tensor, rows: Tensor) -> Share:
     """Returns the share of gradients that were formed: what is measured is what is added."""
-    return Share(
-        parameter,
-        row_norms(rows) if norms is None else norms,
-        lambda total, factors: add_weighted_(total, factors, rows),
-    )
+
+    def add_(total: Tensor, factors: Tensor) -> None:
+        total += weighted_sum(factors, rows)
+
+    return Share(parameter, row_norms(rows), add_)
 
 
 def _products(parameter: Tensor, a: Tensor, b: Tensor, gram: Gram) -> Share:
@@ -261,8 +272,7 @@ def _add_products_(a: Tensor, b: Tensor, total: Tensor, factors: Tensor) -> None
         without_dropped(factors, side).double().transpose(0, 1).flatten(1, 2) for side in (a, b)
     )
     weighted = other * factors.repeat_interleave(b.shape[2])[:, None]
-    sums = torch.bmm(weighted.transpose(1, 2), one)
-    total += sums.view(total.shape)
+    total += torch.bmm(weighted.transpose(1, 2), one).view(total.shape)
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:
@@ -285,11 +295,6 @@ def _channels_last(
         return False
     run: int = layer.kernel_size[-1] * layer.in_channels
     return inputs[0].stride(1) == 1 or run > backprops.shape[-1]
-
-
-def _kernel_first(weight: Tensor) -> Tensor:
-    """Returns a view of a convolution's weight with channels last."""
-    return weight.movedim(1, -1)
 
 
 def _patches(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, last: bool) -> Tensor:
