@@ -306,6 +306,10 @@ def cancelling(size: float, places: int) -> tuple[Tensor, Tensor]:
     return a[None, None], b[None, None]
 
 
+def _most(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double().norm(dim=3) * b.double().norm(dim=3)).sum()
+
+
 def exact_norm(a: Tensor, b: Tensor, factor: float) -> float:
     """‖f·Σ_t b_t·a_tᵀ‖ in exact arithmetic of the factors given."""
     rows = [[[Fraction(x) for x in row] for row in side[0, 0].tolist()] for side in (a, b)]
@@ -336,9 +340,20 @@ def test_norm_from_cancelling_factors_is_never_below_the_true_norm(
 def test_gram_sum_that_rounding_loses_altogether_is_made_up_for(size: float) -> None:
     a, b = cancelling(size, 6)
     share = layers._products(torch.zeros(2, 2), a, b, lambda *_: torch.tensor([-1.0]).double())
-    most = float((a.double().norm(dim=3) * b.double().norm(dim=3)).sum())
-    assert float(share.norms) >= most / layers.GREATEST_CANCELLATION
+    assert float(share.norms) >= float(_most(a, b)) / layers.GREATEST_CANCELLATION
     assert float(share.norms) >= exact_norm(a, b, 1.0) or size == 1e4
+
+
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e3])
+def test_gram_sum_that_is_off_by_all_its_rounding_is_made_up_for(size: float) -> None:
+    a, b = cancelling(size, 6)
+    one, other = (side[:, 0].double() for side in (a, b))
+    true = exact_norm(a, b, 1.0)
+    error = 0.9 * layers._gram_error(one, other) * float(_most(a, b)) ** 2
+    unlucky = torch.tensor([true**2 - error], dtype=torch.float64)
+    share = layers._products(torch.zeros(2, 2), a, b, lambda *_: unlucky)
+    assert float(unlucky.sqrt()) < true <= float(share.norms)
+    assert float(share.norms) == pytest.approx(true, rel=1e-4)
 
 
 def test_gram_sum_in_float32_would_break_the_bound() -> None:
