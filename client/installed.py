@@ -42,6 +42,11 @@ class SiteState:
         return self.folder / "ledger.sqlite"
 
     @property
+    def bindings(self) -> Path:
+        """Which data each domain counts, fixed when it was first opened."""
+        return self.folder / "domains.json"
+
+    @property
     def status(self) -> Path:
         """What the running process last said of itself."""
         return self.folder / "status.json"
@@ -103,11 +108,16 @@ def recover(path: str, domain: str) -> float:
 
 def _gate(chosen: SiteSettings, head_file: HeadFile | None) -> Gate:
     state = SiteState(Path(chosen.state))
-    state.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        state.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make the folder {state.folder}: {error.strerror}; correct state"
+        ) from error
     lock(state)
     roots = {name: domain.data for name, domain in chosen.domains.items()}
     policy = chosen.policy()
-    holdings.bind(roots, policy, state.folder / "domains.json")
+    holdings.bind(roots, policy, state.bindings)
     return Gate(
         policy=policy,
         key=keys.load(Path(chosen.keys.ledger)),
@@ -130,7 +140,10 @@ def lock(state: SiteState) -> None:
     Raises:
         BractError: where another process holds it.
     """
-    descriptor = os.open(state.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        descriptor = os.open(state.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise UsageError(f"cannot write {state.lock}: {error.strerror}; correct state") from error
     deadline = time.monotonic() + LOCK_SECONDS
     while not try_lock(descriptor):
         if time.monotonic() > deadline:

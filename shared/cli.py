@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -109,6 +109,12 @@ def _fail(kind: str, message: str, code: int, as_json: bool) -> None:
 def print_json(value: Any) -> None:
     """Prints one line with one strict JSON object."""
     click.echo(json.dumps(value, allow_nan=False, ensure_ascii=False))
+
+
+def fail_reported(message: str) -> NoReturn:
+    """Ends with 1 after a report that says it all: stdout keeps its one object."""
+    click.echo(f"bract: {message}", err=True)
+    sys.exit(1)
 
 
 def shown(value: float | None) -> str:

@@ -311,25 +311,6 @@ def test_a_charge_cannot_cost_a_ceiling(served: Any) -> None:
 # The command, on a site as it is laid out
 
 
-@pytest.fixture
-def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> loopback.Layout:
-    # One process uses a state folder; a test that starts several in one lets go of it.
-    monkeypatch.setattr(installed, "lock", lambda state: None)
-    return loopback.lay_out(
-        tmp_path / "federation",
-        sites=[loopback.SitePlan("alpha", 100, "digits", "1/10")],
-        port=1,
-        terms={
-            "run": "trial",
-            "rounds": 3,
-            "model": {"name": "linear"},
-            "data": {"name": "digits"},
-            "training": {"local_steps": 1, "learning_rate": 0.5},
-            "privacy": {"epsilon": 2.0, "delta": 1e-5, "clip_norm": 1.0, "batch": 10.0},
-        },
-    )
-
-
 def process(layout: loopback.Layout) -> Gate:
     """Returns the gate of the site, as a process that starts opens it."""
     chosen = installed.settings.read(layout.site("alpha"))
