@@ -1,13 +1,15 @@
 """The ClientApp: the same object in every grid.
 
 Which site it is comes from the node's own configuration, never from a message: `site-factory`
-names an installed `module:function` that opens the site.
+names an installed `module:function` that opens the site. Where Flower's simulation engine makes the
+configuration, the node's environment names it, which no message can set either.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import os
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -17,6 +19,8 @@ from bract.shared import wire
 from bract.shared.errors import BractError, Reason, Refusal, UsageError
 
 logger = logging.getLogger("bract.client")
+
+FACTORY_VARIABLE = "BRACT_SITE_FACTORY"
 
 app = ClientApp()
 
@@ -68,10 +72,13 @@ def _untrusted(site: Site, error: Exception) -> wire.RefusalReply:
 
 
 def _site(context: Context) -> Site:
-    name = context.node_config.get("site-factory")
+    name = context.node_config.get("site-factory") or os.environ.get(FACTORY_VARIABLE)
     module, colon, function = str(name).partition(":")
     if not colon:
-        raise UsageError("this node has no site-factory: start it by `bract simulate`")
+        raise UsageError(
+            "this node has no site-factory: start it by `bract simulate`, or name one in its "
+            "--node-config"
+        )
     site = getattr(importlib.import_module(module), function)(context)
     if not isinstance(site, Site):
         raise UsageError(f"{name} opened no site")

@@ -2,9 +2,9 @@
 
 Its run configuration names files on the server's own disk: `contract` (signed), `out` (the run
 folder), `data-dir` or `data-folder` (public examples; private ones beside them are not opened),
-`delta` and `init-seed`; and, where a federation waits for sites, `minimum-cohort`,
-`sites-seconds`, `round-seconds` and `close-seconds`; and `witness-key`, by which ledger heads are
-countersigned.
+`delta`, `init-seed`, `wait-seconds` (how long to wait for the whole cohort before the first round),
+`minimum-cohort`, `sites-seconds`, `round-seconds` and `close-seconds` (see `rounds.Patience`), and
+`witness-key`, by which ledger heads are countersigned.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from bract.shared import arrays, canonical, contract, keys, models
 from bract.shared.data import load_public, public
 from bract.shared.data.locations import folder_of
 from bract.shared.errors import UsageError, VerificationFailed
+
+_WAIT_SECONDS = 60.0
 
 app = ServerApp()
 
@@ -71,7 +73,8 @@ def main(grid: Grid, context: Context) -> None:
         delta=float(configured["delta"]),
         patience=Patience(
             minimum_cohort=int(configured.get("minimum-cohort", 1)),
-            sites_seconds=_seconds(configured.get("sites-seconds")),
+            gather_seconds=float(configured.get("wait-seconds", _WAIT_SECONDS)),
+            sites_seconds=float(configured.get("sites-seconds", _WAIT_SECONDS)),
             round_seconds=_seconds(configured.get("round-seconds")),
             close_seconds=_seconds(configured.get("close-seconds")),
         ),

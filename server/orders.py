@@ -149,12 +149,15 @@ class Orders:
             if order.answered:
                 self._changed.notify_all()
 
-    def reset(self, message: str) -> None:
-        """Forgets a half-given answer: the order is offered again."""
+    def reset(self, message: str) -> bool:
+        """Returns whether an order is still open and unanswered; its half answer is forgotten."""
         with self._changed:
-            order = self._orders[message]
+            order = self._orders.get(message)
+            if order is None or order.answered:
+                return False
             order.reply = order.session = order.delivered = None
             order.awaited, order.contents, order.received = set(), {}, 0
+            return True
 
     def close(self, message: str) -> Order | None:
         """Removes an order; what comes for it afterwards is late and refused."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 from flwr.app import Array as FlowerArray
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
@@ -24,7 +24,6 @@ from bract.shared.updates import ProtectedUpdate
 
 logger = logging.getLogger("bract.server")
 
-_WEIGHT = "nominal-size"
 INVALID_UPDATE = "invalid-update"
 FAILED = "node-failed"
 # How far beyond its expectation the norm of an honest update may be; see greatest_norm.
@@ -51,27 +50,34 @@ class PublicFedAvg(FedAvg):
         desk: WitnessDesk,
         names: Mapping[int, str] | None = None,
     ) -> None:
-        super().__init__(fraction_evaluate=0.0, min_train_nodes=1, weighted_by_key=_WEIGHT)
+        super().__init__(fraction_evaluate=0.0, min_train_nodes=1)
         self._signed, self._shapes, self.desk = signed, shapes, desk
         self._registered, self._names = dict(names or {}), dict(names or {})
-        self._order = {site.name: place for place, site in enumerate(signed.contract.cohort)}
         self._retired: set[int] = set()
-        self.replied: dict[str, wire.TrainReply] = {}
+        self.replied: dict[str, wire.Receipt] = {}
         self.refused: list[tuple[str, str]] = []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Returns one train order for each node that has not refused for good."""
-        weights = from_record(arrays)
-        packed = wire.pack(weights)  # one record for all: it is hashed and held once
+        return self.orders(server_round, wire.pack(from_record(arrays)), grid)
+
+    def orders(self, server_round: int, packed: ArrayRecord, grid: Grid) -> list[Message]:
+        """Returns the round's messages; all share one record, which is hashed and held once.
+
+        Args:
+            server_round: from 1.
+            packed: the weights as they travel.
+            grid: knows which nodes are there.
+        """
         return [
             Message(
                 content=wire.encode_order(
                     wire.TrainOrder(
                         contract=self._signed,
                         round=server_round,
-                        weights=weights,
+                        weights={},
                         witness=self.desk.witness(self._names.get(node)),
                     ),
                     packed=packed,
@@ -105,33 +111,36 @@ class PublicFedAvg(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns the average of the valid updates, None where there is none.
+        """Returns the average of the valid updates, None where there is none."""
+        average = self.average(server_round, replies)
+        return (None if average is None else to_record(average)), None
+
+    def average(self, server_round: int, replies: Iterable[Message]) -> dict[str, Array] | None:
+        """Returns the mean of the valid updates by public weight, None where there is none.
 
         `replied` and `refused` then say who answered what.
         """
-        self.replied, self.refused, accepted = {}, [], {}
+        self.replied, self.refused = {}, []
+        updates: dict[str, Arrays] = {}
         for message in list(replies):
-            name = self._sort(message, server_round)
-            if name is not None:
-                accepted[name] = message
+            reply = self._sort(message, server_round)
+            if reply is not None:
+                updates[reply.receipt.site] = reply.update.arrays
         # In the contract's order: the sum of floats is the same whoever answers first.
-        ordered = sorted(accepted, key=self._order.__getitem__)
-        for name in ordered:
-            accepted[name].content = self._weighted(self.replied[name])
-        return super().aggregate_train(server_round, [accepted[name] for name in ordered])
+        cohort = [site for site in self._signed.contract.cohort if site.name in updates]
+        total = sum(site.nominal_size for site in cohort)
+        average: dict[str, Array] = {}
+        for site in cohort:
+            share = site.nominal_size / total
+            for name, value in updates.pop(site.name).items():  # each is dropped as it is added
+                if name in average:
+                    average[name] += value * share
+                else:
+                    average[name] = value * share
+        return average or None
 
-    def _weighted(self, reply: wire.TrainReply) -> RecordDict:
-        """Returns an update in the form that Flower's average takes, under its public weight."""
-        site = self._signed.contract.cohort[self._order[reply.receipt.site]]
-        return RecordDict(
-            {
-                self.arrayrecord_key: to_record(reply.update.arrays),
-                "metrics": MetricRecord({_WEIGHT: site.nominal_size}),
-            }
-        )
-
-    def _sort(self, message: Message, server_round: int) -> str | None:
-        """Returns the name of the site whose update is accepted, None where there is none."""
+    def _sort(self, message: Message, server_round: int) -> wire.TrainReply | None:
+        """Returns the reply whose update is accepted, None where there is none."""
         node = message.metadata.src_node_id
         if message.has_error():
             self._refuse(self._name(node), FAILED, "the node gave none")
@@ -147,7 +156,7 @@ class PublicFedAvg(FedAvg):
                     self._retired.add(node)
                 return None
             self._accept(reply, server_round, node)
-            return reply.receipt.site
+            return reply
         except RolledBack as error:
             self._refuse(self._name(node), Reason.LEDGER_ROLLED_BACK.value, str(error))
         except VerificationFailed as error:
@@ -190,7 +199,7 @@ class PublicFedAvg(FedAvg):
         if self._registered.get(node, receipt.site) != receipt.site:
             raise VerificationFailed("of another site than the node's")
         self.desk.check(reply, terms.domain, cost=entries.event_for(contract))
-        self.replied[receipt.site] = reply
+        self.replied[receipt.site] = receipt
         self._names[node] = receipt.site
 
 

@@ -68,10 +68,12 @@ class ServerSettings(Frozen):
 class Deadlines(Frozen):
     """How long the server waits, in seconds.
 
-    `sites`: for enough sites to be connected before a round; `round`: for all answers of a round;
+    `gather`: for the whole cohort before the first round; `sites`: for enough sites to be connected
+    before a round; `round`: for all answers of a round;
     `reply`: for one site's answer once it has its order; `close`: for the last exchange.
     """
 
+    gather: Annotated[float, Field(ge=0)] = 60.0
     sites: Seconds = 3600.0
     round: Seconds = 1800.0
     reply: Seconds = 900.0

@@ -64,12 +64,12 @@ def parts(tree: ObjectTree) -> list[str]:
     return list(found)
 
 
-def inflate(root: str, contents: Mapping[str, bytes], *, greatest: int) -> Message:
+def inflate(root: str, contents: dict[str, bytes], *, greatest: int) -> Message:
     """Returns the message of which these are the objects; it has content, not an error.
 
     Args:
         root: the name of the message.
-        contents: every object by its name.
+        contents: every object by its name; taken out one by one, so that none is held twice.
         greatest: how many bytes all of it may fill.
 
     Raises:
@@ -79,7 +79,7 @@ def inflate(root: str, contents: Mapping[str, bytes], *, greatest: int) -> Messa
     try:
         if _size(root, contents, frozenset({"Message"}), {}) > greatest:
             raise GrewTooLarge(f"a message that grows to over {greatest} bytes")
-        message = inflate_object_from_contents(root, dict(contents))
+        message = inflate_object_from_contents(root, contents)
         if isinstance(message, Message) and message.has_content():
             return message
     except VerificationFailed:

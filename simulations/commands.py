@@ -15,6 +15,7 @@ from bract.shared.errors import BractError, UsageError
 from bract.shared.reports import Summary
 
 if TYPE_CHECKING:
+    from bract.simulations.engines import Engine
     from bract.simulations.simulation import Simulation
 
 
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
 @click.option("--device", metavar="D", help="auto, cpu or cuda:N.")
 @click.option("--workers", type=int, metavar="W", help="Processes that train; default: the cores.")
 @click.option("--seed", type=int, metavar="S", help="Repeats partition, start, batches and noise.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="What carries messages: this machine's processes, or Flower's engine on Ray.",
+)
+@click.option(
+    "--ray-address",
+    metavar="A",
+    help="The Ray cluster to join; default: $RAY_ADDRESS, or one started here.",
+)
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path),
@@ -61,6 +73,8 @@ def simulate(
     device: str | None,
     workers: int | None,
     seed: int | None,
+    engine: str,
+    ray_address: str | None,
     data_dir: Path | None,
     state: Path | None,
     out: Path | None,
@@ -75,11 +89,13 @@ def simulate(
     from bract.simulations import experiment as experiments
     from bract.simulations import simulation
 
-    count = _workers(workers)
+    count, carrier = _workers(workers), _engine(engine, ray_address, workers)
     if resume is not None:
         named = [*settings, sites, rounds, model, device, seed, data_dir, state, out]
         if any(value is not None for value in named):
-            raise UsageError(f"--resume {resume} takes only --workers and --json beside it")
+            raise UsageError(
+                f"--resume {resume} takes only --workers, --engine, --ray-address and --json"
+            )
         run = simulation.resume(resume, workers=count)
         if experiment not in (None, run.begun.experiment.name):
             raise UsageError(
@@ -94,7 +110,7 @@ def simulate(
         )
         folder = out or Path("runs") / f"{chosen.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
         run = simulation.begin(chosen, out=folder, state=state, data_dir=data_dir, workers=count)
-    summary = _run(run)
+    summary = _run(run, carrier)
     if as_json and summary.rounds:
         print_json(summary.model_dump(mode="json"))
     if summary.rounds == 0:
@@ -105,21 +121,37 @@ def simulate(
         )
 
 
-def _run(run: Simulation) -> Summary:
+def _run(run: Simulation, engine: Engine) -> Summary:
     from bract.simulations import summary
     from bract.simulations.progress import showing
 
     with run.prepared() as (plan, signed):
         agreed = signed.contract
         with showing(agreed, run.out):
-            run.run()
+            workers = run.run(engine)
         result = canonical.decode((run.out / "checkpoint" / "result.json").read_bytes())
         report = summary.summarise(
-            plan=plan, agreed=agreed, out=run.out, result=result, workers=run.workers
+            plan=plan, agreed=agreed, out=run.out, result=result, workers=workers
         )
         summary.save(report, run.out)
     _table(report)
     return report
+
+
+def _engine(name: str, address: str | None, workers: int | None) -> Engine:
+    from bract.simulations.engines import LocalEngine, RayEngine
+
+    if name == "local":
+        if address is not None:
+            raise UsageError(f"--ray-address {address} needs --engine ray beside it")
+        return LocalEngine()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address is not None and workers is not None:
+        raise UsageError(
+            f"--workers {workers} is not for a cluster, which has its own number: leave it out, or "
+            f"the address {address}"
+        )
+    return RayEngine(address)
 
 
 def _workers(asked: int | None) -> int:

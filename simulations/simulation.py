@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bract.client.app import app as client_app
 from bract.client.training import admission, devices
-from bract.server.app import app as server_app
 from bract.shared import canonical, contract, keys, models
 from bract.shared.configuration import Frozen, parse
 from bract.shared.contract import (
@@ -30,10 +28,9 @@ from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, check_delta
 from bract.shared.privacy.budget import fixed_rule
 from bract.shared.privacy.calibration import check_budget, noise_for_filter, noise_multiplier
-from bract.simulations import flower
+from bract.simulations.engines import Engine
 from bract.simulations.experiment import Experiment
-from bract.simulations.grid import RUN, SERVER, LocalGrid
-from bract.simulations.sites import FACTORY, Plan
+from bract.simulations.sites import Plan
 from bract.simulations.state import State
 
 
@@ -70,41 +67,38 @@ class Simulation:
         with state.locked():
             rows = self._rows()
             plan = self._plan(state, self._domain(state))
-            canonical.write_atomically(
-                self._checkpoint / "plan.json", plan.model_dump_json().encode()
-            )
+            canonical.write_atomically(self.plan_path, plan.model_dump_json().encode())
             path = self.out / "contract.json"
             if not path.exists():
                 signed = self._contract(plan, [nominal_size(len(part)) for part in rows])
                 canonical.write_atomically(path, signed.to_bytes())
             yield plan, contract.read(path)
 
-    def run(self) -> None:
-        """Runs the ServerApp over the grid; what it leaves behind lies in the run folder."""
-        experiment = self.begun.experiment
-        node_configs = [
-            {
-                "site-factory": FACTORY,
-                "plan": str(self._checkpoint / "plan.json"),
-                "partition-id": place,
-            }
-            for place in range(experiment.sites)
-        ]
-        grid = LocalGrid(client_app, node_configs, workers=min(self.workers, experiment.sites))
-        run_config = {
+    def run(self, engine: Engine) -> int:
+        """Returns how many processes trained; what the ServerApp leaves lies in the run folder."""
+        return engine.run(
+            self.plan_path,
+            sites=self.begun.experiment.sites,
+            workers=self.workers,
+            run_config=self.run_config,
+        )
+
+    @property
+    def plan_path(self) -> Path:
+        """The file that nodes open their sites by."""
+        return self._checkpoint / "plan.json"
+
+    @property
+    def run_config(self) -> dict[str, str | int | float]:
+        """What the ServerApp is told."""
+        return {
             "contract": str(self.out / "contract.json"),
             "out": str(self.out),
             "data-folder": self.begun.data_folder or "",
-            "delta": experiment.privacy.delta,
-            "init-seed": experiment.seed,
+            "delta": self.begun.experiment.privacy.delta,
+            "init-seed": self.begun.experiment.seed,
             "witness-key": str(self.state.key("witness")),
         }
-        try:
-            server_app(
-                grid, flower.context(run=RUN, node=SERVER, node_config={}, run_config=run_config)
-            )
-        finally:
-            grid.close()
 
     @property
     def _checkpoint(self) -> Path:

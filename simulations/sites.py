@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from bract.shared import keys
 from bract.shared.configuration import Frozen
 from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, load
+from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy.ledger import Ledger
 from bract.simulations.experiment import ExecutionSettings, PolicySettings
@@ -26,6 +28,7 @@ from bract.simulations.randomness import SeededRandomness
 from bract.simulations.state import State
 
 FACTORY = "bract.simulations.sites:open_site"
+PLAN_VARIABLE = "BRACT_SITE_PLAN"
 _OPEN_LEDGERS = 256
 
 
@@ -93,9 +96,28 @@ def site_name(index: int, sites: int) -> str:
 
 
 def open_site(context: Context) -> Site:
-    """Returns the site that a node's configuration names; the ClientApp calls this."""
-    plan = str(context.node_config["plan"])
-    return _site(plan, int(context.node_config["partition-id"]))
+    """Returns the site that a node's configuration names; the ClientApp calls this.
+
+    `plan` may stand in the environment instead, for nodes that Flower's own engine configures.
+    """
+    config = context.node_config
+    plan = config.get("plan") or os.environ.get(PLAN_VARIABLE)
+    if not plan or "partition-id" not in config:
+        raise UsageError(
+            "this node's configuration names no plan and partition-id: start it as the README's "
+            "section on stock Flower says"
+        )
+    return _site(str(plan), int(config["partition-id"]))
+
+
+def node_config(plan: Path, place: int) -> dict[str, str | int]:
+    """Returns the configuration of the node that is a site of a plan."""
+    return {"site-factory": FACTORY, "plan": str(plan), "partition-id": place}
+
+
+def open_plan(path: Path) -> Plan:
+    """Returns the plan that a simulation wrote."""
+    return _plan(str(path))
 
 
 @lru_cache(maxsize=4096)

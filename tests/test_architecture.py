@@ -61,7 +61,8 @@ def test_only_the_private_step_and_the_second_accountant_import_opacus() -> None
     users = {
         p for floor in FLOORS for p in sources(floor) if any(under(n, "opacus") for n in imports(p))
     }
-    allowed = {ROOT / "shared/privacy/prv.py", *(ROOT / "client/training").glob("*.py")}
+    rival = ROOT / "simulations/benchmarks/private_step.py"  # which we measure against
+    allowed = {ROOT / "shared/privacy/prv.py", rival, *(ROOT / "client/training").glob("*.py")}
     assert users <= allowed
     assert ROOT / "client/training/optimizer.py" in users
 
@@ -76,6 +77,13 @@ def test_only_one_module_a_side_touches_flowers_internals() -> None:
             if under(name, "flwr") and not under(name, *public)
         }
         assert users <= {"flower"}, floor
+
+
+def test_only_the_engine_on_ray_imports_ray() -> None:
+    users = {
+        p for floor in FLOORS for p in sources(floor) if any(under(n, "ray") for n in imports(p))
+    }
+    assert users == {ROOT / "simulations/flower.py"}
 
 
 def test_only_the_wire_module_knows_message_keys() -> None:
@@ -208,6 +216,7 @@ def test_the_wheel_holds_every_package_and_runs_outside_the_checkout(tmp_path: P
     site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
     wheel = next(tmp_path.glob("bract-*.whl"))
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
+    assert (site / "bract/simulations/federations/stock/pyproject.toml").exists()
     # The dependencies of this environment, without its editable bract: nested .pth are not read.
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     command = "from bract.shared.cli import main; main()"

@@ -102,18 +102,18 @@ class FleetGrid(Grid):
 
         What comes later is refused, never mixed into another round.
         """
-        listed = list(messages)
-        sent = dict(zip(self.push_messages(listed), listed, strict=True))
+        sent = set(self.push_messages(messages))
         deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
         replies: list[Message] = []
         orders = self._host.orders
         while sent and time.monotonic() < deadline:
             for name in orders.wait_answered(sent, min(1.0, max(deadline - time.monotonic(), 0))):
                 replies.append(self._take(name))
-                del sent[name]
+                sent.remove(name)
             for name in orders.overdue(sent, self._reply_seconds):
-                replies.append(self._give_up(name, sent.pop(name)))
-        replies.extend(self._give_up(name, message) for name, message in sent.items())
+                replies.append(self._give_up(name))
+                sent.remove(name)
+        replies.extend(self._give_up(name) for name in sent)
         return replies
 
     def _take(self, name: str) -> Message:
@@ -140,10 +140,11 @@ class FleetGrid(Grid):
             return Message(Error(UNREADABLE), reply_to=sent)
         return Message(answer.content, reply_to=sent)
 
-    def _give_up(self, name: str, message: Message) -> Message:
+    def _give_up(self, name: str) -> Message:
+        sent = self._host.envelopes[name]
         self._host.orders.close(name)
         self._discard(name)
-        return Message(Error(NO_ANSWER), reply_to=message)
+        return Message(Error(NO_ANSWER), reply_to=sent)
 
     def _discard(self, name: str) -> None:
         self._host.envelopes.pop(name, None)

@@ -145,9 +145,11 @@ class Host:
 
     def offer_again(self, name: str) -> None:
         """Offers an open order anew to a process that may have lost it, half an answer and all."""
-        self.orders.reset(name)
+        envelope = self.envelopes.get(name)
+        if envelope is None or not self.orders.reset(name):
+            return  # answered or given up a moment ago
         self.state.delete_messages({name})
-        self.state.store_message_ins(self.envelopes[name])
+        self.state.store_message_ins(envelope)
 
     def connected(self) -> list[str]:
         """Returns the names of the sites whose nodes are online."""

@@ -27,7 +27,7 @@ class Witness(Frozen):
     schema_version: Literal[1] = 1
     site: Name
     domain: Name
-    sequence: int = Field(ge=0)
+    sequence: int = Field(ge=0, lt=2**63)  # what a table of the ledger can hold
     hash: Hex32
     key: Hex32
     signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
@@ -70,12 +70,15 @@ def from_bytes(text: bytes) -> Witness:
     """Returns the witness in canonical JSON; its signature is not yet verified.
 
     Raises:
-        VerificationFailed: for anything else.
+        VerificationFailed: for anything else, a second spelling of the same witness included.
     """
     try:
-        return parse(Witness, canonical.decode(text), source="witness")
+        found = parse(Witness, canonical.decode(text), source="witness")
     except UsageError as error:
         raise VerificationFailed("not a witness") from error
+    if found.to_bytes() != text:
+        raise VerificationFailed("a witness is not in canonical form")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

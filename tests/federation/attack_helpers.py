@@ -429,11 +429,11 @@ class MaliciousServer:
         until(lambda: len(self.roots) > before, f"an answer to {what}")
         root = self.roots[before]
         until(lambda: self._whole(root), f"a whole answer to {what}")
-        return wire.decode_reply(flower.inflate(root, self.answers, greatest=2**30).content)
+        return wire.decode_reply(flower.inflate(root, dict(self.answers), greatest=2**30).content)
 
     def _whole(self, root: str) -> bool:
         try:
-            flower.inflate(root, self.answers, greatest=2**30)
+            flower.inflate(root, dict(self.answers), greatest=2**30)
         except flower.VerificationFailed:
             return False
         return True
