@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -15,15 +16,18 @@ from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays as named
 from bract.shared import wire
 from bract.shared.arrays import Array, Arrays
-from bract.shared.contract import SignedContract
+from bract.shared.contract import Contract, SignedContract, SiteTerms
 from bract.shared.errors import Reason, RolledBack, VerificationFailed
 from bract.shared.models import Shape
+from bract.shared.privacy import entries
 from bract.shared.updates import ProtectedUpdate
 
 logger = logging.getLogger("bract.server")
 
 INVALID_UPDATE = "invalid-update"
 FAILED = "node-failed"
+# How far beyond its expectation the norm of an honest update may be; see greatest_norm.
+NORM_SLACK = 10.0
 
 
 class PublicFedAvg(FedAvg):
@@ -139,30 +143,37 @@ class PublicFedAvg(FedAvg):
         """Returns the reply whose update is accepted, None where there is none."""
         node = message.metadata.src_node_id
         if message.has_error():
-            self.refused.append((self._name(node), FAILED))
+            self._refuse(self._name(node), FAILED, "the node gave none")
             return None
         try:
             reply = wire.decode_reply(message.content)
             if isinstance(reply, wire.RefusalReply):
-                self.refused.append((reply.site, reply.reason.value))
+                # A node that is known speaks for its own site, whatever it calls itself.
+                self._refuse(
+                    self._registered.get(node, reply.site), reply.reason.value, "the site refused"
+                )
                 if Reason(reply.reason).final:
                     self._retired.add(node)
                 return None
             self._accept(reply, server_round, node)
             return reply
         except RolledBack as error:
-            logger.warning("update of %s is not used: %s", self._name(node), error)
-            self.refused.append((self._name(node), Reason.LEDGER_ROLLED_BACK.value))
-            return None
+            self._refuse(self._name(node), Reason.LEDGER_ROLLED_BACK.value, str(error))
         except VerificationFailed as error:
-            logger.warning(
-                "update of %s is not used: %s",
-                self._name(node),
-                error,
-                extra={"event": "refused", "reason": INVALID_UPDATE, "site": self._name(node)},
-            )
-            self.refused.append((self._name(node), INVALID_UPDATE))
-            return None
+            self._refuse(self._name(node), INVALID_UPDATE, str(error))
+        except Exception as error:
+            # A reply is a stranger's: what it makes a reader raise must not end the run.
+            self._refuse(self._name(node), INVALID_UPDATE, type(error).__name__)
+        return None
+
+    def _refuse(self, site: str, reason: str, detail: str) -> None:
+        logger.warning(
+            "no update of %s is used: %s",
+            site,
+            detail,
+            extra={"event": "refused", "reason": reason, "site": site},
+        )
+        self.refused.append((site, reason))
 
     def _name(self, node: int) -> str:
         return self._names.get(node, f"node {node}")
@@ -181,13 +192,37 @@ class PublicFedAvg(FedAvg):
         fault = named.fault(reply.update.arrays, self._shapes)
         if fault:
             raise VerificationFailed(fault)
+        if private and _norm(reply.update.arrays) > greatest_norm(contract, terms, self._shapes):
+            raise VerificationFailed("of a norm that the contract's steps cannot reach")
         if receipt.site in self.replied:
             raise VerificationFailed("a second one from the same site")
         if self._registered.get(node, receipt.site) != receipt.site:
             raise VerificationFailed("of another site than the node's")
-        self.desk.check(reply, terms.domain)
+        self.desk.check(reply, terms.domain, cost=entries.event_for(contract))
         self.replied[receipt.site] = receipt
         self._names[node] = receipt.site
+
+
+def greatest_norm(contract: Contract, site: SiteTerms, shapes: Mapping[str, Shape]) -> float:
+    """Returns a norm that no honest protected update comes near, from public terms alone.
+
+    One step moves the weights by lr·(sum + noise)/(q·n). Each of b examples adds at most C to the
+    sum, and the noise of d parameters has norm σ·C·√d; S steps with momentum m add up to at most
+    lr·S/(1 − m) of one. b = q·n and √d are expectations, and a true n may differ from the nominal
+    one: NORM_SLACK covers both by far. A finite but huge update would otherwise take the model
+    beyond what sites train on (they refuse weights over 1e3) and so end the run for all.
+    """
+    training, privacy = contract.training, contract.privacy
+    batch = contract.normaliser(site)
+    noise = privacy.noise_multiplier * math.sqrt(sum(math.prod(s) for s in shapes.values()))
+    step = privacy.clip_norm * (batch + 1 + noise) / batch
+    reach = training.learning_rate * training.local_steps / (1 - training.momentum)
+    return NORM_SLACK * reach * step
+
+
+def _norm(arrays: Arrays) -> float:
+    squares = (np.square(value, dtype=np.float64).sum() for value in arrays.values())
+    return math.sqrt(sum(squares))
 
 
 def to_record(values: Arrays) -> ArrayRecord:

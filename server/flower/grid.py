@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,13 +16,17 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 
 from bract.server.flower.host import Host
-from bract.server.orders import Order
+from bract.server.orders import Fault
+from bract.shared import flower
+from bract.shared.errors import VerificationFailed
 
-NO_ANSWER = 3  # Flower's code for a message that was not answered
+logger = logging.getLogger("bract.server")
+
+NO_ANSWER = 3  # Flower's codes: a message was not answered, or its answer is no message
+UNREADABLE = 1
 
 
 class FleetGrid(Grid):
@@ -112,32 +117,36 @@ class FleetGrid(Grid):
         return replies
 
     def _take(self, name: str) -> Message:
-        state, store = self._host.state, self._host.state.object_store
-        reply = state.get_message_res({name}, self._host.run)[0]
-        root = reply.metadata.message_id
-        if not reply.has_error():
-            tree = store.get_object_tree(root)
-            contents = {
-                part.object_id: store.get(part.object_id) or b""
-                for part in iterate_object_tree(tree)
-            }
-            store.delete(root)  # the dictionary holds the last reference to each piece
-            whole = inflate_object_from_contents(root, contents)
-            assert isinstance(whole, Message)  # noqa: S101  it was registered as a reply
-            whole.metadata.__dict__["_message_id"] = root
-            reply = whole
+        """Returns a whole answer under the facts of its order: what it says of itself is not used.
+
+        The site's bytes would tell it to be of another node, run or order.
+        """
+        sent, order = self._host.envelopes[name], self._host.orders.close(name)
         self._discard(name)
-        return reply
+        assert order is not None  # noqa: S101  it was answered a moment ago
+        try:
+            greatest = self._host.orders.greatest_reply
+            answer = flower.inflate(str(order.reply), order.contents, greatest=greatest)
+        except VerificationFailed as error:
+            logger.warning(
+                "the answer is not used: %s",
+                error,
+                extra={
+                    "event": "refused",
+                    "reason": Fault.UNREADABLE.value,
+                    "site": self._host.names.get(order.node),
+                },
+            )
+            return Message(Error(UNREADABLE), reply_to=sent)
+        return Message(answer.content, reply_to=sent)
 
     def _give_up(self, name: str) -> Message:
-        envelope, order = self._host.envelopes[name], self._discard(name)
-        if order is not None and order.reply is not None:
-            self._host.state.object_store.delete(order.reply)
-        return Message(Error(NO_ANSWER), reply_to=envelope)
+        sent = self._host.envelopes[name]
+        self._host.orders.close(name)
+        self._discard(name)
+        return Message(Error(NO_ANSWER), reply_to=sent)
 
-    def _discard(self, name: str) -> Order | None:
-        order = self._host.orders.close(name)
+    def _discard(self, name: str) -> None:
         self._host.envelopes.pop(name, None)
         self._host.state.delete_messages({name})
         self._host.state.object_store.delete(name)
-        return order

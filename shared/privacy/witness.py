@@ -107,7 +107,8 @@ def follow(extension: Extension) -> Iterator[tuple[Head, Body | None]]:
     """Yields each entry's head, and its body where it is shown, from the one after `since`.
 
     Raises:
-        VerificationFailed: where a shown body is not the one that was hashed.
+        VerificationFailed: where a shown body is not the one that was hashed, or names another
+            place than its own.
     """
     since = extension.since
     previous = since.hash if since else NO_PREVIOUS
@@ -115,8 +116,11 @@ def follow(extension: Extension) -> Iterator[tuple[Head, Body | None]]:
     for link in extension.links:
         if link.body and entries.body_hash(link.body) != link.body_hash:
             raise VerificationFailed("a ledger entry's body is not the one that was hashed")
+        shown = entries.body(link.body) if link.body else None
+        if shown is not None and (shown.sequence, shown.previous) != (number, previous):
+            raise VerificationFailed("a ledger entry that stands in another place")
         previous = entries.link(previous, link.body_hash)
-        yield Head(number, previous), entries.body(link.body) if link.body else None
+        yield Head(number, previous), shown
         number += 1
 
 
