@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
 from bract.shared.configuration import Frozen
 
-GUARANTEE_PRIVATE = "(ε, δ)-DP per example"
-GUARANTEE_SIMULATION = "none: simulation"
-GUARANTEE_UNPROTECTED = "none: unprotected"
+GUARANTEE_PRIVATE: Final = "(ε, δ)-DP per example"
+GUARANTEE_SIMULATION: Final = "none: simulation"
+GUARANTEE_UNPROTECTED: Final = "none: unprotected"
 Guarantee = Literal["none: simulation", "none: unprotected", "(ε, δ)-DP per example"]
 Probability = Field(ge=0, le=1)
 
@@ -244,6 +244,25 @@ class ServerSummary(Scores):
     out: str
 
 
+class Repeats(Frozen):
+    """Test accuracies, each the mean over the groups' test sets, of runs that know no other."""
+
+    accuracies: list[Annotated[float, Probability]]
+    mean: float = Probability
+    deviation: float | None
+
+
+class FederationSummary(Summary):
+    """What an example of a real federation prints: its last run, by the sites' own ledgers.
+
+    `plain_accuracy` is the test accuracy of a simulation without privacy on the same data.
+    """
+
+    plain_accuracy: float = Probability
+    plain_accuracy_mean_of_groups: Annotated[float, Probability] | None
+    repeats: Repeats
+
+
 class ServerStatus(Frozen):
     """`bract server FEDERATION.toml --status --json`."""
 
@@ -259,7 +278,10 @@ class ServerStatus(Frozen):
 
 
 class CoordinatorKeys(Frozen):
-    """`bract keys coordinator --json`: where the files are, and what a SITE.toml pins."""
+    """`bract keys coordinator --json`: where the files are, and what a SITE.toml pins.
+
+    `toml` is for every SITE.toml, `own_toml` for FEDERATION.toml.
+    """
 
     ca_file: str
     ca_key_file: str
@@ -268,6 +290,7 @@ class CoordinatorKeys(Frozen):
     certificate_sha256: str
     not_after: datetime
     toml: str
+    own_toml: str
 
 
 class ServerKeys(Frozen):
@@ -284,7 +307,10 @@ class ServerKeys(Frozen):
 
 
 class SiteKeys(Frozen):
-    """`bract keys site --json`; `key` signs the ledger, `node_key` speaks to the server."""
+    """`bract keys site --json`; `key` signs the ledger, `node_key` speaks to the server.
+
+    `toml` is for FEDERATION.toml, `own_toml` for SITE.toml.
+    """
 
     name: str
     ledger_key_file: str
@@ -295,6 +321,7 @@ class SiteKeys(Frozen):
     domain: str | None
     nominal_size: int | None
     toml: str
+    own_toml: str
 
 
 class AuditorKeys(Frozen):
@@ -361,6 +388,7 @@ REPORTS: dict[str, type[Frozen]] = {
     "client-recover": Recovery,
     "client-status": SiteStatus,
     "server": ServerSummary,
+    "federation": FederationSummary,
     "server-status": ServerStatus,
     "keys-coordinator": CoordinatorKeys,
     "keys-server": ServerKeys,

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bract.shared import canonical
 from bract.shared.cli import print_json
 from bract.shared.errors import BractError, UsageError
 from bract.shared.reports import Summary
 
 if TYPE_CHECKING:
     from bract.simulations.engines import Engine
-    from bract.simulations.simulation import Simulation
 
 
 @click.command(epilog="Example: bract simulate digits --sites 5 --rounds 20 --out runs/mine")
@@ -110,7 +108,8 @@ def simulate(
         )
         folder = out or Path("runs") / f"{chosen.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
         run = simulation.begin(chosen, out=folder, state=state, data_dir=data_dir, workers=count)
-    summary = _run(run, carrier)
+    summary = run.complete(carrier)
+    _table(summary)
     if as_json and summary.rounds:
         print_json(summary.model_dump(mode="json"))
     if summary.rounds == 0:
@@ -119,23 +118,6 @@ def simulate(
             f"no round was completed: {len({r.site for r in summary.refused})} of {summary.sites} "
             f"sites refused ({', '.join(reasons)}); see bract audit budget {run.out}/ledgers/*"
         )
-
-
-def _run(run: Simulation, engine: Engine) -> Summary:
-    from bract.simulations import summary
-    from bract.simulations.progress import showing
-
-    with run.prepared() as (plan, signed):
-        agreed = signed.contract
-        with showing(agreed, run.out):
-            workers = run.run(engine)
-        result = canonical.decode((run.out / "checkpoint" / "result.json").read_bytes())
-        report = summary.summarise(
-            plan=plan, agreed=agreed, out=run.out, result=result, workers=workers
-        )
-        summary.save(report, run.out)
-    _table(report)
-    return report
 
 
 def _engine(name: str, address: str | None, workers: int | None) -> Engine:

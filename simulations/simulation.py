@@ -28,8 +28,11 @@ from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, check_delta
 from bract.shared.privacy.budget import fixed_rule
 from bract.shared.privacy.calibration import check_budget, noise_for_filter, noise_multiplier
+from bract.shared.reports import Summary
+from bract.simulations import summary
 from bract.simulations.engines import Engine
 from bract.simulations.experiment import Experiment
+from bract.simulations.progress import showing
 from bract.simulations.sites import Plan
 from bract.simulations.state import State
 
@@ -82,6 +85,19 @@ class Simulation:
             workers=self.workers,
             run_config=self.run_config,
         )
+
+    def complete(self, engine: Engine) -> Summary:
+        """Returns the summary of the run, which lies in its folder too, when it has ended."""
+        with self.prepared() as (plan, signed):
+            agreed = signed.contract
+            with showing(agreed, self.out):
+                workers = self.run(engine)
+            result = canonical.decode((self._checkpoint / "result.json").read_bytes())
+            report = summary.summarise(
+                plan=plan, agreed=agreed, out=self.out, result=result, workers=workers
+            )
+            summary.save(report, self.out)
+        return report
 
     @property
     def plan_path(self) -> Path:

@@ -1,9 +1,9 @@
-"""The summary of a run: the server's result beside what the sites' ledgers prove."""
+"""The summary of a run, simulated or real: the server's result beside what ledgers prove."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ from bract.shared import canonical, versions
 from bract.shared.contract import Contract
 from bract.shared.privacy import accounting, prv, verification
 from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.entries import Head
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.reports import (
+    GUARANTEE_PRIVATE,
     GUARANTEE_SIMULATION,
     GUARANTEE_UNPROTECTED,
+    Guarantee,
     LedgerHead,
     SitePrivacy,
     Summary,
@@ -43,29 +46,61 @@ def publish_ledgers(plan: Plan, agreed: Contract, out: Path) -> list[Path]:
 def summarise(
     *, plan: Plan, agreed: Contract, out: Path, result: Mapping[str, Any], workers: int
 ) -> Summary:
-    """Returns the summary, after verifying every ledger of the run.
+    """Returns the summary of a simulated run, after verifying every ledger of it.
+
+    Raises:
+        VerificationFailed: where a ledger does not hold.
+    """
+    return proven(
+        agreed=agreed,
+        ledgers=publish_ledgers(plan, agreed, out),
+        anchors={},
+        result=result,
+        delta=plan.delta,
+        device=plan.device,
+        workers=workers,
+        out=out,
+    )
+
+
+def proven(
+    *,
+    agreed: Contract,
+    ledgers: Iterable[Path],
+    anchors: Mapping[tuple[str, str], Head],
+    result: Mapping[str, Any],
+    **facts: Any,
+) -> Summary:
+    """Returns what ledgers prove of a run, beside what the server measured.
+
+    Args:
+        agreed: the run's contract; its keys are the ones the ledgers are held against.
+        ledgers: of every site that kept one.
+        anchors: heads seen elsewhere, by (site, domain).
+        result: the server's result.json.
+        facts: `delta`, `device`, `workers` and `out` of the summary.
 
     Raises:
         VerificationFailed: where a ledger does not hold.
     """
     pinned = {site.name: site.key for site in agreed.cohort}
     chains: dict[tuple[str, str], Chain] = {}
-    for path in publish_ledgers(plan, agreed, out):
-        for found in verification.verify(path, site_keys=pinned, anchors={}):
+    for path in ledgers:
+        for found in verification.verify(path, site_keys=pinned, anchors=anchors):
             chains[found.chain.site, found.chain.domain] = found.chain
     used = {
         site.name: chains[site.name, site.domain]
         for site in agreed.cohort
         if (site.name, site.domain) in chains
     }
+    delta = facts["delta"]
     per_site = {
-        site.name: _privacy(used.get(site.name), site.domain, agreed, plan.delta)
+        site.name: _privacy(used.get(site.name), site.domain, agreed, delta)
         for site in agreed.cohort
     }
     return Summary(
         run=agreed.run,
-        **_worst(list(used.values()), per_site, plan.delta),
-        delta=plan.delta,
+        **_worst(list(used.values()), per_site, delta),
         adjacency=agreed.privacy.adjacency,
         unit=agreed.privacy.unit,
         mechanism=agreed.privacy.mechanism,
@@ -81,14 +116,10 @@ def summarise(
             for name, chain in used.items()
             if chain.head is not None
         },
-        device=plan.device,
-        workers=workers,
         versions=versions.installed(),
         contract_sha256=agreed.sha256,
-        guarantee=GUARANTEE_UNPROTECTED
-        if agreed.privacy.mechanism == "none"
-        else GUARANTEE_SIMULATION,
-        out=str(out),
+        guarantee=_guarantee(agreed, used.values()),
+        **{name: str(value) if name == "out" else value for name, value in facts.items()},
         **{name: value for name, value in result.items() if name not in {"heads", "attempts"}},
     )
 
@@ -98,6 +129,15 @@ def save(summary: Summary, out: Path) -> None:
     canonical.write_atomically(
         out / "summary.json", canonical.encode(summary.model_dump(mode="json"))
     )
+
+
+def _guarantee(agreed: Contract, chains: Iterable[Chain]) -> Guarantee:
+    if agreed.privacy.mechanism == "none":
+        return GUARANTEE_UNPROTECTED
+    # Whatever a contract says: noise that was seeded anywhere in a ledger carries no guarantee.
+    if agreed.simulation or any(chain.seeded for chain in chains):
+        return GUARANTEE_SIMULATION
+    return GUARANTEE_PRIVATE
 
 
 def _worst(

@@ -1,6 +1,7 @@
 """`bract keys`: coordinator, server, site, auditor, show.
 
 What is printed without --json is TOML, its notes as comments, so that it can be appended to a file.
+Where one half is for the other side, that half is on stdout, to be sent, and one's own on stderr.
 """
 
 from __future__ import annotations
@@ -87,8 +88,10 @@ def coordinator(out: Path, days: int, as_json: bool) -> None:
         coordinator=key.public,
         certificate_sha256=pki.fingerprint(authority.certificate),
         not_after=authority.certificate.not_valid_after_utc,
-        toml="# SITE.toml of every site, above its tables, beside a copy of ca.pem:\n"
-        + _toml(coordinator=key.public, root_certificate="ca.pem"),
+        toml="# SITE.toml of every site, above its tables; send it with ca.pem:\n"
+        + _toml(coordinators=[key.public]),
+        own_toml="# FEDERATION.toml, above its tables:\n"
+        + _toml(coordinator_key=str(files[2].path.absolute())),
     )
     _finish(files, report, as_json)
 
@@ -168,6 +171,12 @@ def site(name: str, out: Path, domain: str | None, nominal_size: int | None, as_
         domain=domain,
         nominal_size=nominal_size,
         toml="# FEDERATION.toml, at the coordinator:\n" + "".join(fragment),
+        own_toml="# SITE.toml, with the coordinator's ca.pem beside it:\n[keys]\n"
+        + _toml(
+            root_certificate="ca.pem",
+            node=str(files[1].path.absolute()),
+            ledger=str(files[0].path.absolute()),
+        ),
     )
     _finish(files, report, as_json)
 
@@ -230,6 +239,8 @@ def _finish(files: Sequence[NewFile], report: Any, as_json: bool) -> None:
     for file in files:
         kind = "secret" if file.mode == keyfiles.PRIVATE else "public"
         click.echo(f"{kind}  {file.path}", err=True)
+    if isinstance(report, CoordinatorKeys | SiteKeys):
+        click.echo(report.own_toml, nl=False, err=True)
     click.echo(report.toml, nl=False)
 
 
@@ -247,11 +258,11 @@ def _check_name(what: str, value: str) -> None:
         ) from error
 
 
-def _toml(**values: str | int) -> str:
+def _toml(**values: str | int | list[str]) -> str:
     return "".join(f"{key} = {_literal(value)}\n" for key, value in values.items())
 
 
-def _literal(value: str | int) -> str:
+def _literal(value: str | int | list[str]) -> str:
     # JSON's strings are TOML's, but for this one character.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 

@@ -15,6 +15,7 @@ import pytest
 from bract.shared.data.heart_disease import HOSPITALS, split_files
 from bract.shared.errors import UsageError
 from bract.simulations import simulation
+from bract.simulations.engines import LocalEngine
 from bract.simulations.experiment import load
 
 Bract = Callable[..., Any]
@@ -65,7 +66,7 @@ def test_one_hospital_alone_is_a_cohort_of_one(hospitals: Path, tmp_path: Path) 
     run = begun(tmp_path / "run", hospitals, *settings)
     with run.prepared() as (_, signed):
         assert [site.name for site in signed.contract.cohort] == ["switzerland"]
-        run.run()
+        run.run(LocalEngine())
     assert (tmp_path / "run/ledgers/switzerland.sqlite").exists()
     with pytest.raises(UsageError, match="batch 100 is over the mean nominal size 82"):
         begun(tmp_path / "full", hospitals, *settings[:2])
@@ -96,7 +97,7 @@ def test_the_server_needs_public_files_alone(hospitals: Path, tmp_path: Path) ->
         with run.prepared():
             # The sites' folder is in the plan by now: this is the server's.
             changed = run.begun.model_copy(update={"data_folder": str(folder)})
-            replace(run, begun=changed).run()
+            replace(run, begun=changed).run(LocalEngine())
         results.append(json.loads((tmp_path / name / "checkpoint/result.json").read_text()))
     for result in results:
         del result["seconds"], result["heads"]

@@ -83,10 +83,16 @@ def test_reports_hold_the_public_halves_of_the_files(made: dict[str, Any], tmp_p
 
 def test_fragments_are_toml_to_paste(made: dict[str, Any], tmp_path: Path) -> None:
     site_toml = tomllib.loads(made["coordinator"]["toml"])
-    assert site_toml == {
-        "coordinator": made["coordinator"]["coordinator"],
+    assert site_toml == {"coordinators": [made["coordinator"]["coordinator"]]}
+    # A site's own half follows the coordinator's in one file.
+    site_toml = tomllib.loads(made["coordinator"]["toml"] + made["site"]["own_toml"])
+    assert site_toml["keys"] == {
         "root_certificate": "ca.pem",
+        "node": str(tmp_path / "north/node-key.pem"),
+        "ledger": str(tmp_path / "north/ledger.pem"),
     }
+    own = tomllib.loads(made["coordinator"]["own_toml"] + made["server"]["toml"])
+    assert own["coordinator_key"] == str(tmp_path / "pki/coordinator.pem")
     federation = tomllib.loads(
         "".join(made[name]["toml"] for name in ("server", "site", "auditor"))
     )
@@ -135,12 +141,13 @@ def test_the_certificates_serve_tls(made: dict[str, Any], tmp_path: Path) -> Non
 
 def test_people_get_the_fragment_on_stdout_and_the_files_on_stderr(bract: Bract) -> None:
     done = bract("keys", "coordinator", "--out", "pki")
-    assert set(tomllib.loads(done.stdout)) == {"coordinator", "root_certificate"}
-    assert done.stderr.splitlines() == [
+    assert set(tomllib.loads(done.stdout)) == {"coordinators"}
+    assert done.stderr.splitlines()[:3] == [
         "public  pki/ca.pem",
         "secret  pki/ca-key.pem",
         "secret  pki/coordinator.pem",
     ]
+    assert set(tomllib.loads("\n".join(done.stderr.splitlines()[3:]))) == {"coordinator_key"}
 
 
 def test_what_is_left_to_fill_in_is_marked_and_refused_as_it_stands(bract: Bract) -> None:
