@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,15 @@ def make(federation: Path, output: Path, as_json: bool) -> None:
     """Sign the contract that a federation file describes, with σ calibrated to its budget."""
     from bract.shared import federation as federations
 
-    if output.exists():
-        raise UsageError(
-            f"{output} exists: a contract is never overwritten; name another file, or remove it "
-            "and every site will see a new run"
-        )
+    if os.path.lexists(output):
+        raise _exists(output)
     chosen = federations.read(federation)
     signed = federations.propose(chosen)
     try:
-        output.write_bytes(signed.to_bytes())
+        with output.open("xb") as file:
+            file.write(signed.to_bytes())
+    except FileExistsError:  # made by another process since the look above
+        raise _exists(output) from None
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}") from error
     _tell(signed.contract, chosen.privacy.delta, as_json)
@@ -58,9 +60,18 @@ def show(path: Path, delta: float, as_json: bool) -> None:
     your coordinator told you.
     """
     from bract.shared import contract as contracts
+    from bract.shared.privacy.calibration import check_budget
 
+    check_budget(1.0, delta)
     signed = contracts.read(path)
     _tell(signed.verify(signed.contract.coordinator), delta, as_json)
+
+
+def _exists(output: Path) -> UsageError:
+    return UsageError(
+        f"{output} exists: a contract is never overwritten; name another file, or remove it "
+        "and every site will see a new run"
+    )
 
 
 def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
@@ -92,7 +103,7 @@ def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
 
 def _cost(shown: ContractShown, rounds: int) -> str:
     if shown.epsilon is None or shown.epsilon_rounds is None:
-        return "unbounded: this contract has no privacy"
+        return "unbounded: this contract has no privacy at this δ"
     return (
         f"ε {shown.epsilon:.3f} at δ {shown.delta:g} ({ADJACENCY}, per example) to each site if "
         f"every attempt is used; {shown.epsilon_rounds:.3f} for {rounds} rounds"
@@ -104,9 +115,8 @@ def _shown(agreed: Contract, delta: float) -> ContractShown:
 
     def epsilon(rounds: int) -> float | None:
         event = events.decode(entries.event_for(agreed))
-        if accounting.is_unbounded([event]):
-            return None
-        return accounting.epsilon([event] * rounds, delta)
+        spent = accounting.epsilon([event] * rounds, delta)
+        return spent if math.isfinite(spent) else None
 
     facts: dict[str, Any] = agreed.model_dump(mode="json")
     return ContractShown(
