@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from bract.shared import contract as contracts
-from bract.shared import keys
+from bract.shared import keys, pki
 from bract.shared.configuration import Frozen, parse, read_toml
 from bract.shared.contract import (
     Contract,
@@ -112,6 +112,15 @@ class SiteEntry(Frozen):
     domain: Name
     nominal_size: int = Field(ge=1)
 
+    @field_validator("node_key")
+    @classmethod
+    def _without_its_comment(cls, node_key: str) -> str:
+        # One key under two comments is one key; two sites with it would be one node.
+        try:
+            return pki.node_public_line(pki.node_public(node_key))
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+
 
 class AuditorEntry(Frozen):
     """One auditor, as `bract keys auditor` prints it."""
@@ -131,7 +140,7 @@ class Federation(Frozen):
     coordinator_key: str
     contract: str = "contract.json"
     rounds: int = Field(ge=1, le=1_000_000)
-    spare_attempts: int = Field(default=2, ge=0)
+    spare_attempts: int = Field(default=2, ge=0, le=1_000_000)
     minimum_cohort: int = Field(default=1, ge=1)
     init_seed: int = Field(default=0, ge=0, lt=2**63)
     server: ServerSettings
@@ -187,7 +196,6 @@ def propose(federation: Federation) -> SignedContract:
         UsageError: where no σ, q or δ would do.
     """
     key = keys.load(Path(federation.coordinator_key))
-    sizes = [site.nominal_size for site in federation.sites]
     agreed = Contract(
         run=federation.run,
         nonce=contracts.new_nonce(),
@@ -199,7 +207,7 @@ def propose(federation: Federation) -> SignedContract:
         model=federation.model,
         data=_data_terms(federation),
         training=federation.training,
-        privacy=_privacy_terms(federation, sizes),
+        privacy=_privacy_terms(federation),
         cohort=tuple(
             SiteTerms(
                 name=site.name, key=site.key, domain=site.domain, nominal_size=site.nominal_size
@@ -208,6 +216,21 @@ def propose(federation: Federation) -> SignedContract:
         ),
     )
     return contracts.sign(agreed, key)
+
+
+def sampling_rate(federation: Federation) -> float:
+    """Returns the rate q at which every site samples: the batch over the mean nominal size.
+
+    Raises:
+        UsageError: where it would be over 1.
+    """
+    sizes = [site.nominal_size for site in federation.sites]
+    batch, mean = federation.privacy.batch, sum(sizes) / len(sizes)
+    if batch > mean:
+        raise UsageError(
+            f"privacy.batch {batch:g} is over the mean nominal size {mean:g}: lower it"
+        )
+    return batch / mean
 
 
 def public_folder(federation: Federation) -> Path | None:
@@ -227,15 +250,11 @@ def _data_terms(federation: Federation) -> DataTerms:
     return dataset(settings.name).terms.model_copy(update={**changed, "public": held})
 
 
-def _privacy_terms(federation: Federation, sizes: list[int]) -> PrivacyTerms:
-    privacy, mean = federation.privacy, sum(sizes) / len(sizes)
+def _privacy_terms(federation: Federation) -> PrivacyTerms:
+    privacy = federation.privacy
     check_budget(privacy.epsilon, privacy.delta)
-    check_delta(privacy.delta, max(sizes))
-    if privacy.batch > mean:
-        raise UsageError(
-            f"privacy.batch {privacy.batch:g} is over the mean nominal size {mean:g}: lower it"
-        )
-    rate = privacy.batch / mean
+    check_delta(privacy.delta, max(site.nominal_size for site in federation.sites))
+    rate = sampling_rate(federation)
     steps = (federation.rounds + federation.spare_attempts) * federation.training.local_steps
     sigma = privacy.noise_multiplier
     if sigma is None:
