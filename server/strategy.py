@@ -159,6 +159,8 @@ class PublicFedAvg(FedAvg):
             return reply
         except RolledBack as error:
             self._refuse(self._name(node), Reason.LEDGER_ROLLED_BACK.value, str(error))
+            # Asked again, it would charge its data for an update that is never used.
+            self._retired.add(node)
         except VerificationFailed as error:
             self._refuse(self._name(node), INVALID_UPDATE, str(error))
         except Exception as error:
