@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from bract.server.strategy import INVALID_UPDATE, PublicFedAvg, from_record, to_record
 from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays, contract, keys, wire
-from bract.shared.contract import SignedContract, SiteTerms
+from bract.shared.contract import SignedContract, SiteTerms, TrainingTerms
 from bract.shared.errors import Reason
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 from bract.simulations.grid import LocalGrid
@@ -34,7 +34,9 @@ def signed(world: Any, site_keys: dict[str, keys.SigningKey]) -> SignedContract:
         SiteTerms(name=name, key=site_keys[name].public, domain="ward", nominal_size=size)
         for name, size in zip(NAMES, SIZES, strict=True)
     )
-    signed: SignedContract = world.sign(world.contract(cohort=cohort))
+    # The steps are long, so that the values here lie within what the contract can reach.
+    training = TrainingTerms(local_steps=2, learning_rate=50.0)
+    signed: SignedContract = world.sign(world.contract(cohort=cohort, training=training))
     return signed
 
 
