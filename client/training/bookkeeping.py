@@ -131,6 +131,14 @@ class BookKeepingSum:
 
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         """Adds the clipped gradients of a physical batch."""
+        try:
+            self._add_(sums, inputs, targets)
+        except BaseException:
+            self._module.clear()
+            layers.give_back(self._names)
+            raise
+
+    def _add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         total = self._loss(self._outputs(inputs), targets).sum()
         torch.autograd.grad([total], self._module.sources, allow_unused=True)
         with torch.no_grad():

@@ -14,7 +14,7 @@ docs/decisions/0003 says why the bound holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ GREATEST_CANCELLATION = 2.0**15
 UNIT_ROUNDOFF = 2.0**-53
 # What a number of a row costs to write, measure and add, in multiplications of a float64 product.
 ROW_COST = 24
+_ROOM = "_rows_of_examples"
 
 Use = tuple[Sequence[Tensor], Tensor]
 Gram = Callable[[Tensor, Tensor], Tensor]
@@ -213,7 +214,7 @@ def _formed_products(
     count, groups, places, outputs = backprops.shape
     wide = features < outputs  # a product is faster the more columns it has
     sides = (features, outputs) if wide else (outputs, features)
-    rows = backprops.new_empty(count, groups, *sides)
+    rows = _room(parameter, backprops, (count, groups, *sides))
     step = max(1, BLOCK // (groups * features * max(places, outputs)))
     norms = []
     for start in range(0, count, step):
@@ -228,6 +229,26 @@ def _formed_products(
         total += (found.transpose(1, 2) if wide else found).reshape(total.shape)
 
     return Share(parameter, torch.cat(norms), add_)
+
+
+def _room(parameter: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Returns memory for rows, kept from step to step with the parameter.
+
+    The system takes so much back, and to fault it in again costs a part of the step.
+    """
+    size = math.prod(shape)
+    kept: Tensor | None = parameter.__dict__.pop(_ROOM, None)
+    if kept is None or len(kept) < size or kept.dtype != like.dtype or kept.device != like.device:
+        kept = None  # freed before more is asked for
+        kept = like.new_empty(size)
+    parameter.__dict__[_ROOM] = kept
+    return kept[:size].view(shape)
+
+
+def give_back(parameters: Iterable[Tensor]) -> None:
+    """Frees what steps keep, as where memory is short."""
+    for parameter in parameters:
+        parameter.__dict__.pop(_ROOM, None)
 
 
 def _bias(layer: nn.Linear | nn.Conv1d | nn.Conv2d, rows: Callable[[], Tensor]) -> list[Share]:

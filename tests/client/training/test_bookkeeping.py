@@ -567,3 +567,17 @@ def test_parameter_that_nothing_reaches_is_an_error() -> None:
     model.forward = lambda x: model[0](x)
     with pytest.raises(RuntimeError, match=r"reached spare\.bias, spare\.weight"):
         BookKeepingSum(model, losses, 1.0).add_({}, torch.rand(3, 6), torch.arange(3))
+
+
+def test_memory_for_rows_is_kept_for_smaller_batches_and_given_back_after_a_failure() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 60, CLASSES))
+    sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in model.named_parameters()}
+    summer, inputs = BookKeepingSum(model, losses, 1.0), torch.rand(9, 60, 3)
+    found = []
+    for count in (4, 9, 2, 9):
+        summer.add_(sums, inputs[:count], torch.arange(count) % CLASSES)
+        found.append(layers._room(model[0].weight, inputs, (1,)).untyped_storage().data_ptr())
+    assert found[0] != found[1] == found[2] == found[3]
+    with pytest.raises(IndexError):
+        summer.add_(sums, inputs, torch.full((9,), CLASSES))
+    assert not [parameter for parameter in model.parameters() if layers._ROOM in vars(parameter)]
