@@ -181,6 +181,21 @@ def test_an_order_is_overdue_from_when_it_was_given_out_and_no_longer_when_answe
     assert orders.overdue(["order-a", "order-b"], 60.0) == ["order-b"]
 
 
+def test_order_that_is_offered_again_has_its_whole_time_again(
+    orders: Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.monotonic() + 50.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock)
+    orders.delivered(ALPHA, "order-a")
+    clock += 49.0
+    assert orders.overdue(["order-a"], 60.0) == []
+    orders.reset("order-a")
+    clock += 59.0
+    assert orders.overdue(["order-a"], 60.0) == []
+    clock += 2.0
+    assert orders.overdue(["order-a"], 60.0) == ["order-a"]
+
+
 def test_who_waits_is_woken_by_the_last_part(orders: Orders) -> None:
     session = begin(orders)
     found: list[list[str]] = []

@@ -233,7 +233,11 @@ def test_links_lead_to_the_head_from_the_witness_they_follow_alone(number: int, 
     extension = replace(
         witness.show(seen_at(number), BODIES[number + 1 :], contract=OURS), since=since
     )
-    assert (last(extension) == TRUE) == (number == other)
+    try:
+        found = last(extension)
+    except VerificationFailed:
+        found = None  # a shown body names the place where it stands
+    assert (found == TRUE) == (number == other)
 
 
 def test_a_body_that_is_no_entry_is_refused_though_its_hash_fits() -> None:
