@@ -31,8 +31,8 @@ def train(message: Message, context: Context) -> Message:
     site = _site(context)
     try:
         reply = site.train(wire.decode_order(message.content))
-    except BractError:
-        reply = wire.RefusalReply(site=site.name, round=0, reason=Reason.CONTRACT_UNTRUSTED)
+    except Exception as error:  # an order is the server's: what it makes a reader raise is refused
+        reply = _untrusted(site, error)
     content = (
         wire.encode_refusal(reply)
         if isinstance(reply, wire.RefusalReply)
@@ -50,12 +50,25 @@ def close(message: Message, context: Context) -> Message:
         site.gate.keep_witness(order.contract, order.witness)
         content = wire.encode_closed(site.name)
     except Refusal as refusal:
-        logger.warning("%s", refusal, extra={"site": site.name, "reason": refusal.reason.value})
+        logger.warning(
+            "%s",
+            refusal,
+            extra={"event": "refused", "site": site.name, "reason": refusal.reason.value},
+        )
         content = wire.encode_refusal(wire.RefusalReply(site.name, 0, refusal.reason))
-    except BractError:
-        reply = wire.RefusalReply(site=site.name, round=0, reason=Reason.CONTRACT_UNTRUSTED)
-        content = wire.encode_refusal(reply)
+    except Exception as error:
+        content = wire.encode_refusal(_untrusted(site, error))
     return Message(content, reply_to=message)
+
+
+def _untrusted(site: Site, error: Exception) -> wire.RefusalReply:
+    reason = Reason.CONTRACT_UNTRUSTED
+    logger.warning(
+        "an order that cannot be read: %s",
+        error if isinstance(error, BractError) else type(error).__name__,
+        extra={"event": "refused", "site": site.name, "reason": reason.value},
+    )
+    return wire.RefusalReply(site=site.name, round=0, reason=reason)
 
 
 def _site(context: Context) -> Site:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from bract.shared.cli import AS_JSON, print_json
-from bract.shared.errors import BractError, UsageError
+from bract.shared.cli import AS_JSON, fail_reported, print_json
+from bract.shared.errors import UsageError
 from bract.shared.reports import Recovery
 
 
@@ -84,9 +84,9 @@ def _check(site: Path, path: Path, as_json: bool) -> None:
     else:
         click.echo("\n".join(offline.lines(report)))
     if not report.accepted:
-        raise BractError(f"the gate would refuse: {report.reason}")
+        fail_reported(f"the gate would refuse: {report.reason}")
     if report.problems:
-        raise BractError(f"{len(report.problems)} problems in the data; nothing was charged")
+        fail_reported(f"{len(report.problems)} problems in the data; nothing was charged")
 
 
 def _status(site: Path, as_json: bool) -> None:

@@ -10,7 +10,7 @@ import secrets
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -32,7 +32,6 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
-    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
@@ -42,7 +41,6 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
-    inflate_object_from_contents,
     pull_objects,
     push_objects,
 )
@@ -53,14 +51,19 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from bract.shared import incarnation
-from bract.shared.errors import BractError, UsageError
+from bract.shared import flower, incarnation
+from bract.shared.errors import BractError, UsageError, VerificationFailed
+from bract.shared.flower import GrewTooLarge
 from bract.shared.incarnation import Incarnation
+from bract.shared.logs import printable
 
 logger = logging.getLogger("bract.client")
 
 HEARTBEAT_SECONDS = 10.0
+ENVELOPE_BYTES = 2**20
 FIRST_DELAY_SECONDS, GREATEST_DELAY_SECONDS = 0.2, 15.0
+# Why this site does not take an order.
+TOO_LARGE, UNREADABLE = "order-too-large", "unreadable-order"
 _UNAUTHORIZED, _CONFLICT, _NOT_ACTIVE = 401, 409, 412
 
 
@@ -69,7 +72,16 @@ class Disconnected(BractError):
 
 
 class NotTaken(BractError):
-    """The server does not take an answer: it came late, or its round is over."""
+    """The server does not take an answer (it came late), or this site does not take an order.
+
+    Args:
+        message: the line for the site's log.
+        reason: why the site refuses; None where it was the server.
+    """
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +116,7 @@ class Connection:
                 _Incarnated(incarnation.new(key)),
             ],
         )
+        _guard(self._client._client, greatest_order)
         self._node: Node | None = None
         self._stopped = threading.Event()
         self._beats: threading.Thread | None = None
@@ -121,7 +134,7 @@ class Connection:
         if self._node is not None:
             try:
                 self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
-            except (httpx.HTTPError, ValueError) as lost:
+            except (httpx.HTTPError, ValueError, BractError) as lost:
                 logger.debug("not told to the server: %s", type(lost).__name__)
 
     def open(self) -> None:
@@ -149,20 +162,21 @@ class Connection:
         response = self._call(lambda: self._client.PullMessages(PullMessagesRequest(node=node)))
         if not response.messages_list:
             return None
-        envelope = message_from_proto(response.messages_list[0])
-        tree, run = response.message_object_trees[0], envelope.metadata.run_id
+        if len(response.messages_list) != len(response.message_object_trees):
+            raise NotTaken("an order without its objects", reason=UNREADABLE)
+        run = response.messages_list[0].metadata.run_id
+        tree = response.message_object_trees[0]
         pull = _bounded(
             make_pull_object_fn_protobuf(self._client.PullObject, node, run), self._greatest
         )
-        names = [part.object_id for part in iterate_object_tree(tree)]
-        contents = self._call(lambda: pull_objects(names, pull, max_tries_per_object=3))
         try:
-            message = inflate_object_from_contents(tree.object_id, contents)
-        except (ValueError, KeyError, TypeError) as error:
-            logger.error("an order that cannot be read", extra={"event": "unreadable-order"})
-            raise NotTaken("an order that cannot be read") from error
-        if not isinstance(message, Message):
-            raise NotTaken("an order that is no message")
+            names = flower.parts(tree)
+            contents = self._call(lambda: pull_objects(names, pull, max_tries_per_object=3))
+            message = flower.inflate(tree.object_id, contents, greatest=self._greatest)
+        except GrewTooLarge as error:
+            raise NotTaken(f"more than this site takes: {error}", reason=TOO_LARGE) from None
+        except VerificationFailed as error:
+            raise NotTaken(str(error), reason=UNREADABLE) from None
         message.metadata.__dict__["_message_id"] = tree.object_id
         TaskIdentity.run_id = run
         TaskIdentity.task_id = 1
@@ -203,6 +217,10 @@ class Connection:
             raise _unreachable(error, self._address) from None
         except (ObjectPullError, ObjectPushError) as error:
             raise NotTaken("the server dropped it on the way") from error
+        except GrewTooLarge as error:
+            raise NotTaken(f"more than this site takes: {error}", reason=TOO_LARGE) from None
+        except ValueError as error:  # no protobuf, or none that Flower's client can read
+            raise NotTaken("an answer that cannot be read", reason=UNREADABLE) from error
 
     def _known(self) -> Node:
         if self._node is None:
@@ -215,7 +233,7 @@ class Connection:
                 self._client.SendNodeHeartbeat(
                     SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_SECONDS)
                 )
-            except (httpx.HTTPError, ValueError):
+            except (httpx.HTTPError, ValueError, BractError):
                 continue  # the main loop meets the same fault, and decides
 
 
@@ -246,6 +264,41 @@ class _Incarnated:
         return call_next(context)
 
 
+def _guard(client: httpx.Client, greatest: int) -> None:
+    """Holds a client to its one server, and to answers of a bounded size.
+
+    A server that could redirect would have this site post to any address that the site can reach.
+    httpx itself reads a body of any length, and unpacks what calls itself compressed.
+    """
+    client.follow_redirects = False
+    client.headers["accept-encoding"] = "identity"
+    client.event_hooks = {"response": [lambda response: _bound(response, greatest)]}
+
+
+def _bound(response: httpx.Response, greatest: int) -> None:
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise httpx.RemoteProtocolError("an answer that is compressed, unasked")
+    assert isinstance(response.stream, httpx.SyncByteStream)  # noqa: S101  a client that waits
+    response.stream = _Counted(response.stream, greatest + ENVELOPE_BYTES)
+
+
+class _Counted(httpx.SyncByteStream):
+    """An answer's bytes, up to a bound."""
+
+    def __init__(self, stream: httpx.SyncByteStream, left: int) -> None:
+        self._stream, self._left = stream, left
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._stream:
+            self._left -= len(piece)
+            if self._left < 0:
+                raise GrewTooLarge("an answer of the server has no end")
+            yield piece
+
+    def close(self) -> None:
+        self._stream.close()
+
+
 def _root(path: Path) -> bytes:
     try:
         text = path.read_bytes()
@@ -267,7 +320,7 @@ def _bounded(pull: Callable[[str], bytes], greatest: int) -> Callable[[str], byt
         with lock:
             left -= len(content)
             if left < 0:
-                raise ObjectPullError(object_id, "the order is larger than this site takes")
+                raise GrewTooLarge(f"over {greatest} bytes")
         return content
 
     return fetch
@@ -292,7 +345,7 @@ def _explained(response: httpx.Response) -> BractError:
 
 def _detail(response: httpx.Response) -> str:
     try:
-        return str(response.json().get("detail", ""))[:100]
+        return printable(str(response.json().get("detail", ""))[:100])
     except (ValueError, AttributeError):
         return ""
 

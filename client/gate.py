@@ -14,7 +14,8 @@ from typing import Any
 from bract.client.holdings import Holdings
 from bract.client.training.randomness import Kind
 from bract.client.updates import UpdateStore
-from bract.shared import arrays, versions
+from bract.shared import arrays, canonical, versions
+from bract.shared.configuration import parse
 from bract.shared.contract import ADJACENCY, Contract, SignedContract, SiteTerms
 from bract.shared.data import Examples
 from bract.shared.errors import (
@@ -100,16 +101,24 @@ class Gate:
 
         Its ceiling is the worst case: the gate kept every charge, the lost ones too, within it.
 
+        Args:
+            domain: whose ledger lost entries.
+            lost: the newest entry that is known to be gone, where a head file knew it.
+
         Raises:
-            UsageError: where the domain was recovered before.
+            UsageError: where the domain was recovered before and nothing was lost since.
         """
         with self.ledger.transaction() as transaction:
             chain = self._chain(transaction, domain)
-            if chain.recovered is not None:
-                raise UsageError(f"domain {domain!r} is closed already: its ε counts as spent")
-            spent = accounting.epsilon(chain.events, self.policy.domains[domain].delta)
-            ceiling = max(self.policy.domains[domain].epsilon, spent)
+            closed = accounting.lost(chain.events)
+            if closed is not None:
+                held = lost and transaction.hash_at(chain.site, domain, lost.sequence)
+                if lost is None or held == lost.hash:
+                    raise UsageError(f"domain {domain!r} is closed already: its ε counts as spent")
+                return closed  # killed before the head file could say so
             transaction.keep("policy", self.policy.sha256, self.policy.to_bytes())
+            allowed = budget.worst_case(chain, self._policies(transaction, chain))
+            ceiling = max(allowed, self.policy.domains[domain].epsilon)
             body = Recovered(
                 **self._common(chain, 0),
                 kind="recovered",
@@ -124,14 +133,18 @@ class Gate:
         """Stores the last witness of a run.
 
         Raises:
-            Refusal: where contract or witness is not trusted, or what was seen is not in the chain.
+            Refusal: where contract or witness is not trusted, the contract charged nothing here,
+                or what was seen is not in the chain.
         """
         terms = self._trusted(signed)
         self._check_witness(signed.contract, terms, seen)
         try:
             with self.ledger.transaction() as transaction:
-                self._chain(transaction, terms.domain)
+                chain = self._chain(transaction, terms.domain)
                 transaction.keep_witness(seen)
+                if not chain.attempts[signed.contract.sha256]:
+                    # An auditor refuses a witness whose key no contract in the ledger names.
+                    raise Refusal(Reason.WITNESS_INVALID, "of a contract that charged nothing")
         except RolledBack as error:
             raise Refusal(Reason.LEDGER_ROLLED_BACK, str(error)) from error
         except (LedgerError, VerificationFailed) as error:
@@ -276,6 +289,16 @@ class Gate:
         if fault:
             raise LedgerError(fault)
         return chain
+
+    def _policies(self, transaction: Transaction, chain: Chain) -> dict[str, Policy]:
+        """Returns the policies that the entries of a chain name, and the one in force."""
+        found = {self.policy.sha256: self.policy}
+        for sha256 in chain.policies:
+            text = transaction.document("policy", sha256)
+            if text is None:
+                raise LedgerError(f"the policy {sha256} that entries name is missing")
+            found.setdefault(sha256, parse(Policy, canonical.decode(text), source="policy"))
+        return found
 
     def _stored(
         self, transaction: Transaction, chain: Chain, contract: Contract, round_number: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Protocol
 
 from bract.client.settings import DataRoot
 from bract.shared import canonical
+from bract.shared.configuration import parse
 from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, check_part, dataset, load_part
+from bract.shared.data.shares import may_meet
 from bract.shared.errors import BractError, Reason, Refusal, UsageError
 from bract.shared.policy import Policy
 
@@ -78,42 +79,73 @@ def bind(roots: Mapping[str, DataRoot], policy: Policy, path: Path) -> None:
         path: the record of earlier bindings; made where it is missing.
 
     Raises:
+        UsageError: as `bindings` raises it.
+    """
+    bound = bindings(roots, policy, path)
+    if bound != _recorded(path):
+        facts = {domain: root.model_dump() for domain, root in bound.items()}
+        canonical.write_atomically(path, canonical.encode(facts), mode=0o600)
+
+
+def bindings(roots: Mapping[str, DataRoot], policy: Policy, path: Path) -> dict[str, DataRoot]:
+    """Returns which data each domain counts, earlier domains included; nothing is written.
+
+    Raises:
         UsageError: where a domain's data moved, or data that a domain counts are offered under
             another domain that does not share its budget.
     """
-    earlier: dict[str, str] = json.loads(path.read_bytes()) if path.exists() else {}
+    earlier = _recorded(path)
     now = {domain: _canonical(root) for domain, root in roots.items()}
-    for domain, where in now.items():
-        if earlier.get(domain, where) != where:
+    for domain, root in now.items():
+        if earlier.get(domain, root) != root:
             raise UsageError(
-                f"domain {domain!r} counted {earlier[domain]} and now names {where}: data that "
-                "moved keep their domain under their old path, other data need another domain"
+                f"domain {domain!r} counted {_shown(earlier[domain])} and now names "
+                f"{_shown(root)}: data that moved keep their domain under their old path, other "
+                "data need another domain"
             )
     bound = {**earlier, **now}
     for domain in now:
-        for other, where in bound.items():
+        for other, root in bound.items():
             shared = other in policy.domains and other in policy.charged_domains(domain)
-            if other != domain and not shared and _meet(now[domain], where):
+            if other != domain and not shared and _meet(now[domain], root):
                 raise UsageError(
-                    f"domains {domain!r} and {other!r} count the same data ({where}): keep one, or "
-                    f"declare overlaps = [{other!r}], so that one use is charged to both"
+                    f"domains {domain!r} and {other!r} count the same data ({_shown(root)}): keep "
+                    f"one, or declare overlaps = [{other!r}], so that one use is charged to both"
                 )
-    if bound != earlier:
-        canonical.write_atomically(path, canonical.encode(bound), mode=0o600)
+    return bound
 
 
-def _canonical(root: DataRoot) -> str:
-    folder = str(Path(root.folder).resolve()) if root.folder else root.name
-    return f"{folder}#{root.part}"
+def _recorded(path: Path) -> dict[str, DataRoot]:
+    try:
+        facts = canonical.decode(path.read_bytes()) if path.exists() else {}
+        return {domain: parse(DataRoot, root, source=str(path)) for domain, root in facts.items()}
+    except (OSError, AttributeError, BractError) as error:
+        raise UsageError(
+            f"{path} is no readable record of which data each domain counts: put it back from its "
+            "backup; without it a renamed domain would be a new budget"
+        ) from error
 
 
-def _meet(one: str, other: str) -> bool:
+def _canonical(root: DataRoot) -> DataRoot:
+    # A folder says nothing of data that ship with a library: they are the same under any.
+    if root.folder is None or dataset(root.name).embedded:
+        return root.model_copy(update={"folder": None})
+    return root.model_copy(update={"folder": str(Path(root.folder).resolve())})
+
+
+def _meet(one: DataRoot, other: DataRoot) -> bool:
     """Returns whether two roots may hold the same examples: one folder within the other."""
-    (folder, _, part), (second, _, other_part) = one.rpartition("#"), other.rpartition("#")
-    if folder == second:
-        return part == other_part
-    paths = Path(folder), Path(second)
+    if one.folder is None or other.folder is None:
+        # Data that are found by their name may lie in any folder that another domain names.
+        return one.name == other.name and may_meet(one.part, other.part)
+    if one.folder == other.folder and one.name == other.name:
+        return may_meet(one.part, other.part)
+    paths = Path(one.folder), Path(other.folder)
     return paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
+
+
+def _shown(root: DataRoot) -> str:
+    return f"{root.folder or root.name}, part {root.part}"
 
 
 @lru_cache(maxsize=4)

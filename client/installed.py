@@ -23,7 +23,6 @@ from bract.client.training.trainer import Execution
 from bract.client.updates import UpdateStore
 from bract.shared import keys
 from bract.shared.errors import BractError, UnknownName, UsageError
-from bract.shared.privacy import verification
 from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.ledger import Ledger
 
@@ -41,6 +40,11 @@ class SiteState:
     def ledger(self) -> Path:
         """The ledger."""
         return self.folder / "ledger.sqlite"
+
+    @property
+    def bindings(self) -> Path:
+        """Which data each domain counts, fixed when it was first opened."""
+        return self.folder / "domains.json"
 
     @property
     def status(self) -> Path:
@@ -70,7 +74,7 @@ def opened(path: str) -> Site:
         BractError: where another process uses the state.
     """
     chosen = settings.read(Path(path))
-    gate = _gate(chosen, _head_file(chosen))
+    gate = _gate(chosen, head_file_of(chosen))
     gate.check_ledger()
     return Site(
         name=chosen.site,
@@ -90,27 +94,30 @@ def recover(path: str, domain: str) -> float:
     chosen = settings.read(Path(path))
     if domain not in chosen.domains:
         raise UnknownName("domain", domain, chosen.domains)
-    head_file = _head_file(chosen)
+    head_file = head_file_of(chosen)
     seen = head_file.read() if head_file else {}
     # The ledger as it was put back, not held against the heads that it lost.
-    spent = _gate(chosen, None).recover(domain, seen.get((chosen.site, domain)))
-    if head_file is not None:
-        public = keys.load(Path(chosen.keys.ledger)).public
-        found = verification.verify(
-            SiteState(Path(chosen.state)).ledger, site_keys={chosen.site: public}, anchors={}
-        )
-        now = {(c.site, c.domain): c.head for c in (one.chain for one in found) if c.head}
-        head_file.write({**seen, (chosen.site, domain): now[chosen.site, domain]})
+    gate = _gate(chosen, None)
+    spent = gate.recover(domain, seen.get((chosen.site, domain)))
+    with gate.ledger.transaction() as transaction:
+        head = transaction.chain(chosen.site, domain, key=gate.key.public).head
+    if head_file is not None and head is not None:
+        head_file.write({**seen, (chosen.site, domain): head})
     return spent
 
 
 def _gate(chosen: SiteSettings, head_file: HeadFile | None) -> Gate:
     state = SiteState(Path(chosen.state))
-    state.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        state.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make the folder {state.folder}: {error.strerror}; correct state"
+        ) from error
     lock(state)
     roots = {name: domain.data for name, domain in chosen.domains.items()}
     policy = chosen.policy()
-    holdings.bind(roots, policy, state.folder / "domains.json")
+    holdings.bind(roots, policy, state.bindings)
     return Gate(
         policy=policy,
         key=keys.load(Path(chosen.keys.ledger)),
@@ -122,7 +129,8 @@ def _gate(chosen: SiteSettings, head_file: HeadFile | None) -> Gate:
     )
 
 
-def _head_file(chosen: SiteSettings) -> HeadFile | None:
+def head_file_of(chosen: SiteSettings) -> HeadFile | None:
+    """Returns the file that keeps the heads apart from the ledger, where the site has one."""
     return HeadFile(Path(chosen.head_file)) if chosen.head_file else None
 
 
@@ -132,7 +140,10 @@ def lock(state: SiteState) -> None:
     Raises:
         BractError: where another process holds it.
     """
-    descriptor = os.open(state.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        descriptor = os.open(state.lock, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise UsageError(f"cannot write {state.lock}: {error.strerror}; correct state") from error
     deadline = time.monotonic() + LOCK_SECONDS
     while not try_lock(descriptor):
         if time.monotonic() > deadline:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
-from bract.client import settings
+from bract.client import holdings, settings
 from bract.client.holdings import Roots
-from bract.client.installed import SiteState, try_lock
+from bract.client.installed import SiteState, head_file_of, try_lock
 from bract.client.settings import SiteSettings
 from bract.shared import contract as contracts
 from bract.shared import keys
-from bract.shared.errors import Refusal, VerificationFailed
+from bract.shared.contract import Contract
+from bract.shared.errors import Refusal, RolledBack, VerificationFailed
 from bract.shared.policy import check as check_policy
-from bract.shared.privacy import accounting, budget, verification
+from bract.shared.privacy import accounting, budget, entries, events, ledger, verification
 from bract.shared.privacy.chain import Chain
-from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.reports import ContractCheck, DomainStatus, SiteStatus
 
 
@@ -31,8 +32,10 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
     """
     chosen = settings.read(path)
     signed = contracts.read(contract_path)
-    agreed = signed.contract
-    roots = Roots({name: domain.data for name, domain in chosen.domains.items()})
+    agreed, policy = signed.contract, chosen.policy()
+    data = {name: domain.data for name, domain in chosen.domains.items()}
+    roots = Roots(data)
+    holdings.bindings(data, policy, SiteState(Path(chosen.state)).bindings)
     reason: str | None = None
     problems: list[str] = []
     before = after = None
@@ -40,20 +43,19 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
         if agreed.coordinator not in chosen.coordinators:
             raise VerificationFailed("the coordinator's key is not in the policy")
         signed.verify(agreed.coordinator)
-        terms = check_policy(chosen.policy(), agreed)
+        terms = check_policy(policy, agreed)
         if terms.key != keys.load(Path(chosen.keys.ledger)).public:
             raise VerificationFailed("the contract lists another ledger key for this site")
         roots.check(terms.domain, agreed.data)
-        limits = chosen.domains[terms.domain]
-        chain = _chains(chosen).get(terms.domain) or _new_chain(chosen, terms.domain)
-        before = accounting.epsilon(chain.events, limits.delta)
-        ahead = PoissonGaussian(
-            agreed.privacy.sampling_rate,
-            agreed.privacy.noise_multiplier,
-            agreed.training.local_steps * agreed.max_attempts,
-        )
-        after = accounting.epsilon([*chain.events, ahead], limits.delta)
-        budget.check_room(chain, agreed, chosen.policy().domains[terms.domain])
+        chains = _chains(chosen)
+        chain = chains.get(terms.domain) or _new_chain(chosen, terms.domain)
+        before, after = _cost(chain, agreed, chosen.domains[terms.domain].delta)
+        for domain in policy.charged_domains(terms.domain):
+            held = chains.get(domain) or _new_chain(chosen, domain)
+            fault = budget.genesis_fault(held, policy)
+            if fault:
+                raise VerificationFailed(fault)
+            budget.check_room(held, agreed, policy.domains[domain])
         problems = roots.problems(terms.domain, terms.nominal_size)
     except (Refusal, VerificationFailed) as refusal:
         reason = str(refusal)
@@ -65,6 +67,15 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
         epsilon_before=before,
         epsilon_after=after,
     )
+
+
+def _cost(chain: Chain, agreed: Contract, delta: float) -> tuple[float | None, float | None]:
+    """Returns ε now, and after every attempt of a contract that is not charged yet."""
+    left = agreed.max_attempts - chain.attempts[agreed.sha256]
+    ahead = [events.decode(entries.event_for(agreed))] * max(left, 0)
+    costs = [accounting.epsilon([*chain.events, *more], delta) for more in ([], ahead)]
+    before, after = (cost if math.isfinite(cost) else None for cost in costs)
+    return before, after
 
 
 def lines(report: ContractCheck) -> list[str]:
@@ -97,7 +108,9 @@ def status(path: Path) -> SiteStatus:
         round=said.get("round"),
         since=said.get("since"),
         domains={
-            name: _domain_status(chains.get(name), domain.epsilon, domain.delta)
+            name: _domain_status(
+                chains.get(name) or _new_chain(chosen, name), domain.epsilon, domain.delta
+            )
             for name, domain in chosen.domains.items()
         },
     )
@@ -118,24 +131,37 @@ def _number(value: float | None) -> str:
     return "unbounded" if value is None else f"{value:.3f}"
 
 
-def _domain_status(chain: Chain | None, limit: float, delta: float) -> DomainStatus:
-    spent = accounting.epsilon(chain.events, delta) if chain else 0.0
-    unbounded = chain is not None and accounting.is_unbounded(chain.events)
+def _domain_status(chain: Chain, limit: float, delta: float) -> DomainStatus:
+    spent = accounting.epsilon(chain.events, delta)
+    left = 0.0 if chain.recovered is not None else max(limit - spent, 0.0)
+    bounded = math.isfinite(spent)
     return DomainStatus(
-        epsilon=None if unbounded else spent,
+        epsilon=spent if bounded else None,
         limit=limit,
-        left=None if unbounded else max(limit - spent, 0.0),
+        left=left if bounded else None,
         delta=delta,
-        charges=sum(chain.attempts.values()) if chain else 0,
+        charges=sum(chain.attempts.values()),
     )
 
 
 def _chains(chosen: SiteSettings) -> dict[str, Chain]:
-    path = SiteState(Path(chosen.state)).ledger
-    if not path.exists():
+    """Returns the chains of the site's ledger, none where nothing was ever charged.
+
+    Raises:
+        VerificationFailed: where the ledger does not hold, or lacks what the head file saw.
+    """
+    path, head_file = SiteState(Path(chosen.state)).ledger, head_file_of(chosen)
+    seen = head_file.read() if head_file else {}
+    # A site that was started and has not trained has a ledger without entries.
+    if not path.exists() or not ledger.contents(path).rows:
+        if any(site == chosen.site for site, _ in seen):
+            raise RolledBack(
+                f"{path} lacks entries that {chosen.head_file} saw: restore the newest copy, or "
+                "close the domain with --recover"
+            )
         return {}
     public = keys.load(Path(chosen.keys.ledger)).public
-    found = verification.verify(path, site_keys={chosen.site: public}, anchors={})
+    found = verification.verify(path, site_keys={chosen.site: public}, anchors=seen)
     return {one.chain.domain: one.chain for one in found}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -85,8 +86,18 @@ class Answers:
         self._client, self._context, self.patience = client, context, patience
 
     def to(self, message: Message) -> Message:
-        """Returns the answer to an order."""
-        return self._client(message, self._context)
+        """Returns the answer to an order.
+
+        Raises:
+            NotTaken: for a message of a kind that no site answers.
+        """
+        try:
+            return self._client(message, self._context)
+        except Exception as error:
+            # The app answers every order it can read; what it cannot is the server's doing.
+            raise NotTaken(
+                f"a message that is no order ({type(error).__name__})", reason="unreadable-order"
+            ) from error
 
 
 class Journal:
@@ -96,12 +107,13 @@ class Journal:
         self._path, self._site, self._round, self._since = state.status, site, None, time.time()
 
     def write(self, doing: str, round_number: str | None = None) -> None:
-        """Replaces the status file."""
+        """Replaces the status file; `round_number` is the server's word, and need not be one."""
+        known = round_number is not None and re.fullmatch(r"[0-9]{1,7}|close", round_number)
         facts: dict[str, Any] = {
             "site": self._site,
             "pid": os.getpid(),
             "doing": doing,
-            "round": round_number,
+            "round": round_number if known else None,
             "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         try:
@@ -135,7 +147,8 @@ def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
         except NotTaken as error:
             # The bytes are stored: asked again for the same round, the gate sends them again.
             unsent = None
-            logger.warning("%s", error, extra={"event": "not-taken"})
+            event = "not-taken" if error.reason is None else "refused"
+            logger.warning("%s", error, extra={"event": event, "reason": error.reason})
             back_off.wait()
         except Disconnected as error:
             answers.patience.training = False

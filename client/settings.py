@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from bract.client.training import devices
-from bract.shared.configuration import Frozen, parse, read_toml
+from bract.shared.configuration import Frozen, first_fault, parse, read_toml
 from bract.shared.contract import Hex32, Name
+from bract.shared.data import dataset
+from bract.shared.errors import UnknownName
 from bract.shared.policy import DomainPolicy, Filter, Menu, Policy
 
 
@@ -27,6 +29,15 @@ class DataRoot(Frozen):
     name: str
     part: str
     folder: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        try:
+            dataset(name)
+        except UnknownName as error:
+            raise ValueError(str(error)) from error
+        return name
 
 
 class Domain(Frozen):
@@ -65,7 +76,10 @@ class SiteSettings(Frozen):
 
     @model_validator(mode="after")
     def _policy_holds(self) -> SiteSettings:
-        self.policy()
+        try:
+            self.policy()
+        except ValidationError as error:
+            raise ValueError(first_fault(error)) from error
         return self
 
     def policy(self) -> Policy:

@@ -1,6 +1,6 @@
 """A round's state on disk, so that a killed coordinator goes on where it was.
 
-One safetensors file for the arrays and one JSON file that names it; the JSON is replaced last and
+Two safetensors files, and one JSON file that names them by content; the JSON is replaced last and
 at once, so a kill leaves the state of one whole round or of the next.
 """
 
@@ -11,12 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bract.shared import arrays as named
-from bract.shared import canonical
+from bract.shared import arrays, canonical
 from bract.shared.arrays import Array
 from bract.shared.errors import VerificationFailed
-
-_WEIGHTS, _VELOCITY = "weights/", "velocity/"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,13 +39,16 @@ class RoundState:
 def save(state: RoundState, folder: Path) -> None:
     """Writes a state; earlier arrays are removed once nothing names them."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {f"{_WEIGHTS}{name}": value for name, value in state.weights.items()}
-    arrays |= {f"{_VELOCITY}{name}": value for name, value in state.velocity.items()}
-    name = f"arrays-{state.round:06d}-{state.attempts:06d}.safetensors"
-    canonical.write_atomically(folder / name, named.to_bytes(arrays))
+    stem = f"{state.round:06d}-{state.attempts:06d}.safetensors"
+    files = {"weights": f"weights-{stem}", "velocity": f"velocity-{stem}"}
+    arrays.save(state.weights, folder / files["weights"])
+    arrays.save(state.velocity, folder / files["velocity"])
     facts = {
-        "arrays": name,
-        "arrays_sha256": named.digest(arrays),
+        "files": files,
+        "sha256": {
+            "weights": arrays.digest(state.weights),
+            "velocity": arrays.digest(state.velocity),
+        },
         "contract": state.contract,
         "round": state.round,
         "attempts": state.attempts,
@@ -58,8 +58,8 @@ def save(state: RoundState, folder: Path) -> None:
         "metrics": state.metrics,
     }
     canonical.write_atomically(folder / "state.json", canonical.encode(facts))
-    for old in folder.glob("arrays-*.safetensors"):
-        if old.name != name:
+    for old in folder.glob("*.safetensors"):
+        if old.name not in files.values():
             old.unlink(missing_ok=True)
 
 
@@ -75,13 +75,10 @@ def load(folder: Path, contract: str) -> RoundState | None:
     facts = canonical.decode(path.read_bytes())
     if facts["contract"] != contract:
         raise VerificationFailed(f"{path} is the checkpoint of another contract")
-    arrays = named.from_bytes((folder / facts["arrays"]).read_bytes())
-    if named.digest(arrays) != facts["arrays_sha256"]:
-        raise VerificationFailed(f"{folder / facts['arrays']} is damaged")
     return RoundState(
         contract=contract,
-        weights=_under(_WEIGHTS, arrays),
-        velocity=_under(_VELOCITY, arrays),
+        weights=_load(folder, facts, "weights"),
+        velocity=_load(folder, facts, "velocity"),
         round=facts["round"],
         attempts=facts["attempts"],
         seconds=facts["seconds"],
@@ -91,9 +88,9 @@ def load(folder: Path, contract: str) -> RoundState | None:
     )
 
 
-def _under(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in arrays.items()
-        if name.startswith(prefix)
-    }
+def _load(folder: Path, facts: Mapping[str, Any], name: str) -> dict[str, Array]:
+    path = folder / facts["files"][name]
+    found = arrays.from_bytes(path.read_bytes())
+    if arrays.digest(found) != facts["sha256"][name]:
+        raise VerificationFailed(f"{path} is damaged")
+    return found

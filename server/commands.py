@@ -41,9 +41,9 @@ def _serve(federation: Path, log_format: str, as_json: bool) -> None:
     logs.begin("json" if log_format == "json" else "text")
     signal.signal(signal.SIGTERM, _interrupt)
     summary = service.serve(federation)
-    if as_json:
+    if as_json and summary.rounds:
         print_json(summary.model_dump(mode="json"))
-    else:
+    elif not as_json:
         click.echo(
             f"{summary.rounds} rounds, test accuracy {summary.test_accuracy:.4f}, ε of this run at "
             f"most {summary.epsilon_run} at δ {summary.delta:g}: {summary.out}"

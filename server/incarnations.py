@@ -16,23 +16,23 @@ class Incarnations:
 
     def __init__(self) -> None:
         self._current: dict[int, str] = {}
-        self._superseded: set[str] = set()
+        self._superseded: set[tuple[int, str]] = set()
         self._lock = threading.Lock()
 
     def activate(self, node: int, incarnation: str) -> None:
         """Makes a process the one that speaks for a node."""
         with self._lock:
-            if incarnation in self._superseded:
+            if (node, incarnation) in self._superseded:
                 raise Refused(Fault.SUPERSEDED)
             before = self._current.get(node)
             if before not in (None, incarnation):
-                self._superseded.add(str(before))
+                self._superseded.add((node, str(before)))
             self._current[node] = incarnation
 
     def check(self, node: int, incarnation: str) -> None:
         """Returns where a request comes from the process that was activated last."""
         with self._lock:
-            if incarnation in self._superseded:
+            if (node, incarnation) in self._superseded:
                 raise Refused(Fault.SUPERSEDED)
             if self._current.get(node) != incarnation:
                 raise Refused(Fault.NOT_ACTIVE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import threading
 import time
 from collections.abc import Iterable
@@ -13,6 +15,8 @@ class Fault(StrEnum):
     """Why the coordinator refuses a request; the words that its log and its answer carry."""
 
     UNREGISTERED_KEY = "unregistered-key"
+    UNSIGNED = "unsigned-request"
+    NO_SUCH_ROUTE = "no-such-route"
     BAD_REQUEST = "bad-request"
     TOO_LARGE = "too-large"
     SUPERSEDED = "superseded"
@@ -21,6 +25,8 @@ class Fault(StrEnum):
     NO_SUCH_ORDER = "no-such-order"
     ALREADY_ANSWERED = "already-answered"
     NOT_YOUR_OBJECT = "not-your-object"
+    UNREADABLE = "unreadable-answer"
+    SERVER_FAILED = "server-failed"
 
 
 class Refused(Exception):
@@ -35,7 +41,9 @@ class Refused(Exception):
 class Order:
     """One message to one node, and how far its answer has come.
 
-    `objects` is what the node may fetch for it; `awaited` is what its answer still lacks.
+    `objects` is what the node may fetch for it; `awaited` is what its answer still lacks, and
+    `contents` is what it has. An answer's objects stay here, apart from every other site's: in a
+    common store one site's tree could name, hold back or delete another's.
     """
 
     node: int
@@ -45,6 +53,7 @@ class Order:
     reply: str | None = None
     session: str | None = None
     awaited: set[str] = field(default_factory=set)
+    contents: dict[str, bytes] = field(default_factory=dict)
     received: int = 0
 
     @property
@@ -61,7 +70,7 @@ class Orders:
     """
 
     def __init__(self, greatest_reply: int) -> None:
-        self._greatest = greatest_reply
+        self.greatest_reply = greatest_reply
         self._orders: dict[str, Order] = {}
         self._changed = threading.Condition()
 
@@ -98,53 +107,57 @@ class Orders:
             ):
                 raise Refused(Fault.NOT_YOUR_OBJECT)
 
-    def check_answer(self, node: int, message: str) -> None:
-        """Returns where a node may begin, or begin again, to answer an order.
+    def begin_answer(self, node: int, message: str, *, reply: str, parts: Iterable[str]) -> str:
+        """Returns the session of an answer that begins, or begins again, and forgets its half.
+
+        Args:
+            node: who answers.
+            message: the order.
+            reply: the answer's own object.
+            parts: all objects of the answer, itself among them.
 
         Raises:
             Refused: for an order of another node, one that is closed (a late answer), or one whose
                 answer is whole.
         """
         with self._changed:
-            if self._order(node, message).answered:
-                raise Refused(Fault.ALREADY_ANSWERED)
-
-    def begin_answer(
-        self, node: int, message: str, *, reply: str, session: str, awaited: Iterable[str]
-    ) -> None:
-        """Notes which objects an answer still needs."""
-        with self._changed:
             order = self._order(node, message)
-            order.reply, order.session, order.awaited = reply, session, set(awaited)
-            order.received = 0
-            self._changed.notify_all()
+            if order.answered:
+                raise Refused(Fault.ALREADY_ANSWERED)
+            order.reply, order.session = reply, secrets.token_hex(16)
+            order.awaited, order.contents, order.received = set(parts), {}, 0
+            return order.session
 
-    def check_upload(self, node: int, session: str, object_id: str, size: int) -> None:
-        """Returns where an object is awaited from this node and its answer stays within bounds."""
+    def upload(self, node: int, session: str, object_id: str, content: bytes) -> None:
+        """Keeps an object that an answer of this node awaits.
+
+        Raises:
+            Refused: for any other object, or where the answer grows too large.
+        """
+        named = hashlib.sha256(content).hexdigest() == object_id
         with self._changed:
             order = self._uploading(node, session)
             if order is None or object_id not in order.awaited:
                 raise Refused(Fault.NOT_YOUR_OBJECT)
-            if order.received + size > self._greatest:
+            if not named:
+                raise Refused(Fault.BAD_REQUEST)
+            if order.received + len(content) > self.greatest_reply:
                 raise Refused(Fault.TOO_LARGE)
-            order.received += size
+            order.received += len(content)
+            order.contents[object_id] = content
+            order.awaited.discard(object_id)
+            if order.answered:
+                self._changed.notify_all()
 
-    def uploaded(self, node: int, session: str, object_id: str) -> None:
-        """Notes that an awaited object is here."""
+    def reset(self, message: str) -> bool:
+        """Returns whether an order is still open and unanswered; its half answer is forgotten."""
         with self._changed:
-            order = self._uploading(node, session)
-            if order is not None:
-                order.awaited.discard(object_id)
-                if order.answered:
-                    self._changed.notify_all()
-
-    def reset(self, message: str) -> str | None:
-        """Forgets a half-given answer and returns its id: the order is offered again."""
-        with self._changed:
-            order = self._orders[message]
-            half, order.reply, order.session, order.delivered = order.reply, None, None, None
-            order.awaited, order.received = set(), 0
-            return half
+            order = self._orders.get(message)
+            if order is None or order.answered:
+                return False
+            # Offered anew, it has its whole time again.
+            self._orders[message] = Order(order.node, order.objects, sent=time.monotonic())
+            return True
 
     def close(self, message: str) -> Order | None:
         """Removes an order; what comes for it afterwards is late and refused."""

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from bract.server import checkpoint
 from bract.server.checkpoint import RoundState
 from bract.server.evaluation import Evaluator
-from bract.server.strategy import PublicFedAvg, from_record, to_record
-from bract.shared import canonical
+from bract.server.strategy import PublicFedAvg
+from bract.shared import canonical, wire
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract
 from bract.shared.data import Examples
@@ -104,13 +104,13 @@ class RoundLoop:
         if not self._wait_for_sites(grid):
             return None
         self.strategy.desk.remember(state.heads)  # what is saved, and nothing newer
-        messages = self.strategy.configure_train(
-            number, to_record(state.weights), ConfigRecord(), grid
-        )
+        messages = self.strategy.orders(number, wire.pack(state.weights), grid)
         if not messages:
             return None
-        replies = grid.send_and_receive(messages, timeout=self.patience.round_seconds)
-        average, _ = self.strategy.aggregate_train(number, replies)
+        # Handed over one by one, so that no copy of the weights waits here for the answers.
+        replies = grid.send_and_receive(_drained(messages), timeout=self.patience.round_seconds)
+        average = self.strategy.average(number, replies)
+        del replies
         if len(self.strategy.replied) < self.patience.minimum_cohort:
             average = None  # void: a mean over too few would say too much of each
         refused = tuple(
@@ -119,7 +119,7 @@ class RoundLoop:
         )
         state = replace(state, attempts=state.attempts + 1, refused=(*state.refused, *refused))
         if average is not None:
-            state = self._completed(state, from_record(average))
+            state = self._completed(state, average)
         state = replace(state, seconds=state.seconds + time.monotonic() - started)
         checkpoint.save(state, self.out / "checkpoint")
         if average is not None:
@@ -160,11 +160,11 @@ class RoundLoop:
         weights, velocity = self._step(state, average)
         score = self.evaluator.score(weights, self.validation)
         heads = dict(state.heads)
-        for name, reply in self.strategy.replied.items():
+        for name, receipt in self.strategy.replied.items():
             heads[name] = {
-                "domain": reply.receipt.head_domain,
-                "sequence": reply.receipt.head_sequence,
-                "hash": reply.receipt.head_hash,
+                "domain": receipt.head_domain,
+                "sequence": receipt.head_sequence,
+                "hash": receipt.head_hash,
             }
         line = {
             "round": state.round + 1,
@@ -215,6 +215,11 @@ class RoundLoop:
             "completed" if completed else "void",
             extra={"event": "round", "completed": completed, "line": line},
         )
+
+
+def _drained(messages: list[Message]) -> Iterator[Message]:
+    while messages:
+        yield messages.pop(0)
 
 
 def initial_state(contract: Contract, weights: Arrays) -> RoundState:

@@ -13,7 +13,7 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 
-from bract.server import checkpoint
+from bract.server import checkpoint, memory
 from bract.server.app import app
 from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
@@ -38,6 +38,7 @@ def serve(path: Path) -> ServerSummary:
         UsageError: where contract and federation file do not fit together.
         BractError: where the port cannot be had or too few sites come.
     """
+    memory.return_freed_blocks()
     chosen = federation.read(path)
     agreed = read_contract(chosen)
     out, state = Path(chosen.server.out), Path(chosen.server.state)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 from flwr.app import Array as FlowerArray
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
@@ -15,16 +16,18 @@ from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays as named
 from bract.shared import wire
 from bract.shared.arrays import Array, Arrays
-from bract.shared.contract import SignedContract
+from bract.shared.contract import Contract, SignedContract, SiteTerms
 from bract.shared.errors import Reason, RolledBack, VerificationFailed
 from bract.shared.models import Shape
+from bract.shared.privacy import entries
 from bract.shared.updates import ProtectedUpdate
 
 logger = logging.getLogger("bract.server")
 
-_WEIGHT = "nominal-size"
 INVALID_UPDATE = "invalid-update"
 FAILED = "node-failed"
+# How far beyond its expectation the norm of an honest update may be; see greatest_norm.
+NORM_SLACK = 10.0
 
 
 class PublicFedAvg(FedAvg):
@@ -47,27 +50,34 @@ class PublicFedAvg(FedAvg):
         desk: WitnessDesk,
         names: Mapping[int, str] | None = None,
     ) -> None:
-        super().__init__(fraction_evaluate=0.0, min_train_nodes=1, weighted_by_key=_WEIGHT)
+        super().__init__(fraction_evaluate=0.0, min_train_nodes=1)
         self._signed, self._shapes, self.desk = signed, shapes, desk
         self._registered, self._names = dict(names or {}), dict(names or {})
-        self._order = {site.name: place for place, site in enumerate(signed.contract.cohort)}
         self._retired: set[int] = set()
-        self.replied: dict[str, wire.TrainReply] = {}
+        self.replied: dict[str, wire.Receipt] = {}
         self.refused: list[tuple[str, str]] = []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Returns one train order for each node that has not refused for good."""
-        weights = from_record(arrays)
-        packed = wire.pack(weights)  # one record for all: it is hashed and held once
+        return self.orders(server_round, wire.pack(from_record(arrays)), grid)
+
+    def orders(self, server_round: int, packed: ArrayRecord, grid: Grid) -> list[Message]:
+        """Returns the round's messages; all share one record, which is hashed and held once.
+
+        Args:
+            server_round: from 1.
+            packed: the weights as they travel.
+            grid: knows which nodes are there.
+        """
         return [
             Message(
                 content=wire.encode_order(
                     wire.TrainOrder(
                         contract=self._signed,
                         round=server_round,
-                        weights=weights,
+                        weights={},
                         witness=self.desk.witness(self._names.get(node)),
                     ),
                     packed=packed,
@@ -101,59 +111,69 @@ class PublicFedAvg(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns the average of the valid updates, None where there is none.
+        """Returns the average of the valid updates, None where there is none."""
+        average = self.average(server_round, replies)
+        return (None if average is None else to_record(average)), None
+
+    def average(self, server_round: int, replies: Iterable[Message]) -> dict[str, Array] | None:
+        """Returns the mean of the valid updates by public weight, None where there is none.
 
         `replied` and `refused` then say who answered what.
         """
-        self.replied, self.refused, accepted = {}, [], {}
+        self.replied, self.refused = {}, []
+        updates: dict[str, Arrays] = {}
         for message in list(replies):
-            name = self._sort(message, server_round)
-            if name is not None:
-                accepted[name] = message
+            reply = self._sort(message, server_round)
+            if reply is not None:
+                updates[reply.receipt.site] = reply.update.arrays
         # In the contract's order: the sum of floats is the same whoever answers first.
-        ordered = sorted(accepted, key=self._order.__getitem__)
-        for name in ordered:
-            accepted[name].content = self._weighted(self.replied[name])
-        return super().aggregate_train(server_round, [accepted[name] for name in ordered])
+        cohort = [site for site in self._signed.contract.cohort if site.name in updates]
+        total = sum(site.nominal_size for site in cohort)
+        average: dict[str, Array] = {}
+        for site in cohort:
+            share = site.nominal_size / total
+            for name, value in updates.pop(site.name).items():  # each is dropped as it is added
+                if name in average:
+                    average[name] += value * share
+                else:
+                    average[name] = value * share
+        return average or None
 
-    def _weighted(self, reply: wire.TrainReply) -> RecordDict:
-        """Returns an update in the form that Flower's average takes, under its public weight."""
-        site = self._signed.contract.cohort[self._order[reply.receipt.site]]
-        return RecordDict(
-            {
-                self.arrayrecord_key: to_record(reply.update.arrays),
-                "metrics": MetricRecord({_WEIGHT: site.nominal_size}),
-            }
-        )
-
-    def _sort(self, message: Message, server_round: int) -> str | None:
-        """Returns the name of the site whose update is accepted, None where there is none."""
+    def _sort(self, message: Message, server_round: int) -> wire.TrainReply | None:
+        """Returns the reply whose update is accepted, None where there is none."""
         node = message.metadata.src_node_id
         if message.has_error():
-            self.refused.append((self._name(node), FAILED))
+            self._refuse(self._name(node), FAILED, "the node gave none")
             return None
         try:
             reply = wire.decode_reply(message.content)
             if isinstance(reply, wire.RefusalReply):
-                self.refused.append((reply.site, reply.reason.value))
+                # A node that is known speaks for its own site, whatever it calls itself.
+                self._refuse(
+                    self._registered.get(node, reply.site), reply.reason.value, "the site refused"
+                )
                 if Reason(reply.reason).final:
                     self._retired.add(node)
                 return None
             self._accept(reply, server_round, node)
-            return reply.receipt.site
+            return reply
         except RolledBack as error:
-            logger.warning("update of %s is not used: %s", self._name(node), error)
-            self.refused.append((self._name(node), Reason.LEDGER_ROLLED_BACK.value))
-            return None
+            self._refuse(self._name(node), Reason.LEDGER_ROLLED_BACK.value, str(error))
         except VerificationFailed as error:
-            logger.warning(
-                "update of %s is not used: %s",
-                self._name(node),
-                error,
-                extra={"event": "refused", "reason": INVALID_UPDATE, "site": self._name(node)},
-            )
-            self.refused.append((self._name(node), INVALID_UPDATE))
-            return None
+            self._refuse(self._name(node), INVALID_UPDATE, str(error))
+        except Exception as error:
+            # A reply is a stranger's: what it makes a reader raise must not end the run.
+            self._refuse(self._name(node), INVALID_UPDATE, type(error).__name__)
+        return None
+
+    def _refuse(self, site: str, reason: str, detail: str) -> None:
+        logger.warning(
+            "no update of %s is used: %s",
+            site,
+            detail,
+            extra={"event": "refused", "reason": reason, "site": site},
+        )
+        self.refused.append((site, reason))
 
     def _name(self, node: int) -> str:
         return self._names.get(node, f"node {node}")
@@ -172,13 +192,37 @@ class PublicFedAvg(FedAvg):
         fault = named.fault(reply.update.arrays, self._shapes)
         if fault:
             raise VerificationFailed(fault)
+        if private and _norm(reply.update.arrays) > greatest_norm(contract, terms, self._shapes):
+            raise VerificationFailed("of a norm that the contract's steps cannot reach")
         if receipt.site in self.replied:
             raise VerificationFailed("a second one from the same site")
         if self._registered.get(node, receipt.site) != receipt.site:
             raise VerificationFailed("of another site than the node's")
-        self.desk.check(reply, terms.domain)
-        self.replied[receipt.site] = reply
+        self.desk.check(reply, terms.domain, cost=entries.event_for(contract))
+        self.replied[receipt.site] = receipt
         self._names[node] = receipt.site
+
+
+def greatest_norm(contract: Contract, site: SiteTerms, shapes: Mapping[str, Shape]) -> float:
+    """Returns a norm that no honest protected update comes near, from public terms alone.
+
+    One step moves the weights by lr·(sum + noise)/(q·n). Each of b examples adds at most C to the
+    sum, and the noise of d parameters has norm σ·C·√d; S steps with momentum m add up to at most
+    lr·S/(1 − m) of one. b = q·n and √d are expectations, and a true n may differ from the nominal
+    one: NORM_SLACK covers both by far. A finite but huge update would otherwise take the model
+    beyond what sites train on (they refuse weights over 1e3) and so end the run for all.
+    """
+    training, privacy = contract.training, contract.privacy
+    batch = contract.normaliser(site)
+    noise = privacy.noise_multiplier * math.sqrt(sum(math.prod(s) for s in shapes.values()))
+    step = privacy.clip_norm * (batch + 1 + noise) / batch
+    reach = training.learning_rate * training.local_steps / (1 - training.momentum)
+    return NORM_SLACK * reach * step
+
+
+def _norm(arrays: Arrays) -> float:
+    squares = (np.square(value, dtype=np.float64).sum() for value in arrays.values())
+    return math.sqrt(sum(squares))
 
 
 def to_record(values: Arrays) -> ArrayRecord:

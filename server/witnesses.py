@@ -42,8 +42,13 @@ class WitnessDesk:
             return None
         return witness.sign(site, *seen, self._key)
 
-    def check(self, reply: wire.TrainReply, domain: str) -> None:
+    def check(self, reply: wire.TrainReply, domain: str, *, cost: Mapping[str, Any]) -> None:
         """Returns where an update's ledger extends what was seen and holds a charge before it.
+
+        Args:
+            reply: the update.
+            domain: whose ledger the contract names.
+            cost: the event that a round of the contract costs.
 
         Raises:
             RolledBack: where entries that were seen are gone.
@@ -64,7 +69,7 @@ class WitnessDesk:
         last = since.head if since else None
         for head, body in witness.follow(reply.ledger):
             heads[head.sequence], last = head.hash, head
-            charged |= isinstance(body, Charge) and _is_charge(body, reply)
+            charged |= isinstance(body, Charge) and _is_charge(body, reply, cost)
             # A release counts only after its charge.
             released |= charged and isinstance(body, Release) and _is_release(body, reply)
         if last != Head(receipt.head_sequence, receipt.head_hash):
@@ -76,13 +81,15 @@ class WitnessDesk:
             raise VerificationFailed("no charge stands before the update's release")
 
 
-def _is_charge(body: Charge, reply: wire.TrainReply) -> bool:
+def _is_charge(body: Charge, reply: wire.TrainReply, cost: Mapping[str, Any]) -> bool:
     receipt = reply.receipt
-    return (body.contract, body.site, body.round, body.attempt) == (
+    return (body.contract, body.site, body.domain, body.round, body.attempt, body.event) == (
         receipt.contract,
         receipt.site,
+        receipt.head_domain,
         receipt.round,
         receipt.attempt,
+        cost,
     )
 
 

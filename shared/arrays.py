@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +19,11 @@ Arrays = Mapping[str, Array]
 
 def digest(arrays: Arrays) -> str:
     """Returns a hash of names, shapes and float32 values, in the order of the names."""
-    parts: list[bytes] = []
+    parts: list[bytes | memoryview] = []
     for name in sorted(arrays):
         value = np.asarray(arrays[name], dtype="<f4", order="C")
-        parts += [name.encode(), repr(value.shape).encode(), value.tobytes()]
+        content = value.reshape(-1).view(np.uint8).data  # no copy: a model may be large
+        parts += [name.encode(), repr(value.shape).encode(), content]
     return canonical.tagged("arrays/1", *parts).hex()
 
 
@@ -29,6 +32,22 @@ def to_bytes(arrays: Arrays) -> bytes:
     return bytes(
         safetensors.numpy.save({name: np.asarray(a, order="C") for name, a in arrays.items()})
     )
+
+
+def save(arrays: Arrays, path: Path) -> None:
+    """Writes a safetensors file that is whole or not there, with one copy of the arrays at most."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        safetensors.numpy.save_file(
+            {name: np.asarray(a, order="C") for name, a in arrays.items()}, temporary
+        )
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    canonical.sync_folder(path.parent)
 
 
 def from_bytes(data: bytes) -> dict[str, Array]:

@@ -48,7 +48,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def tagged(tag: str, *parts: bytes) -> bytes:
+def tagged(tag: str, *parts: bytes | memoryview) -> bytes:
     """Returns SHA-256 over a tag and length-prefixed parts; different uses never collide."""
     digest = hashlib.sha256(b"bract/" + tag.encode() + b"\0")
     for part in parts:

@@ -121,6 +121,12 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, allow_nan=False, ensure_ascii=False))
 
 
+def fail_reported(message: str) -> NoReturn:
+    """Ends with 1 after a report that says it all: stdout keeps its one object."""
+    click.echo(f"bract: {message}", err=True)
+    sys.exit(1)
+
+
 def shown(value: float | None) -> str:
     """Returns a figure as the commands print it; a dash where there is none."""
     return "-" if value is None else f"{value:.4f}"

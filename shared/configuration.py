@@ -64,12 +64,21 @@ def _one_line(model: type[BaseModel], error: ValidationError, source: str) -> Us
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
+    for part, following in zip(path, [*path, ""][1:], strict=True):
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
         nested = [annotation, *getattr(annotation, "__args__", ())]
-        inner = next((t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)), None)
-        if inner is None:
-            continue
-        model = inner
+        models = [t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)]
+        # Of a choice of models the path goes on with the word that chose one.
+        chosen = (t for t in models if following in _defaults(t))
+        model = next(chosen, models[0] if models else model)
     return list(model.model_fields)
+
+
+def _defaults(model: type[BaseModel]) -> list[Any]:
+    return [field.default for field in model.model_fields.values()]
+
+
+def first_fault(error: ValidationError) -> str:
+    """Returns the first fault of a nested model in words, for a validator that wraps it."""
+    return error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")

@@ -184,7 +184,10 @@ def from_bytes(text: bytes, *, source: str = "contract") -> SignedContract:
         VerificationFailed: where the text is not canonical.
         UsageError: where a field is missing, unknown or out of range.
     """
-    value: Any = canonical.decode(text)
+    try:
+        value: Any = canonical.decode(text)
+    except VerificationFailed as error:
+        raise VerificationFailed(f"{source} is not canonical JSON: fetch it again") from error
     signed = parse(SignedContract, value, source=source)
     if signed.to_bytes() != text:
         raise VerificationFailed(f"{source} is not in canonical form")

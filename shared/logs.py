@@ -10,6 +10,7 @@ from typing import Literal
 
 Format = Literal["text", "json"]
 # What a line may carry beside its words: public names alone, so that no value slips in.
+GREATEST_LINE = 2000
 FIELDS = ("event", "site", "reason", "round", "replied", "refused", "port", "completed")
 
 
@@ -18,7 +19,8 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line; an exception is named by its type, never quoted."""
-        return json.dumps({**_facts(record), "message": record.getMessage()}, ensure_ascii=False)
+        message = printable(record.getMessage())
+        return json.dumps({**_facts(record), "message": message}, ensure_ascii=False)
 
 
 class TextLines(logging.Formatter):
@@ -29,7 +31,7 @@ class TextLines(logging.Formatter):
         facts = _facts(record)
         head = [str(facts.pop(name)) for name in ("time", "level", "logger")]
         fields = " ".join(f"{name}={value}" for name, value in facts.items())
-        return " ".join([*head, record.getMessage(), fields]).rstrip()
+        return printable(" ".join([*head, record.getMessage(), fields])).rstrip()
 
 
 def begin(form: Format) -> None:
@@ -45,6 +47,19 @@ def begin(form: Format) -> None:
         logger.handlers[:] = []
         logger.propagate = True
         logger.setLevel(logging.ERROR)
+
+
+def printable(text: str) -> str:
+    r"""Returns one bounded line of printable text; what else was there is escaped.
+
+    A library may quote what a stranger sent, and a line's end in it would begin a forged line.
+
+    Example:
+        >>> printable("ends here\nnot a line")
+        'ends here\\nnot a line'
+    """
+    cut = text if len(text) <= GREATEST_LINE else text[:GREATEST_LINE] + "…"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 def _level(name: str) -> int:

@@ -112,7 +112,12 @@ def pack(arrays: Arrays) -> ArrayRecord:
 
 
 def encode_order(order: TrainOrder, *, packed: ArrayRecord | None = None) -> RecordDict:
-    """Returns the content of a train message; `packed` are its weights, where they are at hand."""
+    """Returns the content of a train message.
+
+    Args:
+        order: what to do.
+        packed: the weights as they travel, in the place of the order's.
+    """
     terms = ConfigRecord(
         {
             "contract": order.contract.to_bytes(),
@@ -261,12 +266,15 @@ def _unpack(record: Any) -> dict[str, named.Array]:
 def _unpack_one(name: str, value: FlowerArray) -> named.Array:
     # Never np.load: raw float32 bytes cannot hold an object, so nothing is unpickled.
     shape = tuple(value.shape)
+    if not all(type(n) is int for n in shape):  # it is JSON: anything may stand there
+        raise VerificationFailed(f"array {name!r} has a shape of other than whole numbers")
     # math.prod has no width that a hostile shape could overflow.
     expected = 4 * math.prod(shape) if all(n >= 0 for n in shape) else -1
     if value.stype != _STYPE or value.dtype != "float32" or len(value.data) != expected:
         raise VerificationFailed(f"array {name!r} is not raw float32 of its shape")
     try:
-        return np.frombuffer(value.data, dtype=np.float32).reshape(shape).copy()
+        # A read-only view of immutable bytes: nothing that is done with it can reach the message.
+        return np.frombuffer(value.data, dtype=np.float32).reshape(shape)
     except (ValueError, OverflowError) as error:  # no elements, yet an axis beyond numpy's
         raise VerificationFailed(f"array {name!r} has a shape that cannot be held") from error
 

@@ -55,7 +55,7 @@ class PolicySettings(Frozen):
 class ExecutionSettings(Frozen):
     """How to compute; nothing here changes privacy."""
 
-    mode: Literal["opacus-hooks", "opacus-ghost"] = "opacus-hooks"
+    mode: Literal["book-keeping", "opacus-hooks", "opacus-ghost"] = "book-keeping"
     physical_batch: int = Field(default=256, ge=1)
 
 

@@ -28,7 +28,7 @@ from cryptography.x509.oid import NameOID
 from bract.shared.errors import BractError
 
 HOST = "127.0.0.1"
-START_SECONDS, STOP_SECONDS = 60.0, 10.0
+START_SECONDS, STOP_SECONDS = 120.0, 10.0
 _POLL_SECONDS = 0.1
 _LINK = "stock"
 

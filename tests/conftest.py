@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from bract.client import installed
 from bract.client.gate import Gate, Permit
 from bract.client.training.randomness import SecureRandomness
 from bract.client.updates import UpdateStore
@@ -33,6 +34,7 @@ from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.updates import ProtectedUpdate
 from bract.shared.wire import TrainOrder, TrainReply
+from bract.simulations.federations.loopback import Layout, SitePlan, lay_out
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -172,6 +174,26 @@ def data_root() -> Path:
 def hospitals() -> Path:
     """The folder of heart-disease's published files."""
     return _root_with("heart-disease") / "heart-disease"
+
+
+@pytest.fixture
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """A federation of one site, laid out as its coordinator and its operator would."""
+    # One process uses a state folder; a test that plays several in one lets go of it.
+    monkeypatch.setattr(installed, "lock", lambda state: None)
+    return lay_out(
+        tmp_path / "federation",
+        sites=[SitePlan("alpha", 100, "digits", "1/10")],
+        port=1,
+        terms={
+            "run": "trial",
+            "rounds": 3,
+            "model": {"name": "linear"},
+            "data": {"name": "digits"},
+            "training": {"local_steps": 1, "learning_rate": 0.5},
+            "privacy": {"epsilon": 2.0, "delta": 1e-5, "clip_norm": 1.0, "batch": 10.0},
+        },
+    )
 
 
 @dataclass

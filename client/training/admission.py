@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -47,7 +48,7 @@ def _check_independence(model: nn.Module, *, shape: Shape, classes: int, name: s
     model = copy.deepcopy(model).train()
     try:
         alone = torch.stack([_gradient(model, *pair) for pair in zip(inputs, targets, strict=True)])
-        probe = GradSampleModule(model, loss_reduction="sum")
+        probe = _Probe(model)
         together = _per_example_gradients(probe, inputs, targets)
         perturbed = []
         for row in range(len(inputs)):
@@ -70,6 +71,33 @@ def _check_independence(model: nn.Module, *, shape: Shape, classes: int, name: s
             "the gradient of one example is another in a batch than alone; remove what runs over "
             "the batch axis, and call layers rather than their weights"
         )
+
+
+class _Probe(GradSampleModule):  # type: ignore[misc]
+    """Opacus' module, which says at which layer it fails."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, loss_reduction="sum")
+        self._names_of = {layer: name for name, layer in model.named_modules()}
+
+    def capture_backprops_hook(self, module: nn.Module, *values: Any, **options: Any) -> None:
+        """Computes gradients for every example at one layer, or names the layer."""
+        try:
+            super().capture_backprops_hook(module, *values, **options)
+        except Exception as error:
+            known = type(module) in self.GRAD_SAMPLERS
+            sampler = "its sampler" if known else "functorch, as it has no sampler for it,"
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ModelRejected(
+                f"has the layer {self._names_of[module] or '(itself)'!r}, {_kind(module)}, for "
+                f"which Opacus gets no per-example gradients: {sampler} fails with {reason}; "
+                "build it from layers that Opacus knows (dense, convolution, embedding, norms), "
+                "or register a sampler by opacus.grad_sample.register_grad_sampler"
+            ) from error
+
+
+def _kind(layer: nn.Module) -> str:
+    return f"a {type(layer).__module__}.{type(layer).__qualname__}"
 
 
 def _gradient(model: nn.Module, example: Tensor, target: Tensor) -> Tensor:

@@ -71,7 +71,9 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         for parameter in self.params:
             _check_processed_flag(parameter.summed_grad)
             total = parameter.summed_grad.detach().to("cpu", torch.float64).numpy()
-            noisy = total + self._stddev * self._stream.normals(total.size).reshape(total.shape)
+            noisy = self._stream.normals(total.size).reshape(total.shape)
+            noisy *= self._stddev
+            noisy += total
             released = torch.from_numpy(on_grid(noisy, self._stddev))
             parameter.grad = released.to(parameter.device, parameter.dtype).view_as(parameter)
             _mark_as_processed(parameter.summed_grad)
@@ -87,4 +89,6 @@ def on_grid(values: np.ndarray, stddev: float) -> np.ndarray:
     if stddev == 0:
         return values
     step = 2.0 ** (math.floor(math.log2(stddev)) - GRID_BITS)
-    return np.asarray(np.rint(values / step) * step)
+    multiples = np.rint(values * (1 / step))  # exact: the step is a power of two
+    multiples *= step
+    return multiples

@@ -6,15 +6,18 @@ neither is used. A key is drawn for each round and never written down; there is 
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from scipy.special import ndtri
 
 Kind = Literal["csprng", "seeded"]
+# Words turned into normals at once, so that they stay in a core's cache; even.
+_BLOCK = 1 << 15
 
 
 class RandomStream:
@@ -42,16 +45,31 @@ class RandomStream:
         return np.flatnonzero(uniforms < rate)
 
     def normals(self, count: int) -> npt.NDArray[np.float64]:
-        """Returns `count` standard normals by inversion of 54-bit uniforms that exclude 0.
+        """Returns `count` standard normals, two from each two words (Box & Muller 1958).
 
-        The sign has a bit of its own, so both tails reach 8.3σ; 24-bit uniforms would cut them
-        near 5.2σ.
+        A word gives a radius √(−2·ln u) with u of 63 bits that exclude 0, the next one an angle
+        of 64 bits in [−π, π], all in float64: tails reach 9.4σ, where 24-bit uniforms would cut
+        them near 5.2σ. An odd count throws one normal away.
         """
-        words = self.words(count)
-        halves = ((words >> np.uint64(11)).astype(np.float64) + 1.0) * 2.0**-54
-        magnitudes = ndtri(halves, out=halves)
-        signs = 1.0 - 2.0 * (words & np.uint64(1)).astype(np.float64)
-        return np.asarray(magnitudes * signs)
+        words = self.words(count + count % 2).view("<i8")
+        normals = np.empty(len(words))
+        for start in range(0, len(words), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            _box_muller(words[part].astype(np.float64), normals[part])
+        return normals[:count]
+
+
+def _box_muller(words: npt.NDArray[np.float64], normals: npt.NDArray[np.float64]) -> None:
+    """Fills `normals` from signed words, two by two; torch's sine and cosine are vectorised."""
+    radii = np.abs(words[0::2])
+    radii += 0.5  # never 0
+    radii *= 2.0**-63
+    np.log(radii, out=radii)
+    radii *= -2.0
+    np.sqrt(radii, out=radii)
+    angles = torch.from_numpy(words[1::2] * (math.pi * 2.0**-63))
+    np.multiply(radii, torch.cos(angles).numpy(), out=normals[0::2])
+    np.multiply(radii, torch.sin(angles).numpy(), out=normals[1::2])
 
 
 class Randomness(Protocol):

@@ -34,7 +34,7 @@ class Execution:
     """
 
     device: str = "cpu"
-    mode: Mode = "opacus-hooks"
+    mode: Mode = "book-keeping"
     physical_batch: int = 256
 
 
@@ -109,7 +109,7 @@ class Trainer:
                 for piece in _pieces(batch, self._pieces):
                     self._summer.add_(sums, *self._batch(examples, piece))
                 return sums
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 # The same batch again in smaller pieces: no new sample, no new charge.
                 if self._pieces == 1 or not _out_of_memory(error):
                     raise
@@ -146,7 +146,8 @@ class Trainer:
 
     def _update(self, weights: Arrays) -> Update:
         arrays: dict[str, Array] = {
-            name: parameter.detach().cpu().numpy() - weights[name]
+            # in C's order, though a mode may keep a weight with its channels last
+            name: np.ascontiguousarray(parameter.detach().cpu().numpy() - weights[name])
             for name, parameter in self.parameters.items()
         }
         if self._contract.privacy.mechanism == "dp-sgd":
@@ -165,9 +166,10 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits, targets, reduction="none", ignore_index=NO_CLASS)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
     # The CPU's allocator has no type of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def _pieces(batch: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,13 +16,17 @@ from flwr.supercore.inflatable.inflatable_object import (
     iterate_object_tree,
     no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 
 from bract.server.flower.host import Host
-from bract.server.orders import Order
+from bract.server.orders import Fault, Order
+from bract.shared import flower
+from bract.shared.errors import VerificationFailed
 
-NO_ANSWER = 3  # Flower's code for a message that was not answered
+logger = logging.getLogger("bract.server")
+
+NO_ANSWER = 3  # Flower's codes: a message was not answered, or its answer is no message
+UNREADABLE = 1
 
 
 class FleetGrid(Grid):
@@ -78,10 +83,11 @@ class FleetGrid(Grid):
                         store.put(object_id, value.deflate())
                 node = message.metadata.dst_node_id
                 objects = (part.object_id for part in iterate_object_tree(tree))
-                self._host.orders.open(name, node, objects)
-                self._host.envelopes[name] = remove_content_from_message(message)
-                # Objects first: a node that finds its order finds all of it.
-                state.store_message_ins(self._host.envelopes[name])
+                with self._host.exchange:
+                    self._host.orders.open(name, node, objects)
+                    self._host.envelopes[name] = remove_content_from_message(message)
+                    # Objects first: a node that finds its order finds all of it.
+                    state.store_message_ins(self._host.envelopes[name])
                 self._host.ring(node)
                 pushed.append(name)
         return pushed
@@ -97,47 +103,52 @@ class FleetGrid(Grid):
 
         What comes later is refused, never mixed into another round.
         """
-        listed = list(messages)
-        sent = dict(zip(self.push_messages(listed), listed, strict=True))
+        sent = set(self.push_messages(messages))
         deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
         replies: list[Message] = []
         orders = self._host.orders
         while sent and time.monotonic() < deadline:
             for name in orders.wait_answered(sent, min(1.0, max(deadline - time.monotonic(), 0))):
                 replies.append(self._take(name))
-                del sent[name]
+                sent.remove(name)
             for name in orders.overdue(sent, self._reply_seconds):
-                replies.append(self._give_up(name, sent.pop(name)))
-        replies.extend(self._give_up(name, message) for name, message in sent.items())
+                replies.append(self._give_up(name))
+                sent.remove(name)
+        replies.extend(self._give_up(name) for name in sent)
         return replies
 
     def _take(self, name: str) -> Message:
-        state, store = self._host.state, self._host.state.object_store
-        reply = state.get_message_res({name}, self._host.run)[0]
-        root = reply.metadata.message_id
-        if not reply.has_error():
-            tree = store.get_object_tree(root)
-            contents = {
-                part.object_id: store.get(part.object_id) or b""
-                for part in iterate_object_tree(tree)
-            }
-            store.delete(root)  # the dictionary holds the last reference to each piece
-            whole = inflate_object_from_contents(root, contents)
-            assert isinstance(whole, Message)  # noqa: S101  it was registered as a reply
-            whole.metadata.__dict__["_message_id"] = root
-            reply = whole
-        self._discard(name)
-        return reply
+        """Returns a whole answer under the facts of its order: what it says of itself is not used.
 
-    def _give_up(self, name: str, message: Message) -> Message:
-        order = self._discard(name)
-        if order is not None and order.reply is not None:
-            self._host.state.object_store.delete(order.reply)
-        return Message(Error(NO_ANSWER), reply_to=message)
+        The site's bytes would tell it to be of another node, run or order.
+        """
+        sent, order = self._host.envelopes[name], self._discard(name)
+        assert order is not None  # noqa: S101  it was answered a moment ago
+        try:
+            greatest = self._host.orders.greatest_reply
+            answer = flower.inflate(str(order.reply), order.contents, greatest=greatest)
+        except VerificationFailed as error:
+            logger.warning(
+                "the answer is not used: %s",
+                error,
+                extra={
+                    "event": "refused",
+                    "reason": Fault.UNREADABLE.value,
+                    "site": self._host.names.get(order.node),
+                },
+            )
+            return Message(Error(UNREADABLE), reply_to=sent)
+        return Message(answer.content, reply_to=sent)
+
+    def _give_up(self, name: str) -> Message:
+        sent = self._host.envelopes[name]
+        self._discard(name)
+        return Message(Error(NO_ANSWER), reply_to=sent)
 
     def _discard(self, name: str) -> Order | None:
-        order = self._host.orders.close(name)
-        self._host.envelopes.pop(name, None)
-        self._host.state.delete_messages({name})
-        self._host.state.object_store.delete(name)
+        with self._host.exchange:  # else it could be offered again with nobody waiting for it
+            order = self._host.orders.close(name)
+            self._host.envelopes.pop(name, None)
+            self._host.state.delete_messages({name})
+            self._host.state.object_store.delete(name)
         return order

@@ -26,6 +26,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 
+from bract.server.flower.connections import PatientUntil
 from bract.server.flower.routes import application
 from bract.server.incarnations import Incarnations
 from bract.server.orders import Orders
@@ -73,6 +74,9 @@ class Host:
         self.run, self._task = _begin_run(self.state)
         self.incarnations = Incarnations()
         self.envelopes: dict[str, Message] = {}
+        self.answers: dict[str, Message] = {}
+        # Held while an order changes both here and in the link state, so that they never differ.
+        self.exchange = threading.RLock()
         self.bells: dict[int, asyncio.Event] = {}
         self.closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -84,7 +88,10 @@ class Host:
                 port=listener.port,
                 ssl_certfile=str(listener.certificate),
                 ssl_keyfile=str(listener.key),
+                http=PatientUntil,
+                ws="none",
                 lifespan="off",
+                proxy_headers=False,
                 log_config=None,
                 access_log=False,
                 timeout_keep_alive=60,
@@ -141,11 +148,12 @@ class Host:
 
     def offer_again(self, name: str) -> None:
         """Offers an open order anew to a process that may have lost it, half an answer and all."""
-        half = self.orders.reset(name)
-        if half is not None:
-            self.state.object_store.delete(half)
-        self.state.delete_messages({name})
-        self.state.store_message_ins(self.envelopes[name])
+        with self.exchange:
+            envelope = self.envelopes.get(name)
+            if envelope is None or not self.orders.reset(name):
+                return  # answered or given up a moment ago
+            self.state.delete_messages({name})
+            self.state.store_message_ins(envelope)
 
     def connected(self) -> list[str]:
         """Returns the names of the sites whose nodes are online."""

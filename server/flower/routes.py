@@ -1,9 +1,12 @@
-"""What is on the network: /health, and Flower's fleet routes behind checks of our own.
+"""What is on the network: /health, and eight of Flower's fleet routes, with handlers of our own.
 
-Flower's control and runtime routes, by which anyone could start code, are not there at all. What
-its fleet routes leave open is closed in front of them:
+Flower's control and runtime routes, by which anyone could start code, are not there at all, nor
+are those by which a node would register itself or ask for code. What its fleet routes leave open
+is closed:
 
+every route: path, key, signature and length are looked at before a byte of the body is read.
 activate: a node killed a moment ago is let in at once, and its open orders are offered again.
+deactivate: the newest process of a node alone; an older one that ends does not take it along.
 pull-messages: waits for an order instead of being asked again and again.
 pull-object, confirm, push-messages, push-object: a node has its own orders and no other's.
 """
@@ -13,15 +16,26 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import datetime
 import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import APIRouter, FastAPI, Header, HTTPException
+from fastapi.routing import APIRoute
+from flwr.common.constant import (
+    HEARTBEAT_MAX_INTERVAL,
+    HEARTBEAT_MIN_INTERVAL,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+)
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
+    DeactivateNodeRequest,
+    DeactivateNodeResponse,
     PullMessagesRequest,
     PullMessagesResponse,
     PushMessagesRequest,
@@ -37,10 +51,10 @@ from flwr.proto.message_pb2 import (
     PushObjectResponse,
 )
 from flwr.server.superlink.linkstate import LinkStateFactory
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
 from flwr.supercore.error import FlowerError, http_error_translator
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.routing import ProtobufRoute
 from flwr.supercore.protobuf.translation import (
     PROTOBUF_REQUEST_DEPENDENCY,
@@ -48,15 +62,15 @@ from flwr.supercore.protobuf.translation import (
 )
 from flwr.supercore.routers import health
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
-from flwr.superlink.routers.fleet.router import router as fleet_router
 from flwr.superlink.servicer.fleet import fleet_handlers
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bract.server.orders import Fault, Refused
-from bract.shared import incarnation
+from bract.shared import flower, incarnation
 from bract.shared.errors import VerificationFailed
+from bract.shared.flower import GrewTooLarge
 from bract.shared.incarnation import Incarnation
 
 if TYPE_CHECKING:
@@ -66,16 +80,35 @@ logger = logging.getLogger("bract.server")
 
 # A body holds one object of at most 5 MiB and its envelope.
 GREATEST_BODY = 8 * 2**20
-GREATEST_TREE = 20_000
 POLL_HOLD_SECONDS = 10.0
+FLEET = "/v1/fleet/"
+HEALTH = "/health"
 HTTP_STATUS = {
     Fault.UNREGISTERED_KEY: 401,
+    Fault.UNSIGNED: 401,
+    Fault.NO_SUCH_ROUTE: 404,
     Fault.NOT_ACTIVE: 412,
     Fault.SUPERSEDED: 409,
     Fault.TOO_LARGE: 413,
     Fault.NOT_YOUR_OBJECT: 404,
     Fault.NO_SUCH_ORDER: 410,
 }
+# Why an answer that names no fault of ours was given.
+_MEANT = {401: Fault.UNSIGNED, 404: Fault.NO_SUCH_ROUTE, 405: Fault.NO_SUCH_ROUTE}
+_REASON = "bract-refused"
+# Read here and again by Flower or FastAPI: two of one name could mean another thing to each.
+_SINGLE = frozenset(
+    {
+        "content-length",
+        "content-type",
+        "host",
+        FLEET_HTTP_PUBLIC_KEY_HEADER,
+        FLEET_HTTP_SIGNATURE_HEADER,
+        TIMESTAMP_HEADER,
+        incarnation.HEADER,
+        incarnation.SIGNATURE_HEADER,
+    }
+)
 Process = Annotated[str, Header(alias=incarnation.HEADER)]
 Signature = Annotated[str, Header(alias=incarnation.SIGNATURE_HEADER)]
 T = TypeVar("T")
@@ -87,46 +120,106 @@ def application(host: Host, factory: LinkStateFactory) -> ASGIApp:
     app.state.linkstate_factory = factory
     app.state.enable_supernode_auth = True
     app.include_router(health.router)
-    app.include_router(_messages(host))  # before the stock routes: the first match wins
-    app.include_router(fleet_router)
+    messages = _messages(host)
+    app.include_router(messages)
     app.add_middleware(NodeAuthMiddleware)
     app.add_middleware(ProtobufTranslationMiddleware)
     app.add_middleware(BaseHTTPMiddleware, dispatch=http_error_translator)
-    return _Doorman(app, host)
+    served = {route.path for route in messages.routes if isinstance(route, APIRoute)}
+    return _Doorman(app, host, frozenset(served))
 
 
 class _Doorman:
-    """Turns away strangers and great bodies before anything of theirs is read."""
+    """Turns away strangers and great bodies before anything of theirs is read, and logs why.
 
-    def __init__(self, app: ASGIApp, host: Host) -> None:
-        self._app, self._host = app, host
+    Flower parses a body before it asks who sent it, and knows the bodies of routes that are not
+    served here: so nothing but what is served gets as far as that.
+    """
+
+    def __init__(self, app: ASGIApp, host: Host, served: frozenset[str]) -> None:
+        self._app, self._host, self._served = app, host, served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/fleet/"):
-            await self._app(scope, receive, send)
+        if scope["type"] != "http":
             return
-        headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
+        site: str | None = None
         try:
-            key = base64.b64decode(headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, b""), validate=True)
-        except (binascii.Error, ValueError):
-            key = b""
-        site = self._host.keys.get(key)
-        length = headers.get("content-length", b"")
-        if site is None:
-            await _turn_away(send, Fault.UNREGISTERED_KEY, None)
-        elif not length.isdigit() or int(length) > GREATEST_BODY:
-            # Without a length a body could grow while it is read.
-            await _turn_away(send, Fault.TOO_LARGE, site)
-        else:
-            await self._app(scope, receive, send)
+            if scope["path"].startswith(FLEET):
+                site = _caller(scope, self._host)
+            # Exactly these: a router would take a line's end after one of them too.
+            if scope["path"] not in self._served and scope["path"] != HEALTH:
+                raise Refused(Fault.NO_SUCH_ROUTE)
+        except Refused as refused:
+            await _turn_away(send, refused.fault, site)
+            return
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                _log_refusal(_fault(message), site)
+            await send(message)
+
+        await self._app(scope, receive, watched)
+
+
+def _caller(scope: Scope, host: Host) -> str:
+    """Returns the site whose node key signed a request, its body unread.
+
+    Raises:
+        Refused: where no listed key did within the time that a signature is good for, or where the
+            body is not of a known, bounded length.
+    """
+    names = [name.decode("latin-1") for name, _ in scope["headers"]]
+    if any(names.count(name) > 1 for name in _SINGLE):
+        raise Refused(Fault.BAD_REQUEST)
+    headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
+    key = _base64(headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, b""))
+    site = host.site(key)
+    if site is None:
+        raise Refused(Fault.UNREGISTERED_KEY)
+    timestamp = headers.get(TIMESTAMP_HEADER, b"")
+    signature = _base64(headers.get(FLEET_HTTP_SIGNATURE_HEADER, b""))
+    if not (
+        _is_recent(timestamp) and verify_signature(bytes_to_public_key(key), timestamp, signature)
+    ):
+        raise Refused(Fault.UNSIGNED)
+    length = headers.get("content-length", b"")
+    # Without a length a body could grow while it is read; beside chunks a length says nothing.
+    if "transfer-encoding" in headers or not length.isdigit() or int(length) > GREATEST_BODY:
+        raise Refused(Fault.TOO_LARGE)
+    return site
+
+
+def _is_recent(timestamp: bytes) -> bool:
+    try:
+        age = (now() - datetime.datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+
+
+def _base64(text: bytes) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return b""
 
 
 async def _turn_away(send: Send, fault: Fault, site: str | None) -> None:
     _log_refusal(fault, site)
     body = b'{"detail":"%s"}' % fault.value.encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": HTTP_STATUS[fault], "headers": headers})
+    status = HTTP_STATUS.get(fault, 400)
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _fault(response: Message) -> Fault:
+    """Returns why a request was not served: the handler's word, else what the status means."""
+    named = dict(response.get("headers", ())).get(_REASON.encode())
+    if named is not None:
+        return Fault(named.decode())
+    status = response["status"]
+    return Fault.SERVER_FAILED if status >= 500 else _MEANT.get(status, Fault.BAD_REQUEST)
 
 
 def _messages(host: Host) -> APIRouter:
@@ -140,7 +233,16 @@ def _messages(host: Host) -> APIRouter:
         signature: Signature = "",
     ) -> ActivateNodeResponse:
         shown = Incarnation(name=process, signature=signature)
-        return _answered(lambda: _activate(host, request, shown), host.site(request.public_key))
+        return _answered(lambda: _activate(host, request, shown))
+
+    @router.post("/deactivate-node")
+    def deactivate(
+        request: Annotated[DeactivateNodeRequest, PROTOBUF_REQUEST_DEPENDENCY],
+        process: Process = "",
+    ) -> DeactivateNodeResponse:
+        _check(host, request.node_id, process)
+        host.state.deactivate_node(request.node_id)
+        return DeactivateNodeResponse()
 
     @router.post("/send-node-heartbeat")
     def heartbeat(
@@ -148,7 +250,9 @@ def _messages(host: Host) -> APIRouter:
         process: Process = "",
     ) -> SendNodeHeartbeatResponse:
         _check(host, request.node.node_id, process)
-        return fleet_handlers.send_node_heartbeat(request=request, state=host.state)
+        interval = _answered(lambda: _interval(request.heartbeat_interval))
+        known = host.state.acknowledge_node_heartbeat(request.node.node_id, interval)
+        return SendNodeHeartbeatResponse(success=known)
 
     @router.post("/pull-messages")
     async def pull(
@@ -169,9 +273,8 @@ def _messages(host: Host) -> APIRouter:
         request: Annotated[PushMessagesRequest, PROTOBUF_REQUEST_DEPENDENCY],
         process: Process = "",
     ) -> PushMessagesResponse:
-        node = request.node.node_id
-        _check(host, node, process)
-        return _answered(lambda: _push(host, request), host.names.get(node))
+        _check(host, request.node.node_id, process)
+        return _answered(lambda: _push(host, request))
 
     @router.post("/pull-object")
     def pull_object(
@@ -180,8 +283,8 @@ def _messages(host: Host) -> APIRouter:
     ) -> PullObjectResponse:
         node = request.node.node_id
         _check(host, node, process)
-        _answered(lambda: host.orders.check_fetch(node, request.object_id), host.names.get(node))
-        return fleet_handlers.pull_object(request=request, state=host.state)
+        _answered(lambda: host.orders.check_fetch(node, request.object_id))
+        return _object(host, request.object_id)
 
     @router.post("/push-object")
     def push_object(
@@ -190,7 +293,12 @@ def _messages(host: Host) -> APIRouter:
     ) -> PushObjectResponse:
         node = request.node.node_id
         _check(host, node, process)
-        return _answered(lambda: _push_object(host, request), host.names.get(node))
+        _answered(
+            lambda: host.orders.upload(
+                node, request.session_id, request.object_id, request.object_content
+            )
+        )
+        return PushObjectResponse(stored=True)
 
     return router
 
@@ -199,6 +307,7 @@ def _activate(host: Host, request: ActivateNodeRequest, shown: Incarnation) -> A
     node = host.state.get_node_id_by_public_key(request.public_key)
     if node is None or node not in host.names:
         raise Refused(Fault.UNREGISTERED_KEY)
+    interval = _interval(request.heartbeat_interval)
     try:
         incarnation.verify(request.public_key, shown)
     except VerificationFailed:
@@ -207,7 +316,7 @@ def _activate(host: Host, request: ActivateNodeRequest, shown: Incarnation) -> A
     try:
         fleet_handlers.activate_node(request=request, state=host.state)
     except FlowerError:  # it still counts as online: its last process was killed
-        host.state.acknowledge_node_heartbeat(node, request.heartbeat_interval)
+        host.state.acknowledge_node_heartbeat(node, interval)
     for name in host.orders.of(node):
         host.offer_again(name)
     host.ring(node)
@@ -235,63 +344,59 @@ async def _pull(host: Host, request: PullMessagesRequest, process: str) -> PullM
             return response
 
 
-def _push(host: Host, request: PushMessagesRequest) -> PushMessagesResponse:
-    node = request.node.node_id
-    order, reply = _reply_of(request)
-    host.orders.check_answer(node, order)
-    response = fleet_handlers.push_messages(request=request, state=host.state)
-    if reply not in host.state.object_store:  # Flower did not take it
+def _interval(seconds: float) -> float:
+    """Returns a heartbeat interval; one that never ended would keep a dead node in every round."""
+    if not HEARTBEAT_MIN_INTERVAL <= seconds <= HEARTBEAT_MAX_INTERVAL:
         raise Refused(Fault.BAD_REQUEST)
-    host.orders.begin_answer(
-        node,
-        order,
-        reply=reply,
-        session=response.session_id,
-        awaited=response.objects_to_push,
+    return seconds
+
+
+def _object(host: Host, name: str) -> PullObjectResponse:
+    content = host.state.object_store.get(name)
+    return PullObjectResponse(
+        object_found=content is not None,
+        object_available=bool(content),
+        object_content=content or b"",
     )
-    return response
 
 
-def _reply_of(request: PushMessagesRequest) -> tuple[str, str]:
-    """Returns the order that a reply answers, and the reply's id."""
+def _push(host: Host, request: PushMessagesRequest) -> PushMessagesResponse:
+    """Begins an answer; of what its envelope says only the order and the root are used."""
     if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
         raise Refused(Fault.BAD_REQUEST)
     facts, tree = request.messages_list[0].metadata, request.message_object_trees[0]
     if facts.src_node_id != request.node.node_id:
         raise Refused(Fault.FOR_ANOTHER)
+    try:
+        parts = flower.parts(tree)
+    except GrewTooLarge:
+        raise Refused(Fault.TOO_LARGE) from None
+    except VerificationFailed:
+        raise Refused(Fault.BAD_REQUEST) from None
     if tree.object_id != facts.message_id:
         raise Refused(Fault.BAD_REQUEST)
-    if sum(1 for _ in iterate_object_tree(tree)) > GREATEST_TREE:
-        raise Refused(Fault.TOO_LARGE)
-    return facts.reply_to_message_id, facts.message_id
-
-
-def _push_object(host: Host, request: PushObjectRequest) -> PushObjectResponse:
-    node, session, name = request.node.node_id, request.session_id, request.object_id
-    host.orders.check_upload(node, session, name, len(request.object_content))
-    try:
-        response = fleet_handlers.push_object(request=request, state=host.state)
-    except (NoObjectInStoreError, ValueError):
-        # Not what its id says, or dropped since: the round is over.
-        raise Refused(Fault.BAD_REQUEST) from None
-    if response.stored:
-        host.orders.uploaded(node, session, name)
-    return response
+    session = host.orders.begin_answer(
+        request.node.node_id, facts.reply_to_message_id, reply=tree.object_id, parts=parts
+    )
+    return PushMessagesResponse(
+        results={tree.object_id: 0}, objects_to_push=parts, session_id=session
+    )
 
 
 def _check(host: Host, node: int, process: str) -> None:
     """Returns where a request comes from the newest process of its node."""
-    _answered(lambda: host.incarnations.check(node, process), host.names.get(node))
+    _answered(lambda: host.incarnations.check(node, process))
 
 
-def _answered(serve: Callable[[], T], site: str | None) -> T:
-    """Returns what a handler returns; its refusal becomes an answer of one word, and a log line."""
+def _answered(serve: Callable[[], T]) -> T:
+    """Returns what a handler returns; its refusal becomes an answer of one word."""
     try:
         return serve()
     except Refused as refused:
-        _log_refusal(refused.fault, site)
         raise HTTPException(
-            status_code=HTTP_STATUS.get(refused.fault, 400), detail=refused.fault.value
+            status_code=HTTP_STATUS.get(refused.fault, 400),
+            detail=refused.fault.value,
+            headers={_REASON: refused.fault.value},
         ) from None
 
 

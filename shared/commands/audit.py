@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from bract.shared.cli import AS_JSON, print_json, shown
 from bract.shared.contract import ADJACENCY
 from bract.shared.errors import BractError, LedgerError, UsageError, VerificationFailed
 from bract.shared.reports import Budget, DomainBudget, Verification, VerifiedChain
+
+if TYPE_CHECKING:
+    from bract.shared.privacy.chain import Chain
 
 LEDGERS = click.argument(
     "ledgers", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="LEDGER..."
@@ -111,6 +114,8 @@ def _verify(path: Path, site_key: str | None, head: Path | None) -> list[Any]:
     pinned = anchors.site_keys(path, site_key, run / "contract.json")
     if head is not None:
         known = anchors.heads(head)
+        if not known:
+            raise UsageError(f"{head} holds no heads: name a summary.json or a head file")
     else:
         # A run that was stopped has no summary yet; its checkpoint holds the heads last signed.
         beside = (run / "summary.json", run / "checkpoint" / "state.json")
@@ -139,29 +144,38 @@ def _domain_budgets(path: Path, site_key: str | None, thorough: bool) -> list[Do
                 filter_order=order,
                 unbounded=accounting.is_unbounded(events),
                 limit=limit.epsilon,
-                left=max(0.0, limit.epsilon - (spent if filtered is None else filtered))
-                if math.isfinite(spent)
-                else None,
+                left=_left(chain, limit.epsilon, spent if filtered is None else filtered),
                 delta=limit.delta,
                 adjacency=ADJACENCY,
                 charges=sum(chain.attempts.values()),
                 steps=sum(getattr(event, "steps", 0) for event in events),
                 seeded=chain.seeded,
                 more_rounds=forecast.more_rounds(chain, limit),
-                note=_note(order, chain.seeded),
+                note=_note(chain, order),
             )
         )
     return reports
 
 
-def _note(order: float | None, seeded: bool) -> str:
+def _left(chain: Chain, limit: float, spent: float) -> float | None:
+    if not math.isfinite(spent):
+        return None
+    # Whatever ε is allowed later, nothing more is charged to a domain that lost entries.
+    return 0.0 if chain.recovered is not None else max(0.0, limit - spent)
+
+
+def _note(chain: Chain, order: int | None) -> str:
+    if chain.recovered is not None:
+        return "entries were lost: the whole epsilon counts as spent, and nothing more is charged"
     adaptive = (
         "epsilon is valid if contracts were chosen without looking at earlier releases; "
         "epsilon_filter also if they were not"
         if order is not None
         else "the menu covers contracts chosen in any order"
     )
-    return f"simulation: no guarantee, the noise was seeded; {adaptive}" if seeded else adaptive
+    if chain.seeded:
+        return f"simulation: no guarantee, the noise was seeded; {adaptive}"
+    return adaptive
 
 
 def _print_budgets(domains: list[DomainBudget]) -> None:

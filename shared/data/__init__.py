@@ -44,6 +44,7 @@ class Dataset:
             beside them.
         load_part: the training examples of one site, by the name of its part.
         check_part: what is wrong with them, without naming a value.
+        embedded: whether it ships with a library, so that a folder says nothing of where it lies.
     """
 
     terms: DataTerms
@@ -51,6 +52,7 @@ class Dataset:
     load_public: Callable[[Path | None], tuple[Examples, Examples]]
     load_part: Callable[[Path | None, str], Examples]
     check_part: Callable[[Path | None, str], list[str]]
+    embedded: bool = False
 
 
 def _in_shares(
@@ -58,6 +60,8 @@ def _in_shares(
     load: Callable[[Path | None], Splits],
     load_public: Callable[[Path | None], tuple[Examples, Examples]],
     load_training: Callable[[Path | None], Examples],
+    *,
+    embedded: bool = False,
 ) -> Dataset:
     """Returns a data set without sites of its own: its parts are "i/n"."""
 
@@ -68,7 +72,7 @@ def _in_shares(
         where = f"{terms.name} {part}"
         return faults(load_part(folder, part), classes=terms.classes, where=where)
 
-    return Dataset(terms, load, load_public, load_part, check_part)
+    return Dataset(terms, load, load_public, load_part, check_part, embedded)
 
 
 def _public_digits(folder: Path | None) -> tuple[Examples, Examples]:
@@ -82,6 +86,7 @@ DATASETS: dict[str, Dataset] = {
         load_digits,
         _public_digits,
         lambda folder: load_digits(folder).train,
+        embedded=True,
     ),
     # 72.94 and 90.02 are the mean and deviation of the public training pixels, 0 to 255.
     "fashion-mnist": _in_shares(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -20,8 +21,7 @@ def share(train: Examples, part: str) -> Examples:
     Raises:
         UsageError: where `part` is no share that has an example.
     """
-    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", part)
-    place, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    place, count = _cut(part) or (0, 0)
     if not 1 <= place <= count <= len(train):
         raise UsageError(
             f"part {part!r} must be i/n, the i-th of n shares, as in 2/5: i from 1 to n, n up to "
@@ -29,6 +29,28 @@ def share(train: Examples, part: str) -> Examples:
         )
     order = np.random.default_rng(_SEED).permutation(len(train))
     return train.take(np.sort(order[place - 1 :: count]))
+
+
+def may_meet(part: str, other: str) -> bool:
+    """Returns whether two parts of one data set may hold the same examples.
+
+    A share takes every n-th example, so 1/2 and 1/4 meet and 1/2 and 2/4 do not.
+
+    Example:
+        >>> may_meet("1/2", "3/4"), may_meet("1/2", "2/4"), may_meet("1/2", "01/2")
+        (True, False, True)
+    """
+    cut, second = _cut(part), _cut(other)
+    if cut is None or second is None:
+        return part == other
+    return (cut[0] - second[0]) % math.gcd(cut[1], second[1]) == 0
+
+
+def _cut(part: str) -> tuple[int, int] | None:
+    """Returns i and n of "i/n", None where it is no share."""
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", part)
+    place, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    return (place, count) if 1 <= place <= count else None
 
 
 def faults(examples: Examples, *, classes: int, where: str) -> list[str]:

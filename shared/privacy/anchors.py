@@ -45,7 +45,7 @@ def heads(path: Path) -> Mapping[tuple[str, str], Head]:
         path: JSON with `heads`: {SITE: {domain, sequence, hash}}, or a list of them for a site.
 
     Raises:
-        UsageError: where the file is missing or holds none.
+        UsageError: where the file is missing or is of another form.
     """
     try:
         return head_file.heads(json.loads(path.read_bytes()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -120,6 +120,24 @@ def check_room(chain: Chain, contract: Contract, domain: DomainPolicy) -> None:
             f"{choices[-1]} rounds more would pass epsilon {domain.epsilon} of the domain "
             f"{chain.domain!r}",
         )
+
+
+def worst_case(chain: Chain, policies: Mapping[str, Policy]) -> float:
+    """Returns the most that a domain may have cost where entries of its ledger were lost.
+
+    Every charge, lost or not, was kept within the ε of the policy of its time. An ε that was
+    lowered since does not make earlier charges smaller.
+
+    Args:
+        chain: what is left of the ledger.
+        policies: by hash; at the least those that genesis, charges and the last entry name.
+    """
+    charges = [charge for charges in chain.charges.values() for charge in charges]
+    named = {charge.policy for charge in charges}
+    named |= {entry.policy for entry in (chain.genesis, chain.recovered) if entry is not None}
+    limits = [policies[name].domains[chain.domain] for name in named]
+    kept = accounting.epsilon(chain.events_until(chain.length), limits[0].delta)
+    return max(kept, *(limit.epsilon for limit in limits))
 
 
 def within(chain: Chain, events: Sequence[Event], domain: DomainPolicy) -> bool:

@@ -94,9 +94,7 @@ class Chain:
             case Release():
                 self._add_release(body)
             case Recovered():
-                lost = isinstance(events.decode(body.event), events.Spent)
-                self._check(lost, body.sequence, "recovered, but charges no ceiling")
-                self.recovered = body
+                self._add_recovered(body)
         self.policies[body.policy] = body.sequence
         self.head = Head(sequence=body.sequence, hash=entry.hash)
 
@@ -154,6 +152,16 @@ class Chain:
             "a second release of one charge",
         )
         self.releases[release.contract, release.round] = release
+
+    def _add_recovered(self, recovered: Recovered) -> None:
+        number = recovered.sequence
+        # A second one could name a lower ceiling, which would then be the domain's ε.
+        self._check(self.recovered is None, number, "recovered a second time")
+        lost = isinstance(events.decode(recovered.event), events.Spent)
+        self._check(lost, number, "recovered, but charges no ceiling")
+        named = (recovered.lost_sequence is None) == (recovered.lost_hash is None)
+        self._check(named, number, "half of what was lost is named")
+        self.recovered = recovered
 
     def _check(self, holds: bool, number: int, fault: str) -> None:
         if not holds:

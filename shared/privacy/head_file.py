@@ -64,9 +64,24 @@ def heads(value: Any) -> dict[tuple[str, str], Head]:
     """Returns the heads in a head file, a summary or a checkpoint, by (site, domain).
 
     A site has one head, or a list of one for each of its domains.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: for anything else.
     """
     return {
-        (site, str(head["domain"])): Head(sequence=int(head["sequence"]), hash=str(head["hash"]))
+        (site, _text(head["domain"])): Head(_number(head["sequence"]), _text(head["hash"]))
         for site, listed in value["heads"].items()
         for head in (listed if isinstance(listed, list) else [listed])
     }
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a head's domain and hash are text")
+    return value
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("a head's sequence number is a whole number from 0")
+    return value

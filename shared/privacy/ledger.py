@@ -143,6 +143,13 @@ class Transaction:
         )
         return entry
 
+    def document(self, kind: DocumentKind, sha256: str) -> bytes | None:
+        """Returns a contract or policy that entries name, None where it is not stored."""
+        row = self._connection.execute(
+            "SELECT body FROM documents WHERE kind = ? AND sha256 = ?", (kind, sha256)
+        ).fetchone()
+        return row[0].encode() if row else None
+
     def keep(self, kind: DocumentKind, sha256: str, text: bytes) -> None:
         """Stores the contract or policy that entries name, so that the file explains itself."""
         self._connection.execute(

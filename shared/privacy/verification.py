@@ -19,6 +19,9 @@ from bract.shared.privacy import accounting, budget, entries, ledger, witness
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Charge, Head
 
+# ε is a float that another version of an accountant may round differently.
+TOLERANCE = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class Verified:
@@ -163,6 +166,12 @@ def _check_policies(chain: Chain, policies: Mapping[str, Policy]) -> set[tuple[s
         fault = budget.genesis_fault(chain, policy)
         if fault:
             raise VerificationFailed(fault)
+    ceiling = accounting.lost(chain.events)
+    if ceiling is not None and ceiling < budget.worst_case(chain, policies) * (1 - TOLERANCE):
+        raise VerificationFailed(
+            f"ledger of {chain.site!r}, domain {chain.domain!r}: recovered at epsilon {ceiling:g}, "
+            "which is under what its policies allowed"
+        )
     last_charges: dict[str, int] = {}
     for charges in chain.charges.values():
         for charge in charges:

@@ -27,7 +27,7 @@ class Witness(Frozen):
     schema_version: Literal[1] = 1
     site: Name
     domain: Name
-    sequence: int = Field(ge=0)
+    sequence: int = Field(ge=0, lt=2**63)  # what a table of the ledger can hold
     hash: Hex32
     key: Hex32
     signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
@@ -70,12 +70,15 @@ def from_bytes(text: bytes) -> Witness:
     """Returns the witness in canonical JSON; its signature is not yet verified.
 
     Raises:
-        VerificationFailed: for anything else.
+        VerificationFailed: for anything else, a second spelling of the same witness included.
     """
     try:
-        return parse(Witness, canonical.decode(text), source="witness")
+        found = parse(Witness, canonical.decode(text), source="witness")
     except UsageError as error:
         raise VerificationFailed("not a witness") from error
+    if found.to_bytes() != text:
+        raise VerificationFailed("a witness is not in canonical form")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,8 @@ def follow(extension: Extension) -> Iterator[tuple[Head, Body | None]]:
     """Yields each entry's head, and its body where it is shown, from the one after `since`.
 
     Raises:
-        VerificationFailed: where a shown body is not the one that was hashed.
+        VerificationFailed: where a shown body is not the one that was hashed, or names another
+            place than its own.
     """
     since = extension.since
     previous = since.hash if since else NO_PREVIOUS
@@ -112,8 +116,11 @@ def follow(extension: Extension) -> Iterator[tuple[Head, Body | None]]:
     for link in extension.links:
         if link.body and entries.body_hash(link.body) != link.body_hash:
             raise VerificationFailed("a ledger entry's body is not the one that was hashed")
+        shown = entries.body(link.body) if link.body else None
+        if shown is not None and (shown.sequence, shown.previous) != (number, previous):
+            raise VerificationFailed("a ledger entry that stands in another place")
         previous = entries.link(previous, link.body_hash)
-        yield Head(number, previous), entries.body(link.body) if link.body else None
+        yield Head(number, previous), shown
         number += 1
 
 

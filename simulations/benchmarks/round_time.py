@@ -6,10 +6,10 @@ Run: python -m bract.simulations.benchmarks.round_time --json
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import statistics
 
+from bract.simulations.benchmarks.bract_round import bract_seconds
 from bract.simulations.benchmarks.stock_flower import flower_seconds
 
 
@@ -32,9 +32,8 @@ def main() -> None:
 
 def measure(rounds: int, sites: int) -> dict[str, float]:
     """Returns the medians; one side runs after the other, so that neither slows the other."""
-    hosted = importlib.import_module("bract.simulations.benchmarks.bract_round")
     return {
-        "bract_seconds": statistics.median(hosted.bract_seconds(rounds, sites)),
+        "bract_seconds": statistics.median(bract_seconds(rounds, sites)),
         "flower_seconds": statistics.median(flower_seconds(rounds, sites)),
         "rounds": rounds,
         "sites": sites,

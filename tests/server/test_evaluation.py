@@ -49,9 +49,10 @@ def test_data_without_groups_have_none_in_the_report() -> None:
 
 @pytest.mark.parametrize("slope", [1.0, -0.25])
 def test_two_classes_have_an_area_under_the_curve(slope: float) -> None:
-    shown = examples()
-    area = evaluator(2).report(weights(2, slope), shown)["auc"]
-    assert area == pytest.approx(metrics.roc_auc_score(shown.targets, slope * shown.inputs[:, 0]))
+    shown, given = examples(), weights(2, slope)
+    given["1.weight"][0] = [2 * slope, 0]  # the first class's score turns the order round
+    area = evaluator(2).report(given, shown)["auc"]
+    assert area == pytest.approx(metrics.roc_auc_score(shown.targets, -slope * shown.inputs[:, 0]))
 
 
 @pytest.mark.parametrize("case", ["three classes", "one class seen", "weights not finite"])

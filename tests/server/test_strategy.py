@@ -12,8 +12,9 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from bract.server.strategy import INVALID_UPDATE, PublicFedAvg, from_record, to_record
+from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays, contract, keys, wire
-from bract.shared.contract import SignedContract, SiteTerms
+from bract.shared.contract import SignedContract, SiteTerms, TrainingTerms
 from bract.shared.errors import Reason
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 from bract.simulations.grid import LocalGrid
@@ -33,7 +34,9 @@ def signed(world: Any, site_keys: dict[str, keys.SigningKey]) -> SignedContract:
         SiteTerms(name=name, key=site_keys[name].public, domain="ward", nominal_size=size)
         for name, size in zip(NAMES, SIZES, strict=True)
     )
-    signed: SignedContract = world.sign(world.contract(cohort=cohort))
+    # The steps are long, so that the values here lie within what the contract can reach.
+    training = TrainingTerms(local_steps=2, learning_rate=50.0)
+    signed: SignedContract = world.sign(world.contract(cohort=cohort, training=training))
     return signed
 
 
@@ -60,7 +63,7 @@ def carry(signed: SignedContract) -> Callable[[dict[int, RecordDict]], list[Mess
             return Message(contents[context.node_id], reply_to=message)
 
         grid = LocalGrid(client, [{}] * len(contents), workers=1)  # type: ignore[arg-type]
-        strategy = PublicFedAvg(signed, SHAPES)
+        strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
         sent = strategy.configure_train(1, to_record(values(0.0)), ConfigRecord(), grid)
         return list(grid.send_and_receive(sent))
 
@@ -83,7 +86,9 @@ def test_weights_are_the_contracts_whatever_order_replies_come_in(
             )
             for place, i in enumerate(order)
         }
-        average, _ = PublicFedAvg(signed, SHAPES).aggregate_train(1, carry(contents))
+        average, _ = PublicFedAvg(signed, SHAPES, WitnessDesk(None)).aggregate_train(
+            1, carry(contents)
+        )
         averages.append(from_record(average))
     expected = sum(
         w * s["1.weight"].astype(float) for w, s in zip((0.1, 0.3, 0.6), sent, strict=True)
@@ -129,7 +134,7 @@ def test_a_bad_update_is_left_out_and_the_round_goes_on(
     if case == "a second from one site":
         bad = good
     contents = {1000: wire.encode_reply(good), 1001: wire.encode_reply(bad)}
-    strategy = PublicFedAvg(signed, SHAPES)
+    strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
     average, _ = strategy.aggregate_train(1, carry(contents))
     np.testing.assert_array_equal(from_record(average)["1.bias"], np.full(10, 2.0))
     assert [reason for _, reason in strategy.refused] == [INVALID_UPDATE]
@@ -144,7 +149,7 @@ def test_a_final_refusal_is_not_asked_again_and_a_passing_one_is(
         node: wire.encode_refusal(wire.RefusalReply(site=f"s{node}", round=1, reason=reason))
         for node, reason in refusals.items()
     }
-    strategy = PublicFedAvg(signed, SHAPES)
+    strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
     average, _ = strategy.aggregate_train(1, carry(contents))
     assert average is None
     grid = LocalGrid(lambda m, c: m, [{}, {}], workers=1)  # type: ignore[arg-type, return-value]
@@ -153,7 +158,7 @@ def test_a_final_refusal_is_not_asked_again_and_a_passing_one_is(
 
 
 def test_a_message_of_another_form_is_a_bad_update(signed: SignedContract, carry: Any) -> None:
-    strategy = PublicFedAvg(signed, SHAPES)
+    strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
     contents = {1000: RecordDict({"arrays": to_record(values(1.0))})}
     average, _ = strategy.aggregate_train(1, carry(contents))
     assert average is None
@@ -168,7 +173,7 @@ def test_contract_module_is_what_travels(signed: SignedContract, carry: Any) -> 
         return Message(RecordDict(), reply_to=message)
 
     grid = LocalGrid(client, [{}], workers=1)  # type: ignore[arg-type]
-    strategy = PublicFedAvg(signed, SHAPES)
+    strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
     grid.push_messages(strategy.configure_train(1, to_record(values(3.0)), ConfigRecord(), grid))
     assert contract.from_bytes(seen[0].contract.to_bytes()) == signed
     assert seen[0].round == 1

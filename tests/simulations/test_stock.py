@@ -33,7 +33,7 @@ def test_stock_flower_trains_through_each_sites_gate_to_the_same_weights(
         nodes = [node_config(run.plan_path, place) for place in range(SITES)]
         with stock_federation(tmp_path / "flower", nodes) as flower:
             flower.submit("stock", run.run_config)
-            flower.await_file(run.out / "checkpoint/result.json", timeout_seconds=150)
+            flower.await_file(run.out / "checkpoint/result.json", timeout_seconds=300)
             processes = dict(flower.processes)
     assert all(process.poll() is not None for process in processes.values())
     lines = (run.out / "metrics.jsonl").read_text().splitlines()
@@ -65,5 +65,6 @@ def test_a_federation_that_cannot_start_says_which_log_to_read(
 
 def test_the_bundles_hold_names_and_no_code() -> None:
 
-    for bundle in (resources.files("bract.simulations") / "federations").iterdir():
-        assert [file.name for file in bundle.iterdir()] == ["pyproject.toml"]
+    for bundle in ("stock", "trivial"):
+        folder = resources.files("bract.simulations") / "federations" / bundle
+        assert [file.name for file in folder.iterdir()] == ["pyproject.toml"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
@@ -64,20 +65,68 @@ def test_normals_are_standard_normals(key: bytes) -> None:
     assert abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 5 / len(values) ** 0.5
 
 
+SMALLEST, GREATEST, QUARTER, HALF = 0, 2**63 - 1, 2**61, 2**62
+
+
 def test_tails_reach_past_those_of_24_bit_uniforms() -> None:
-    top, sign = (2**53 - 1) << 11, 1
-    low, mirrored, middle, negative = Words(0, sign, top, top | sign).normals(4)
-    assert np.isfinite([low, mirrored]).all()
-    assert low == -mirrored
-    assert abs(low) > 8 > 5.2
-    assert middle == negative == 0
-    assert abs(Words(1 << 11).normals(1)[0]) < abs(low)
+    far, _, near, _ = Words(SMALLEST, 0, 2**39, 0).normals(4)
+    assert far == pytest.approx(9.419, abs=1e-3)  # √(−2·ln 2⁻⁶⁴): the least uniform is not 0
+    assert near == pytest.approx((-2 * np.log(2.0**-24)) ** 0.5)
+    assert far > 8 > 5.9 > near
+    flat = Words(GREATEST, 12345, 2**63, 12345).normals(4)
+    assert np.abs(flat).max() < 1e-7  # a uniform of 1: in the middle, and no NaN
 
 
-def test_words_differ_in_their_low_bits_only_by_the_sign() -> None:
-    one, other = Words(12345 << 11, 12345 << 11 | 0b11111111110).normals(2)
-    assert one == other
-    assert Words(12345 << 11 | 1).normals(1)[0] == -one
+def test_second_word_of_a_pair_is_the_angle() -> None:
+    radius = (-2 * np.log(0.25)) ** 0.5
+    for word, cosine, sine in (
+        (0, 1, 0),
+        (QUARTER, 0.5**0.5, 0.5**0.5),
+        (HALF, 0, 1),
+        (2**64 - HALF, 0, -1),
+        (2**63, -1, 0),
+    ):
+        pair = Words(QUARTER, word).normals(2)
+        np.testing.assert_allclose(pair, [radius * cosine, radius * sine], atol=1e-15)
+        np.testing.assert_array_equal(pair, Words(2**64 - QUARTER, word).normals(2))
+
+
+def test_each_bit_of_a_radius_of_53_and_an_angle_of_53_counts() -> None:
+    base = Words(QUARTER + 2**20, 2**60).normals(2)
+    for words in ((QUARTER + 2**20 + 2**9, 2**60), (QUARTER + 2**20, 2**60 + 2**9)):
+        assert (Words(*words).normals(2) != base).any()
+
+
+def test_tails_have_the_mass_of_a_normal() -> None:
+    """Exactly, from words whose uniforms lie evenly in the last 2⁻³² of the radius."""
+    count = 20_000
+    words = np.empty(2 * count, dtype=np.uint64)
+    words[0::2] = (np.arange(count) + 0.5) * 2.0**31 / count
+    words[1::2] = np.random.default_rng(1).integers(0, 2**64, count, dtype=np.uint64)
+    values = Words(*words.tolist()).normals(2 * count).reshape(-1, 2)
+    # given u < 2⁻³², the radius squared is exponential past 2·32·ln 2
+    excess = np.square(values).sum(1) / 2 - 32 * np.log(2)
+    assert stats.kstest(excess, "expon").statistic < 1e-4
+    assert stats.kstest(0.999 * excess, "expon").statistic > 3e-4
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 32_768, 32_769, 70_001])
+def test_normals_do_not_depend_on_how_many_are_drawn_at_once(count: int) -> None:
+    whole = RandomStream(KEYS[1]).normals(80_000)
+    np.testing.assert_array_equal(RandomStream(KEYS[1]).normals(count), whole[:count])
+    stream = RandomStream(KEYS[1])
+    parts = [stream.normals(part) for part in (2, 32_768, 10)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole[:32_780])
+
+
+def test_normals_do_not_depend_on_the_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    one = RandomStream(KEYS[1]).normals(100_000)
+    try:
+        torch.set_num_threads(2)
+        np.testing.assert_array_equal(RandomStream(KEYS[1]).normals(100_000), one)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_sample_takes_a_word_below_the_rate_and_no_other() -> None:

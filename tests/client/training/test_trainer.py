@@ -23,7 +23,7 @@ from bract.shared.errors import ModelRejected
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 
 ROOT = Path(__file__).parents[3]
-MODES = ("opacus-hooks", "opacus-ghost")
+MODES = ("book-keeping", "opacus-hooks", "opacus-ghost")
 STEPS, RATE = 4, 0.5
 FACTORIES = """
 import torch
@@ -408,6 +408,7 @@ def test_lack_of_memory_for_one_example_is_raised(world: Any) -> None:
         ("twice", "opacus-ghost", "use the mode opacus-hooks"),
         ("mixing", "opacus-hooks", "mixes examples"),
         ("mixing", "opacus-ghost", "mixes examples"),
+        ("mixing", "book-keeping", "mixes examples"),
     ],
 )
 def test_model_that_a_mode_cannot_take_is_refused_before_any_round(
@@ -417,9 +418,10 @@ def test_model_that_a_mode_cannot_take_is_refused_before_any_round(
         Trainer(terms_of(world, model=ModelTerms(name=made(factory))), Execution(mode=mode))
 
 
-def test_parameter_used_twice_is_trained_with_hooks(world: Any, made: Callable[..., str]) -> None:
+@pytest.mark.parametrize("mode", ["book-keeping", "opacus-hooks"])
+def test_parameter_used_twice_is_trained(world: Any, made: Callable[..., str], mode: str) -> None:
     contract = terms_of(world, model=ModelTerms(name=made("twice")))
-    trainer = Trainer(contract, Execution(mode="opacus-hooks"))
+    trainer = Trainer(contract, Execution(mode=mode))
     assert set(train(trainer, contract, examples(), Watching())) == set(trainer.shapes)
     assert len(trainer.shapes) == 4
 

@@ -364,12 +364,13 @@ def test_natural_partition_of_chosen_groups_keeps_their_order() -> None:
     ("changes", "sites", "groups", "remedy"),
     [
         ({}, 4, GROUPS, "makes 3 sites of these data, not 4: set sites to 3"),
+        ({}, 2, GROUPS, "makes 3 sites of these data, not 2: set sites to 3"),
         ({"only": ("east",)}, 3, GROUPS, "makes 1 sites of these data, not 3: set sites to 1"),
         ({"only": ("eest",)}, 1, GROUPS, "unknown group .* 'eest': did you mean 'east'"),
         ({}, 3, None, "no groups of its own: set data.partition.kind to iid"),
         ({"min_size": 301}, 3, GROUPS, "leaves a site under 301 examples"),
     ],
-    ids=["sites", "sites-of-only", "unknown", "no-groups", "too-small"],
+    ids=["more", "fewer", "sites-of-only", "unknown", "no-groups", "too-small"],
 )
 def test_natural_partition_that_cannot_be_made_is_an_error(
     changes: dict[str, Any], sites: int, groups: Groups | None, remedy: str

@@ -1,0 +1,235 @@
+"""The time of a private step over that of a plain one: ours, and Opacus' engine in three modes.
+
+Run: python -m bract.simulations.benchmarks.private_step --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from opacus import PrivacyEngine
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from bract.client.training.gradients import clipped_sum, expected_warnings
+from bract.client.training.optimizer import PrivateOptimizer
+from bract.client.training.randomness import RandomStream, SecureRandomness
+
+REPEATS = 9
+SECONDS = 0.25
+CLASSES = 10
+CLIP_NORM, NOISE_MULTIPLIER, LEARNING_RATE = 1.0, 1.0, 0.1
+Step = Callable[[], None]
+Batch = tuple[Tensor, Tensor]
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each behind a norm and beside a residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_hidden = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value, self.mixed = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.hidden, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (examples, places, width)."""
+        projected = self.query_key_value(self.before_attention(x))
+        split = projected.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(*split)
+        x = x + self.mixed(attended.transpose(1, 2).reshape(x.shape))
+        hidden: Tensor = self.out(functional.gelu(self.hidden(self.before_hidden(x))))
+        return x + hidden
+
+
+class Transformer(nn.Module):
+    """A small classifier of token sequences."""
+
+    def __init__(self, *, tokens: int = 256, length: int = 128, width: int = 128) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(tokens, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads=4) for _ in range(4)))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Returns a row of logits for each row of tokens."""
+        places = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+        hidden = self.blocks(self.tokens(tokens) + self.places(places))
+        logits: Tensor = self.out(self.norm(hidden).mean(1))
+        return logits
+
+
+def cnn() -> nn.Module:
+    """Returns two convolutions and two dense layers, 225,034 parameters."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(1600, 128), nn.ReLU(), nn.Linear(128, CLASSES)),
+    )
+
+
+def small_cnn() -> nn.Module:
+    """Returns the network of Opacus' MNIST example, 26,010 parameters."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 8, stride=2, padding=3), nn.ReLU(), nn.MaxPool2d(2, 1)),
+        *(nn.Conv2d(16, 32, 4, stride=2), nn.ReLU(), nn.MaxPool2d(2, 1)),
+        *(nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, CLASSES)),
+    )
+
+
+def _images() -> Batch:
+    return torch.rand(64, 1, 28, 28), torch.randint(0, CLASSES, (64,))
+
+
+def _sequences() -> Batch:
+    return torch.randint(0, 256, (32, 128)), torch.randint(0, CLASSES, (32,))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
+    "cnn": (cnn, _images),
+    "small_cnn": (small_cnn, _images),
+    "transformer": (Transformer, _sequences),
+}
+
+
+class _Silent(RandomStream):
+    """No noise, to see what it costs."""
+
+    def normals(self, count: int) -> npt.NDArray[np.float64]:
+        return np.zeros(count)
+
+
+def main() -> None:
+    """Prints, for each model, the ratios of the medians to a plain step's."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    options = parser.parse_args()
+    ratios = measure(repeats=options.repeats)
+    if options.json:
+        print(json.dumps(ratios))
+        return
+    for model, row in ratios.items():
+        print(f"{model:12}", "  ".join(f"{name} {ratio:.2f}" for name, ratio in row.items()))
+
+
+def measure(*, repeats: int, seconds: float = SECONDS) -> dict[str, dict[str, float]]:
+    """Returns ratios by model and way: medians over turns that are taken one after another.
+
+    Args:
+        repeats: the number of turns of each way.
+        seconds: about what one turn of plain steps takes.
+    """
+    torch.set_num_threads(1)
+    with warnings.catch_warnings(), expected_warnings():
+        warnings.filterwarnings("ignore", module="opacus")
+        return {name: _measure(*case, repeats, seconds) for name, case in CASES.items()}
+
+
+def _measure(
+    build: Callable[[], nn.Module], make: Callable[[], Batch], repeats: int, seconds: float
+) -> dict[str, float]:
+    torch.manual_seed(1)  # made-up data and weights; nothing here is released
+    batch = make()
+    steps = {
+        "plain": _plain(build(), batch),
+        "bract": _ours(build(), batch, SecureRandomness().stream(1)),
+        "bract_without_noise": _ours(build(), batch, _Silent(bytes(32))),
+        **{f"opacus_{mode}": _opacus(build(), batch, mode) for mode in _MODES},
+    }
+    for step in steps.values():
+        _seconds(step, 2)
+    count = max(1, round(seconds / _seconds(steps["plain"], 3)))
+    turns: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            turns[name].append(_seconds(step, count))
+    plain = statistics.median(turns.pop("plain"))
+    return {name: round(statistics.median(times) / plain, 3) for name, times in turns.items()}
+
+
+def _seconds(step: Step, count: int) -> float:
+    started = time.perf_counter()
+    for _ in range(count):
+        step()
+    return (time.perf_counter() - started) / count
+
+
+def _plain(model: nn.Module, batch: Batch) -> Step:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def _ours(model: nn.Module, batch: Batch, stream: RandomStream) -> Step:
+    """Returns the step of the trainer in its default mode."""
+    summer = clipped_sum("book-keeping", model, _losses, CLIP_NORM)
+    optimizer = PrivateOptimizer(
+        torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
+        noise_multiplier=NOISE_MULTIPLIER,
+        clip_norm=CLIP_NORM,
+        normaliser=float(len(batch[0])),
+        stream=stream,
+    )
+
+    def step() -> None:
+        sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in model.named_parameters()}
+        summer.add_(sums, *batch)
+        optimizer.put(list(sums.values()))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, targets, reduction="none")
+
+
+_MODES = ("hooks", "ghost", "functorch")
+
+
+def _opacus(model: nn.Module, batch: Batch, mode: str) -> Step:
+    """Returns a step as Opacus' tutorials have it, with torch's own generator for the noise."""
+    settings: dict[str, Any] = {
+        "module": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
+        "data_loader": DataLoader(TensorDataset(*batch), batch_size=len(batch[0])),
+        "noise_multiplier": NOISE_MULTIPLIER,
+        "max_grad_norm": CLIP_NORM,
+        "poisson_sampling": False,
+        "grad_sample_mode": mode,
+    }
+    criterion: Any = nn.CrossEntropyLoss()
+    if mode == "ghost":
+        made = PrivacyEngine().make_private(**settings, criterion=criterion)
+        private, optimizer, criterion, _ = made
+    else:
+        private, optimizer, _ = PrivacyEngine().make_private(**settings)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(private(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What the benchmarks print, on a model small enough for a suite."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from bract.simulations.benchmarks import private_step
+
+
+def test_private_step_prints_a_ratio_for_every_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = (lambda: nn.Linear(4, 10), lambda: (torch.rand(8, 4), torch.arange(8)))
+    monkeypatch.setattr(private_step, "CASES", {"linear": case})
+    monkeypatch.setattr(private_step, "SECONDS", 0.01)
+    monkeypatch.setattr(sys, "argv", ["private_step", "--json", "--repeats", "1"])
+    private_step.main()
+    (row,) = json.loads(capsys.readouterr().out).values()
+    ways = ["bract", "bract_without_noise", "opacus_hooks", "opacus_ghost", "opacus_functorch"]
+    assert list(row) == ways
+    assert all(ratio > 0 for ratio in row.values())
+
+
+@pytest.mark.parametrize(("name", "count"), [("cnn", 225_034), ("small_cnn", 26_010)])
+def test_models_of_the_private_step_have_the_sizes_that_are_said(name: str, count: int) -> None:
+    build, make = private_step.CASES[name]
+    assert sum(parameter.numel() for parameter in build().parameters()) == count
+    assert len(make()[0]) == 64
