@@ -118,7 +118,8 @@ def status(path: Path) -> SiteStatus:
 
 def status_lines(report: SiteStatus) -> list[str]:
     """Returns a status as text."""
-    shown = [f"{report.site}: {report.doing}, round {report.round or '-'}, since {report.since}"]
+    since = report.since or "-"
+    shown = [f"{report.site}: {report.doing}, round {report.round or '-'}, since {since}"]
     shown += [
         f"{name}: ε {_number(domain.epsilon)} of {domain.limit:g} at δ {domain.delta:g}, left "
         f"{_number(domain.left)}, {domain.charges} charges"

@@ -118,8 +118,18 @@ def check_room(chain: Chain, contract: Contract, domain: DomainPolicy) -> None:
         raise Refusal(
             Reason.BUDGET_EXHAUSTED,
             f"{choices[-1]} rounds more would pass epsilon {domain.epsilon} of the domain "
-            f"{chain.domain!r}",
+            f"{chain.domain!r} {_counted(domain)}",
         )
+
+
+def _counted(domain: DomainPolicy) -> str:
+    if isinstance(domain.composition, Filter):
+        # A contract tells its ε by PLD: without this, 3.9 of 4 would seem to fit.
+        return (
+            "as its Rényi filter counts, which is more than PLD's epsilon; privacy.ceiling in "
+            "FEDERATION.toml raises σ until a contract fits"
+        )
+    return "or one of its menu's caps"
 
 
 def worst_case(chain: Chain, policies: Mapping[str, Policy]) -> float:
