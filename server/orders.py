@@ -138,13 +138,17 @@ class Orders:
                 if order.answered:
                     self._changed.notify_all()
 
-    def reset(self, message: str) -> str | None:
-        """Forgets a half-given answer and returns its id: the order is offered again."""
+    def reset(self, message: str) -> Order | None:
+        """Puts an order back to be offered anew, its time with it; returns it as it was.
+
+        None where there is nothing to offer: the order is closed, or its answer is whole.
+        """
         with self._changed:
-            order = self._orders[message]
-            half, order.reply, order.session, order.delivered = order.reply, None, None, None
-            order.awaited, order.received = set(), 0
-            return half
+            order = self._orders.get(message)
+            if order is None or order.answered:
+                return None
+            self._orders[message] = Order(order.node, order.objects, sent=time.monotonic())
+            return order
 
     def close(self, message: str) -> Order | None:
         """Removes an order; what comes for it afterwards is late and refused."""

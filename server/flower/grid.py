@@ -78,10 +78,11 @@ class FleetGrid(Grid):
                         store.put(object_id, value.deflate())
                 node = message.metadata.dst_node_id
                 objects = (part.object_id for part in iterate_object_tree(tree))
-                self._host.orders.open(name, node, objects)
-                self._host.envelopes[name] = remove_content_from_message(message)
-                # Objects first: a node that finds its order finds all of it.
-                state.store_message_ins(self._host.envelopes[name])
+                with self._host.exchange:
+                    self._host.orders.open(name, node, objects)
+                    self._host.envelopes[name] = remove_content_from_message(message)
+                    # Objects first: a node that finds its order finds all of it.
+                    state.store_message_ins(self._host.envelopes[name])
                 self._host.ring(node)
                 pushed.append(name)
         return pushed
@@ -112,8 +113,8 @@ class FleetGrid(Grid):
         return replies
 
     def _take(self, name: str) -> Message:
-        state, store = self._host.state, self._host.state.object_store
-        reply = state.get_message_res({name}, self._host.run)[0]
+        # Not by Flower's get_message_res: a whole answer counts, wherever its node is by now.
+        store, reply = self._host.state.object_store, self._host.answers[name]
         root = reply.metadata.message_id
         if not reply.has_error():
             tree = store.get_object_tree(root)
@@ -121,11 +122,11 @@ class FleetGrid(Grid):
                 part.object_id: store.get(part.object_id) or b""
                 for part in iterate_object_tree(tree)
             }
-            store.delete(root)  # the dictionary holds the last reference to each piece
             whole = inflate_object_from_contents(root, contents)
             assert isinstance(whole, Message)  # noqa: S101  it was registered as a reply
             whole.metadata.__dict__["_message_id"] = root
             reply = whole
+        store.delete(root)
         self._discard(name)
         return reply
 
@@ -136,8 +137,10 @@ class FleetGrid(Grid):
         return Message(Error(NO_ANSWER), reply_to=message)
 
     def _discard(self, name: str) -> Order | None:
-        order = self._host.orders.close(name)
-        self._host.envelopes.pop(name, None)
-        self._host.state.delete_messages({name})
-        self._host.state.object_store.delete(name)
+        with self._host.exchange:
+            order = self._host.orders.close(name)
+            self._host.envelopes.pop(name, None)
+            self._host.answers.pop(name, None)
+            self._host.state.delete_messages({name})
+            self._host.state.object_store.delete(name)
         return order

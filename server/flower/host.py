@@ -73,6 +73,9 @@ class Host:
         self.run, self._task = _begin_run(self.state)
         self.incarnations = Incarnations()
         self.envelopes: dict[str, Message] = {}
+        self.answers: dict[str, Message] = {}
+        # Held while an order changes both here and in the link state, so that they never differ.
+        self.exchange = threading.RLock()
         self.bells: dict[int, asyncio.Event] = {}
         self.closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -141,11 +144,15 @@ class Host:
 
     def offer_again(self, name: str) -> None:
         """Offers an open order anew to a process that may have lost it, half an answer and all."""
-        half = self.orders.reset(name)
-        if half is not None:
-            self.state.object_store.delete(half)
-        self.state.delete_messages({name})
-        self.state.store_message_ins(self.envelopes[name])
+        with self.exchange:
+            before = self.orders.reset(name)
+            if before is None:  # answered or given up meanwhile: there is nothing to offer
+                return
+            if before.reply is not None:
+                self.state.object_store.delete(before.reply)
+            self.answers.pop(name, None)
+            self.state.delete_messages({name})
+            self.state.store_message_ins(self.envelopes[name])
 
     def connected(self) -> list[str]:
         """Returns the names of the sites whose nodes are online."""

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import APIRouter, FastAPI, Header, HTTPException
+from flwr.common.serde import message_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
@@ -238,17 +239,19 @@ async def _pull(host: Host, request: PullMessagesRequest, process: str) -> PullM
 def _push(host: Host, request: PushMessagesRequest) -> PushMessagesResponse:
     node = request.node.node_id
     order, reply = _reply_of(request)
-    host.orders.check_answer(node, order)
-    response = fleet_handlers.push_messages(request=request, state=host.state)
-    if reply not in host.state.object_store:  # Flower did not take it
-        raise Refused(Fault.BAD_REQUEST)
-    host.orders.begin_answer(
-        node,
-        order,
-        reply=reply,
-        session=response.session_id,
-        awaited=response.objects_to_push,
-    )
+    with host.exchange:
+        host.orders.check_answer(node, order)
+        response = fleet_handlers.push_messages(request=request, state=host.state)
+        if reply not in host.state.object_store:  # Flower did not take it
+            raise Refused(Fault.BAD_REQUEST)
+        host.answers[order] = message_from_proto(request.messages_list[0])
+        host.orders.begin_answer(
+            node,
+            order,
+            reply=reply,
+            session=response.session_id,
+            awaited=response.objects_to_push,
+        )
     return response
 
 
