@@ -77,6 +77,7 @@ class Host:
         # Held while an order changes both here and in the link state, so that they never differ.
         self.exchange = threading.RLock()
         self.bells: dict[int, asyncio.Event] = {}
+        self.newest_wait: dict[int, object] = {}
         self.closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listener = listener
