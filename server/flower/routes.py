@@ -4,6 +4,7 @@ Flower's control and runtime routes, by which anyone could start code, are not t
 its fleet routes leave open is closed in front of them:
 
 activate: a node killed a moment ago is let in at once, and its open orders are offered again.
+deactivate: only the newest process of a node takes it away.
 pull-messages: waits for an order instead of being asked again and again.
 pull-object, confirm, push-messages, push-object: a node has its own orders and no other's.
 """
@@ -24,6 +25,8 @@ from flwr.common.serde import message_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
+    DeactivateNodeRequest,
+    DeactivateNodeResponse,
     PullMessagesRequest,
     PullMessagesResponse,
     PushMessagesRequest,
@@ -143,6 +146,14 @@ def _messages(host: Host) -> APIRouter:
     ) -> ActivateNodeResponse:
         shown = Incarnation(name=process, signature=signature)
         return _answered(lambda: _activate(host, request, shown), host.site(request.public_key))
+
+    @router.post("/deactivate-node")
+    def deactivate(
+        request: Annotated[DeactivateNodeRequest, PROTOBUF_REQUEST_DEPENDENCY],
+        process: Process = "",
+    ) -> DeactivateNodeResponse:
+        _check(host, request.node_id, process)
+        return fleet_handlers.deactivate_node(request=request, state=host.state)
 
     @router.post("/send-node-heartbeat")
     def heartbeat(
