@@ -67,6 +67,8 @@ def _serve(chosen: Federation, agreed: Contract, listener: Listener) -> ServerSu
         greatest_reply=chosen.server.greatest_reply_mib * 2**20,
     )
     host.start()
+    for folder in (state, out, out / "checkpoint"):
+        canonical.remove_leftovers(folder)
     logger.info("serving", extra={"event": "serving", "port": host.port})
     journal = Journal(host, state / "status.json", agreed)
     journal.start()

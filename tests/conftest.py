@@ -149,6 +149,21 @@ class World:
         return TrainOrder(contract=signed, round=round_number, weights=weights)
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Counts the faults that federations outlived; the tests name them by the fixture `fault`."""
+    outlived = sorted(
+        str(name)
+        for report in terminalreporter.stats.get("passed", [])
+        if report.when == "call"
+        for kind, name in report.user_properties
+        if kind == "fault"
+    )
+    if outlived:
+        terminalreporter.section(f"{len(outlived)} faults outlived")
+        for name in outlived:
+            terminalreporter.line(name)
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(folder=tmp_path)
