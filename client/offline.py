@@ -16,7 +16,6 @@ from bract.shared.errors import Refusal, VerificationFailed
 from bract.shared.policy import check as check_policy
 from bract.shared.privacy import accounting, budget, verification
 from bract.shared.privacy.chain import Chain
-from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.reports import ContractCheck, DomainStatus, SiteStatus
 
 
@@ -47,13 +46,15 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
         limits = chosen.domains[terms.domain]
         chain = _chains(chosen).get(terms.domain) or _new_chain(chosen, terms.domain)
         before = accounting.epsilon(chain.events, limits.delta)
-        ahead = PoissonGaussian(
-            agreed.privacy.sampling_rate,
-            agreed.privacy.noise_multiplier,
-            agreed.training.local_steps * agreed.max_attempts,
+        ahead = budget.ahead(chain, agreed)
+        after = accounting.epsilon([*chain.events, *ahead], limits.delta)
+        begun = max((n for name, n in chain.charges if name == agreed.sha256), default=0)
+        budget.check_room(
+            chain,
+            agreed,
+            chosen.policy().domains[terms.domain],
+            round_number=min(begun + 1, agreed.rounds),
         )
-        after = accounting.epsilon([*chain.events, ahead], limits.delta)
-        budget.check_room(chain, agreed, chosen.policy().domains[terms.domain])
         problems = roots.problems(terms.domain, terms.nominal_size)
     except (Refusal, VerificationFailed) as refusal:
         reason = str(refusal)

@@ -181,6 +181,8 @@ class PublicFedAvg(FedAvg):
         fault = named.fault(reply.update.arrays, self._shapes)
         if fault:
             raise VerificationFailed(fault)
+        if contract.evaluates(server_round) != (receipt.evaluation is not None):
+            raise VerificationFailed("with or without an evaluation, unlike the contract's round")
         if receipt.site in self.replied:
             raise VerificationFailed("a second one from the same site")
         if self._registered.get(node, receipt.site) != receipt.site:

@@ -14,6 +14,7 @@ from bract.shared import contract as contracts
 from bract.shared.contract import (
     Contract,
     DataTerms,
+    EvaluationTerms,
     ModelTerms,
     PrivacyTerms,
     SignedContract,
@@ -97,7 +98,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return copy
 
 
-TRIAL = trial()
+TRIAL = trial(evaluation=EvaluationTerms(every=2, noise_multiplier=3.0))
 VALUES = TRIAL.model_dump(mode="json")
 # The only words that a field may hold cannot be changed to another legal one.
 FIXED = {("schema_version",), ("privacy", "adjacency"), ("privacy", "unit")}

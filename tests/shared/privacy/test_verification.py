@@ -182,6 +182,8 @@ def test_a_body_changed_in_any_field_is_shown_by_its_number(
         body[name] = old + 1
     elif isinstance(old, str):
         body[name] = old[:-1] + ("1" if old[-1] != "1" else "2")
+    elif old is None:
+        body[name] = [(1.0).hex(), (2.0).hex()]
     else:
         body[name] = {**old, "more": "x"}
     path = edited(audited, put(number, canonical.encode(body), signature))
