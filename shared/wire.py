@@ -31,6 +31,7 @@ _WEIGHTS, _ORDER = "weights", "order"
 _UPDATE, _UNPROTECTED, _RECEIPT, _REFUSAL = "update", "unprotected-update", "receipt", "refusal"
 _LEDGER, _CLOSE, _CLOSED = "ledger", "close", "closed"
 _STYPE = "numpy.ndarray.raw"
+_GREATEST = 2.0**53  # no count is larger; sums of such stay finite, whoever sends them
 _T = TypeVar("_T")
 
 
@@ -241,8 +242,8 @@ def _evaluation(record: Mapping[str, Any]) -> tuple[float, float] | None:
     values = _typed(record, "evaluation", list)
     if not values:
         return None
-    if len(values) != 2 or not all(type(v) is float and math.isfinite(v) for v in values):
-        raise VerificationFailed("an evaluation that is not two finite numbers")
+    if len(values) != 2 or not all(type(v) is float and abs(v) <= _GREATEST for v in values):
+        raise VerificationFailed("an evaluation that is not two counts")
     return values[0], values[1]
 
 
