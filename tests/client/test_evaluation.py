@@ -19,8 +19,8 @@ from bract.shared.contract import EvaluationTerms, SignedContract
 from bract.shared.data import Examples
 from bract.shared.errors import Reason, Refusal, VerificationFailed
 from bract.shared.policy import DomainPolicy, Menu, MenuClass
-from bract.shared.privacy import accounting, entries, ledger, verification
-from bract.shared.privacy.events import PoissonGaussian
+from bract.shared.privacy import accounting, budget, entries, ledger, verification
+from bract.shared.privacy.events import PoissonGaussian, merge
 from bract.shared.updates import ProtectedScore, ProtectedUpdate
 from bract.shared.wire import RefusalReply, TrainReply
 
@@ -227,6 +227,17 @@ def test_a_contract_never_costs_more_than_it_promises_whatever_rounds_are_asked(
         gate.admit(world.order(signed, number))
     assert refused(gate, world.order(signed, 1)) is Reason.ATTEMPTS_EXHAUSTED
     assert set(holds(world).chain.events) == set(promised)
+
+
+def test_what_was_charged_and_what_lies_ahead_are_always_the_whole_contract(world: Any) -> None:
+    gate, signed = allowing(world), asking(world)
+    whole = entries.events_of_attempts(signed.contract, attempts=7, completed=5)
+    for number in (1, 2, 2, 3, 4, 5):
+        gate.admit(world.order(signed, number))
+        with gate.ledger.transaction() as transaction:
+            chain = transaction.chain("alpha", "ward", key=world.key.public)
+            both = (*chain.events, *budget.ahead(chain, signed.contract))
+        assert set(merge(both)) == set(whole)
 
 
 def test_a_single_round_must_fit_with_its_evaluation_once_another_run_took_the_rest(

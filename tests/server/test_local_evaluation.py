@@ -43,14 +43,16 @@ def with_evaluation(world: Any, reply: TrainReply, pair: Any) -> TrainReply:
     return replace(reply, receipt=receipt, signature=world.key.sign(receipt.digest()))
 
 
-def taken(signed: SignedContract, content: RecordDict, number: int) -> PublicFedAvg:
+def taken(
+    signed: SignedContract, content: RecordDict, number: int, key: keys.SigningKey | None = WITNESS
+) -> PublicFedAvg:
     """Returns a strategy that has heard of this one answer, over the grid."""
 
     def client(message: Message, context: Any) -> Message:
         return Message(content, reply_to=message)
 
     grid = LocalGrid(client, [{}], workers=1)  # type: ignore[arg-type]
-    strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(WITNESS))
+    strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(key))
     strategy.average(number, grid.send_and_receive(strategy.orders(number, ArrayRecord(), grid)))
     return strategy
 
@@ -76,6 +78,15 @@ def test_an_evaluation_unlike_contract_or_ledger_is_not_used(
     strategy = taken(signed, wire.encode_reply(reply), number)
     assert [reason for _, reason in strategy.refused] == [INVALID_UPDATE]
     assert strategy.replied == {}
+
+
+@pytest.mark.parametrize(("number", "pair"), [(1, (70.0, 100.0)), (2, None)])
+def test_contract_and_round_decide_where_no_ledger_is_witnessed(
+    world: Any, signed: SignedContract, gate: Gate, number: int, pair: Any
+) -> None:
+    reply = with_evaluation(world, world.serve(gate, world.order(signed, number)), pair)
+    strategy = taken(signed, wire.encode_reply(reply), number, key=None)
+    assert [reason for _, reason in strategy.refused] == [INVALID_UPDATE]
 
 
 @pytest.mark.parametrize(
