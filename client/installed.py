@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,13 +18,12 @@ from bract.client.training import devices
 from bract.client.training.randomness import SecureRandomness
 from bract.client.training.trainer import Execution
 from bract.client.updates import UpdateStore
-from bract.shared import canonical, keys
-from bract.shared.errors import BractError, UsageError
+from bract.shared import canonical, keys, locks
+from bract.shared.errors import UsageError
 from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.ledger import Ledger
 
 FACTORY = "bract.client.installed:open_site"
-LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +67,7 @@ def opened(path: str) -> Site:
     chosen = settings.read(Path(path))
     state = SiteState(Path(chosen.state))
     state.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock(state)
+    locks.hold(state.lock)
     for folder in (state.folder, state.folder / "updates"):
         canonical.remove_leftovers(folder)
     if chosen.head_file:
@@ -99,32 +95,6 @@ def opened(path: str) -> Site:
         trainers=Trainers(_execution(chosen)),
         fingerprints=Fingerprints(state.folder / "fingerprints"),
     )
-
-
-def lock(state: SiteState) -> None:
-    """Returns once this process alone may use a state folder; held until the process ends.
-
-    Raises:
-        BractError: where another process holds it.
-    """
-    descriptor = os.open(state.lock, os.O_RDWR | os.O_CREAT, 0o600)
-    deadline = time.monotonic() + LOCK_SECONDS
-    while not try_lock(descriptor):
-        if time.monotonic() > deadline:
-            os.close(descriptor)
-            raise BractError(
-                f"another process uses {state.folder}: one process serves a site; stop the other"
-            )
-        time.sleep(0.05)
-
-
-def try_lock(descriptor: int) -> bool:
-    """Returns whether a file's lock could be had now."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _execution(chosen: SiteSettings) -> Execution:

@@ -17,7 +17,7 @@ from bract.server import checkpoint
 from bract.server.app import app
 from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
-from bract.shared import canonical, contract, federation, keys, versions
+from bract.shared import canonical, contract, federation, keys, locks, versions
 from bract.shared.contract import Contract
 from bract.shared.errors import UsageError
 from bract.shared.federation import Federation
@@ -36,13 +36,17 @@ def serve(path: Path) -> ServerSummary:
 
     Raises:
         UsageError: where contract and federation file do not fit together.
-        BractError: where the port cannot be had or too few sites come.
+        BractError: where another process serves it, the port cannot be had, or too few sites come.
     """
     chosen = federation.read(path)
     agreed = read_contract(chosen)
     out, state = Path(chosen.server.out), Path(chosen.server.state)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     out.mkdir(parents=True, exist_ok=True)
+    # Before the host ends what an earlier process left: a second one would end the first one's run.
+    locks.hold(state / "lock")
+    for folder in (state, out, out / "checkpoint"):
+        canonical.remove_leftovers(folder)
     canonical.write_atomically(out / "contract.json", Path(chosen.contract).read_bytes())
     host = Host(
         database=state / "superlink.sqlite",
@@ -51,8 +55,6 @@ def serve(path: Path) -> ServerSummary:
         greatest_reply=chosen.server.greatest_reply_mib * 2**20,
     )
     host.start()
-    for folder in (state, out, out / "checkpoint"):
-        canonical.remove_leftovers(folder)
     logger.info("serving", extra={"event": "serving", "port": host.port})
     journal = Journal(host, state / "status.json", agreed)
     journal.start()
