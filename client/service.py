@@ -111,7 +111,8 @@ class Journal:
 
 
 def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
-    back_off, unsent = BackOff(), None
+    # Two, so that the one late answer after a long outage does not wait as long as the outage.
+    lost, refused, unsent = BackOff(), BackOff(), None
     while True:
         try:
             connection.open()
@@ -125,7 +126,8 @@ def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
                 if answers.patience.asked:
                     raise Stopped
                 order = connection.receive()
-                back_off.reset()
+                lost.reset()
+                refused.reset()
                 if order is None:
                     continue
                 answers.patience.training = True
@@ -136,14 +138,14 @@ def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
             # The bytes are stored: asked again for the same round, the gate sends them again.
             unsent = None
             logger.warning("%s", error, extra={"event": "not-taken"})
-            back_off.wait()
+            refused.wait()
         except Disconnected as error:
             answers.patience.training = False
             if answers.patience.asked:
                 raise Stopped from None
             journal.write("connecting")
             logger.info("%s; trying again", error, extra={"event": "disconnected"})
-            back_off.wait()
+            lost.wait()
 
 
 @contextmanager
