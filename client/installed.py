@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,12 +19,12 @@ from bract.client.training.randomness import SecureRandomness
 from bract.client.training.trainer import Execution
 from bract.client.updates import UpdateStore
 from bract.shared import canonical, keys
-from bract.shared.errors import BractError, UnknownName, UsageError
+from bract.shared.errors import UnknownName, UsageError
+from bract.shared.locks import hold
 from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.ledger import Ledger
 
 FACTORY = "bract.client.installed:open_site"
-LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +111,7 @@ def _gate(chosen: SiteSettings, head_file: HeadFile | None) -> Gate:
         raise UsageError(
             f"cannot make the folder {state.folder}: {error.strerror}; correct state"
         ) from error
-    lock(state)
+    hold(state.lock, "one process serves a site")
     for folder in (state.folder, state.folder / "updates"):
         canonical.remove_leftovers(folder)
     if chosen.head_file:
@@ -136,35 +133,6 @@ def _gate(chosen: SiteSettings, head_file: HeadFile | None) -> Gate:
 def head_file_of(chosen: SiteSettings) -> HeadFile | None:
     """Returns the file that keeps the heads apart from the ledger, where the site has one."""
     return HeadFile(Path(chosen.head_file)) if chosen.head_file else None
-
-
-def lock(state: SiteState) -> None:
-    """Returns once this process alone may use a state folder; held until the process ends.
-
-    Raises:
-        BractError: where another process holds it.
-    """
-    try:
-        descriptor = os.open(state.lock, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise UsageError(f"cannot write {state.lock}: {error.strerror}; correct state") from error
-    deadline = time.monotonic() + LOCK_SECONDS
-    while not try_lock(descriptor):
-        if time.monotonic() > deadline:
-            os.close(descriptor)
-            raise BractError(
-                f"another process uses {state.folder}: one process serves a site; stop the other"
-            )
-        time.sleep(0.05)
-
-
-def try_lock(descriptor: int) -> bool:
-    """Returns whether a file's lock could be had now."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _execution(chosen: SiteSettings) -> Execution:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 from bract.client import holdings, settings
 from bract.client.holdings import Roots
-from bract.client.installed import SiteState, head_file_of, try_lock
+from bract.client.installed import SiteState, head_file_of
 from bract.client.settings import SiteSettings
 from bract.shared import contract as contracts
-from bract.shared import keys
+from bract.shared import keys, locks
 from bract.shared.contract import Contract
 from bract.shared.errors import Refusal, RolledBack, VerificationFailed
 from bract.shared.policy import check as check_policy
@@ -100,7 +99,7 @@ def status(path: Path) -> SiteStatus:
     chosen = settings.read(path)
     state = SiteState(Path(chosen.state))
     said = json.loads(state.status.read_bytes()) if state.status.exists() else {}
-    running = _is_locked(state)
+    running = locks.is_held(state.lock)
     chains = _chains(chosen)
     return SiteStatus(
         site=chosen.site,
@@ -171,13 +170,3 @@ def _new_chain(chosen: SiteSettings, domain: str) -> Chain:
     """Returns the chain that a first charge would begin."""
     public = keys.load(Path(chosen.keys.ledger)).public
     return budget.unbegun(chosen.policy(), domain, key=public)
-
-
-def _is_locked(state: SiteState) -> bool:
-    if not state.lock.exists():
-        return False
-    descriptor = os.open(state.lock, os.O_RDWR)
-    try:
-        return not try_lock(descriptor)
-    finally:
-        os.close(descriptor)

@@ -123,7 +123,8 @@ class Journal:
 
 
 def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
-    back_off, unsent = BackOff(), None
+    # Two, so that the one late answer after a long outage does not wait as long as the outage.
+    lost, refused, unsent = BackOff(), BackOff(), None
     while True:
         try:
             connection.open()
@@ -137,7 +138,8 @@ def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
                 if answers.patience.asked:
                     raise Stopped
                 order = connection.receive()
-                back_off.reset()
+                lost.reset()
+                refused.reset()
                 if order is None:
                     continue
                 answers.patience.training = True
@@ -149,14 +151,14 @@ def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
             unsent = None
             event = "not-taken" if error.reason is None else "refused"
             logger.warning("%s", error, extra={"event": event, "reason": error.reason})
-            back_off.wait()
+            refused.wait()
         except Disconnected as error:
             answers.patience.training = False
             if answers.patience.asked:
                 raise Stopped from None
             journal.write("connecting")
             logger.info("%s; trying again", error, extra={"event": "disconnected"})
-            back_off.wait()
+            lost.wait()
 
 
 @contextmanager

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import ssl
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +17,16 @@ from bract.server import checkpoint, memory
 from bract.server.app import app
 from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
-from bract.shared import canonical, contract, federation, keys, versions
+from bract.shared import canonical, contract, federation, keys, locks, versions
 from bract.shared.contract import Contract
-from bract.shared.errors import BractError, UsageError
+from bract.shared.errors import UsageError
 from bract.shared.federation import Federation
 from bract.shared.privacy import accounting, entries
 from bract.shared.reports import GUARANTEE_PRIVATE, ServerStatus, ServerSummary
 
 logger = logging.getLogger("bract.server")
 
-STATUS_SECONDS, LOCK_SECONDS = 1.0, 5.0
+STATUS_SECONDS = 1.0
 
 
 def serve(path: Path) -> ServerSummary:
@@ -39,7 +36,7 @@ def serve(path: Path) -> ServerSummary:
 
     Raises:
         UsageError: where contract and federation file do not fit together.
-        BractError: where the port cannot be had or too few sites come.
+        BractError: where another process serves it, the port cannot be had, or too few sites come.
     """
     memory.return_freed_blocks()
     chosen = federation.read(path)
@@ -53,7 +50,9 @@ def serve(path: Path) -> ServerSummary:
             raise UsageError(
                 f"cannot make the folder {folder}: {error.strerror}; correct server.{name}"
             ) from error
-    with _locked(state):
+    with locks.held(state / "lock", "one server carries a run"):
+        for folder in (state, out, out / "checkpoint"):
+            canonical.remove_leftovers(folder)
         canonical.write_atomically(out / "contract.json", Path(chosen.contract).read_bytes())
         return _serve(chosen, agreed, listener)
 
@@ -67,8 +66,6 @@ def _serve(chosen: Federation, agreed: Contract, listener: Listener) -> ServerSu
         greatest_reply=chosen.server.greatest_reply_mib * 2**20,
     )
     host.start()
-    for folder in (state, out, out / "checkpoint"):
-        canonical.remove_leftovers(folder)
     logger.info("serving", extra={"event": "serving", "port": host.port})
     journal = Journal(host, state / "status.json", agreed)
     journal.start()
@@ -265,28 +262,6 @@ def _fits(chosen: Federation) -> None:
     # A password would be asked for on a terminal that nobody watches.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(chosen.server.certificate, chosen.server.key, password="")
-
-
-@contextmanager
-def _locked(state: Path) -> Iterator[None]:
-    """Holds a state folder: a second server's start would end the run of the first.
-
-    Raises:
-        BractError: where another process holds it.
-    """
-    deadline = time.monotonic() + LOCK_SECONDS
-    with (state / "lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise BractError(
-                        f"another process uses {state}: one server carries a run; stop the other"
-                    ) from None
-                time.sleep(0.05)
-        yield
 
 
 def _context(chosen: Federation, run: int) -> Context:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from bract.client import installed
 from bract.client.gate import Gate, Permit
 from bract.client.training.randomness import SecureRandomness
 from bract.client.updates import UpdateStore
@@ -196,7 +195,7 @@ def hospitals() -> Path:
 def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     """A federation of one site, laid out as its coordinator and its operator would."""
     # One process uses a state folder; a test that plays several in one lets go of it.
-    monkeypatch.setattr(installed, "lock", lambda state: None)
+    monkeypatch.setattr("bract.client.installed.hold", lambda path, rule: 0)
     return lay_out(
         tmp_path / "federation",
         sites=[SitePlan("alpha", 100, "digits", "1/10")],

@@ -13,7 +13,7 @@ import pytest
 from bract.client import installed, offline, settings
 from bract.client.gate import Gate, Permit
 from bract.client.installed import SiteState
-from bract.shared import canonical, keys
+from bract.shared import canonical, keys, locks
 from bract.shared import contract as contracts
 from bract.shared.contract import Contract, SignedContract, TrainingTerms
 from bract.shared.data.heart_disease import split_files
@@ -366,8 +366,7 @@ def test_the_status_of_a_running_site_is_what_it_last_said(world: Any, layout: L
     said = {"site": "alpha", "pid": 1, "doing": "training", "round": "2", "since": "now"}
     state.status.write_bytes(canonical.encode(said))
     assert offline.status(layout.site("alpha")).doing == "not running"
-    with state.lock.open("w") as held:
-        assert installed.try_lock(held.fileno())
+    with locks.held(state.lock, "one process serves a site"):
         report = offline.status(layout.site("alpha"))
     assert (report.running, report.doing, report.round) == (True, "training", "2")
     assert report.domains["alpha"].charges == 1

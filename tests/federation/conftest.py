@@ -130,9 +130,12 @@ class Federation:
     processes: ForkedProcesses
 
     def server(self, *points: str) -> Any:
-        """Starts the server, which faults at these points."""
+        """Starts the server, which faults at these points, and returns once it serves."""
+        lives = self.count("server", event="serving")
         self.processes.points = points
-        return self.processes.start_server("--log-format", "json")
+        process = self.processes.start_server("--log-format", "json")
+        self.until(lambda: self.count("server", event="serving") > lives, "the server serves")
+        return process
 
     def client(self, name: str, *points: str) -> Any:
         """Starts a site, which faults at these points."""

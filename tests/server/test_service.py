@@ -197,7 +197,7 @@ def test_a_port_that_is_taken_is_one_line(layout: Layout, bract: Bract, taken: i
 def test_a_second_server_leaves_the_run_of_the_first_alone(
     layout: Layout, bract: Bract, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("bract.shared.locks.LOCK_SECONDS", 0.1)
     state = layout.federation.parent / "state"
     state.mkdir()
     monkeypatch.setattr(Host, "__init__", None)  # it would end the run that it finds
