@@ -128,8 +128,9 @@ def test_nothing_more_is_charged_to_a_recovered_domain_whatever_epsilon_is_allow
             (recovered.signed, 3),
             (recovered.sign(recovered.contract(rounds=1, max_attempts=1)), 1),
         ):
-            order = recovered.order(signed, number)
-            assert refused(gate, order) is Reason.BUDGET_EXHAUSTED
+            with pytest.raises(Refusal, match="lost entries") as refusal:
+                gate.admit(recovered.order(signed, number))
+            assert refusal.value.reason is Reason.BUDGET_EXHAUSTED
         gate.ledger.close()
     assert ledger.contents(recovered.ledger_path).rows == before
     assert recovered.opened == 0
