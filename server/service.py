@@ -24,7 +24,7 @@ from bract.shared import canonical, contract, federation, keys, versions
 from bract.shared.contract import Contract
 from bract.shared.errors import BractError, UsageError
 from bract.shared.federation import Federation
-from bract.shared.privacy import accounting, entries, events
+from bract.shared.privacy import accounting, entries
 from bract.shared.reports import GUARANTEE_PRIVATE, ServerStatus, ServerSummary
 
 logger = logging.getLogger("bract.server")
@@ -67,6 +67,8 @@ def _serve(chosen: Federation, agreed: Contract, listener: Listener) -> ServerSu
         greatest_reply=chosen.server.greatest_reply_mib * 2**20,
     )
     host.start()
+    for folder in (state, out, out / "checkpoint"):
+        canonical.remove_leftovers(folder)
     logger.info("serving", extra={"event": "serving", "port": host.port})
     journal = Journal(host, state / "status.json", agreed)
     journal.start()
@@ -101,7 +103,7 @@ def status(path: Path) -> ServerStatus:
         round=state.round if state else 0,
         rounds=agreed.rounds,
         attempts=attempts,
-        epsilon_run=_epsilon(chosen, agreed, attempts),
+        epsilon_run=_epsilon(chosen, agreed, attempts, state.round if state else 0),
         written=said.get("written"),
     )
 
@@ -201,7 +203,7 @@ def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> Se
     privacy = agreed.privacy
     return ServerSummary(
         run=agreed.run,
-        epsilon_run=_epsilon(chosen, agreed, result.pop("attempts")),
+        epsilon_run=_epsilon(chosen, agreed, result.pop("attempts"), result["rounds"]),
         delta=chosen.privacy.delta,
         adjacency=privacy.adjacency,
         unit=privacy.unit,
@@ -218,9 +220,9 @@ def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> Se
     )
 
 
-def _epsilon(chosen: Federation, agreed: Contract, attempts: int) -> float | None:
-    event = events.decode(entries.event_for(agreed))
-    return accounting.epsilon([event] * attempts, chosen.privacy.delta) if attempts else 0.0
+def _epsilon(chosen: Federation, agreed: Contract, attempts: int, completed: int) -> float | None:
+    spent = entries.events_of_attempts(agreed, attempts=attempts, completed=completed)
+    return accounting.epsilon(spent, chosen.privacy.delta)
 
 
 def _is_healthy(chosen: Federation, port: int) -> bool:

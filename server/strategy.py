@@ -196,6 +196,8 @@ class PublicFedAvg(FedAvg):
             raise VerificationFailed(fault)
         if private and _norm(reply.update.arrays) > greatest_norm(contract, terms, self._shapes):
             raise VerificationFailed("of a norm that the contract's steps cannot reach")
+        if contract.evaluates(server_round) != (receipt.evaluation is not None):
+            raise VerificationFailed("with or without an evaluation, unlike the contract's round")
         if receipt.site in self.replied:
             raise VerificationFailed("a second one from the same site")
         if self._registered.get(node, receipt.site) != receipt.site:

@@ -13,6 +13,7 @@ from bract.shared.configuration import Frozen, parse, read_toml
 from bract.shared.contract import (
     Contract,
     DataTerms,
+    EvaluationTerms,
     Hex32,
     ModelTerms,
     Name,
@@ -25,6 +26,7 @@ from bract.shared.data import dataset, public
 from bract.shared.data.locations import folder_of
 from bract.shared.errors import UsageError
 from bract.shared.policy import check_delta
+from bract.shared.privacy import entries
 from bract.shared.privacy.calibration import check_budget, noise_for_filter, noise_multiplier
 from bract.shared.privacy.orders import best_order
 
@@ -89,7 +91,7 @@ class FederatedData(Frozen):
 
 
 class FederatedPrivacy(Frozen):
-    """What the run may cost a site; σ is calibrated to ε unless it is given.
+    """What the run may cost a site; σ is calibrated to ε, evaluations included, unless it is given.
 
     `batch` is the expected batch at a site of mean nominal size. `ceiling` is the sites' own limit
     where they tell it: σ is raised until the whole run fits under it by the Rényi filter.
@@ -149,11 +151,13 @@ class Federation(Frozen):
     data: FederatedData
     training: TrainingTerms
     privacy: FederatedPrivacy
+    evaluation: EvaluationTerms | None = None
     sites: tuple[SiteEntry, ...] = Field(min_length=1)
     auditors: tuple[AuditorEntry, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Federation:
+        contracts.check_evaluation(self.evaluation, self.rounds)
         if self.minimum_cohort > len(self.sites):
             raise ValueError(
                 f"minimum_cohort {self.minimum_cohort} is over the {len(self.sites)} sites listed"
@@ -208,6 +212,7 @@ def propose(federation: Federation) -> SignedContract:
         data=_data_terms(federation),
         training=federation.training,
         privacy=_privacy_terms(federation),
+        evaluation=federation.evaluation,
         cohort=tuple(
             SiteTerms(
                 name=site.name, key=site.key, domain=site.domain, nominal_size=site.nominal_size
@@ -255,11 +260,19 @@ def _privacy_terms(federation: Federation) -> PrivacyTerms:
     check_budget(privacy.epsilon, privacy.delta)
     check_delta(privacy.delta, max(site.nominal_size for site in federation.sites))
     rate = sampling_rate(federation)
-    steps = (federation.rounds + federation.spare_attempts) * federation.training.local_steps
+    attempts = federation.rounds + federation.spare_attempts
+    steps = attempts * federation.training.local_steps
+    beside = entries.events_of_evaluations(
+        federation.evaluation, attempts=attempts, completed=federation.rounds
+    )
     sigma = privacy.noise_multiplier
     if sigma is None:
         sigma = noise_multiplier(
-            epsilon_target=privacy.epsilon, delta=privacy.delta, sampling_rate=rate, steps=steps
+            epsilon_target=privacy.epsilon,
+            delta=privacy.delta,
+            sampling_rate=rate,
+            steps=steps,
+            beside=beside,
         )
         if privacy.ceiling is not None:
             admitted = noise_for_filter(
@@ -268,6 +281,7 @@ def _privacy_terms(federation: Federation) -> PrivacyTerms:
                 order=best_order(privacy.ceiling, privacy.delta),
                 sampling_rate=rate,
                 steps=steps,
+                beside=beside,
             )
             sigma = max(sigma, admitted)
     return PrivacyTerms(sampling_rate=rate, noise_multiplier=sigma, clip_norm=privacy.clip_norm)

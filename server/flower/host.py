@@ -74,10 +74,10 @@ class Host:
         self.run, self._task = _begin_run(self.state)
         self.incarnations = Incarnations()
         self.envelopes: dict[str, Message] = {}
-        self.answers: dict[str, Message] = {}
         # Held while an order changes both here and in the link state, so that they never differ.
         self.exchange = threading.RLock()
         self.bells: dict[int, asyncio.Event] = {}
+        self.newest_wait: dict[int, object] = {}
         self.closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listener = listener

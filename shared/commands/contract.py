@@ -91,6 +91,7 @@ def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
         f"{training.local_steps} steps each",
         f"mechanism    {privacy.mechanism}: q {privacy.sampling_rate:g}, σ "
         f"{privacy.noise_multiplier:g}, clip {privacy.clip_norm:g}, noise {privacy.randomness}",
+        f"evaluation   {_evaluation(agreed)}",
         f"cost         {_cost(shown, agreed.rounds)}",
     ]
     lines += [
@@ -99,6 +100,16 @@ def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
         for site in agreed.cohort
     ]
     click.echo("\n".join(lines))
+
+
+def _evaluation(agreed: Contract) -> str:
+    asked = agreed.evaluation
+    if asked is None:
+        return "none"
+    return (
+        f"every {asked.every} rounds, at most {agreed.max_evaluations} times: two counts leave "
+        f"each site, with noise of stddev {2**0.5 * asked.noise_multiplier:g}"
+    )
 
 
 def _cost(shown: ContractShown, rounds: int) -> str:
@@ -111,11 +122,11 @@ def _cost(shown: ContractShown, rounds: int) -> str:
 
 
 def _shown(agreed: Contract, delta: float) -> ContractShown:
-    from bract.shared.privacy import accounting, entries, events
+    from bract.shared.privacy import accounting, entries
 
-    def epsilon(rounds: int) -> float | None:
-        event = events.decode(entries.event_for(agreed))
-        spent = accounting.epsilon([event] * rounds, delta)
+    def epsilon(attempts: int) -> float | None:
+        events = entries.events_of_attempts(agreed, attempts=attempts, completed=agreed.rounds)
+        spent = accounting.epsilon(events, delta)
         return spent if math.isfinite(spent) else None
 
     facts: dict[str, Any] = agreed.model_dump(mode="json")
