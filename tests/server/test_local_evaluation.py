@@ -124,15 +124,14 @@ def test_a_release_counts_only_where_its_evaluation_was_charged(
     world: Any, signed: SignedContract, gate: Gate
 ) -> None:
     reply = world.serve(gate, world.order(signed, 2))
-    cost = entries.event_for(signed.contract)
-    WitnessDesk(WITNESS).check(reply, "ward", cost=cost)
+    WitnessDesk(WITNESS).check(reply, "ward", cost=entries.event_for(signed.contract))
     # the evaluation's entry, behind its hash alone
     links = list(reply.ledger.links)
     (place,) = (i for i, link in enumerate(links) if b'"kind":"evaluation"' in link.body)
     links[place] = replace(links[place], body=b"")
     hidden = replace(reply, ledger=replace(reply.ledger, links=tuple(links)))
     with pytest.raises(VerificationFailed, match="no charge stands before"):
-        WitnessDesk(WITNESS).check(hidden, "ward", cost=cost)
+        WitnessDesk(WITNESS).check(hidden, "ward", cost=entries.event_for(signed.contract))
 
 
 def receipts(*pairs: tuple[float, float] | None) -> list[Receipt]:

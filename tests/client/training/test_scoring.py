@@ -74,7 +74,7 @@ def test_noise_is_sigma_times_the_square_root_of_two_on_each_count() -> None:
     assert abs(np.corrcoef(noise.T)[0, 1]) < 0.07
     # negative controls: noise for a sensitivity of 1, a tenth less, and one draw for both
     assert not is_noise_of(noise, SIGMA)
-    assert not is_noise_of(scores(100, SIGMA * 0.9), STDDEV)
+    assert not is_noise_of(scores(100, SIGMA * 0.9, draws=20_000), STDDEV)
     assert not is_noise_of(np.zeros((100, 2)), STDDEV)
 
 
