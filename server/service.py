@@ -148,6 +148,7 @@ def _departure(chosen: Federation, agreed: Contract) -> str | None:
         "spare_attempts": (chosen.spare_attempts, agreed.max_attempts - agreed.rounds),
         "model": (chosen.model, agreed.model),
         "training": (chosen.training, agreed.training),
+        "evaluation": (chosen.evaluation or "none", agreed.evaluation or "none"),
         "data.name": (chosen.data.name, agreed.data.name),
         "data.offset": (chosen.data.offset, agreed.data.offset),
         "data.scale": (chosen.data.scale, agreed.data.scale),

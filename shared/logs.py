@@ -79,5 +79,5 @@ def _facts(record: logging.LogRecord) -> dict[str, object]:
         value = getattr(record, name, None)
         finite = not isinstance(value, float) or math.isfinite(value)  # JSON has no other
         if isinstance(value, str | int | float | bool) and finite:
-            facts[name] = value
+            facts[name] = printable(value) if isinstance(value, str) else value
     return facts

@@ -105,10 +105,15 @@ def test_other_folders_and_other_parts_are_other_data(folders: Path, record: Pat
 
 
 @pytest.mark.parametrize("second", ["1/4", "3/4", "01/02", "1/3", "1/1"])
-def test_another_cut_of_the_same_data_is_no_new_budget(record: Path, second: str) -> None:
-    roots = {"ward": root(None, "1/2", "digits"), "fresh": root(None, second, "digits")}
-    with pytest.raises(UsageError, match=SAME):
-        bind(roots, policy(ward=(), fresh=()), record)
+def test_another_cut_of_the_same_data_is_no_new_budget(
+    folders: Path, record: Path, second: str
+) -> None:
+    for folder, name in ((None, "digits"), (folders / "one", "fashion-mnist")):
+        roots = {"ward": root(folder, "1/2", name), "fresh": root(folder, second, name)}
+        with pytest.raises(UsageError, match=SAME):
+            bind(roots, policy(ward=(), fresh=()), record)
+        bind({**roots, "fresh": root(folder, "2/2", name)}, policy(ward=(), fresh=()), record)
+        record.unlink()
 
 
 def test_data_that_ship_with_a_library_are_the_same_under_any_folder(

@@ -68,6 +68,11 @@ CHANGED = {
     "batch": ("batch = 10.0", "batch = 20.0", "another privacy.batch than"),
     "sigma": ("batch = 10.0", "batch = 10.0\nnoise_multiplier = 1.0", "noise_multiplier than"),
     "scale": ('name = "digits"', 'name = "digits"\nscale = 2.0', "another data.scale than"),
+    "evaluation": (
+        "[training]",
+        "[evaluation]\nevery = 1\nnoise_multiplier = 5.0\n[training]",
+        "another evaluation than",
+    ),
     "site": ('domain = "alpha"', 'domain = "ward"', "signed for other sites"),
     "size": ("nominal_size = 100", "nominal_size = 90", "signed for other sites"),
 }

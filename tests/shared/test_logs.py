@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bract.shared import logs
@@ -80,6 +80,7 @@ def test_the_text_of_an_exception_is_never_quoted(form: str) -> None:
     assert "Traceback" not in line
 
 
+@example(message="a\x85b", site="c\u2028d\x1b[2J", form="json")
 @given(
     message=st.text(),
     site=st.text() | st.integers() | st.floats(),

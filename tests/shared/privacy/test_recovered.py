@@ -106,7 +106,8 @@ def refused(gate: Gate, order: Any) -> Reason:
 
 def test_a_recovered_domain_has_spent_its_ceiling_and_says_what_was_lost(recovered: Any) -> None:
     assert recovered.spent == 8.0
-    chain = verify(recovered).chain
+    found = verify(recovered)
+    chain = found.chain
     assert chain.recovered is not None
     assert (chain.recovered.lost_sequence, chain.recovered.lost_hash) == (
         recovered.lost.sequence,
@@ -114,9 +115,8 @@ def test_a_recovered_domain_has_spent_its_ceiling_and_says_what_was_lost(recover
     )
     assert accounting.epsilon(chain.events, 1e-5) == 8.0
     assert accounting.lost(chain.events) == 8.0
-    assert (
-        forecast.more_rounds(chain, recovered.policy().domains["ward"], recovered.contract()) == 0
-    )
+    limits = recovered.policy().domains["ward"]
+    assert forecast.more_rounds(chain, limits, found.last_contract) == 0
 
 
 def test_nothing_more_is_charged_to_a_recovered_domain_whatever_epsilon_is_allowed(
@@ -130,8 +130,9 @@ def test_nothing_more_is_charged_to_a_recovered_domain_whatever_epsilon_is_allow
             (recovered.signed, 3),
             (recovered.sign(recovered.contract(rounds=1, max_attempts=1)), 1),
         ):
-            order = recovered.order(signed, number)
-            assert refused(gate, order) is Reason.BUDGET_EXHAUSTED
+            with pytest.raises(Refusal, match="lost entries") as refusal:
+                gate.admit(recovered.order(signed, number))
+            assert refusal.value.reason is Reason.BUDGET_EXHAUSTED
         gate.ledger.close()
     assert ledger.contents(recovered.ledger_path).rows == before
     assert recovered.opened == 0
