@@ -77,5 +77,5 @@ def _facts(record: logging.LogRecord) -> dict[str, object]:
     for name in FIELDS:
         value = getattr(record, name, None)
         if isinstance(value, str | int | float | bool):
-            facts[name] = value
+            facts[name] = printable(value) if isinstance(value, str) else value
     return facts
