@@ -71,6 +71,10 @@ class Disconnected(BractError):
     """The server cannot be reached, or no longer knows this process: connect again."""
 
 
+class Unknown(Disconnected):
+    """The server does not know the node that this process speaks for."""
+
+
 class NotTaken(BractError):
     """The server does not take an answer (it came late), or this site does not take an order.
 
@@ -145,7 +149,13 @@ class Connection:
             BractError: where trying again is useless.
         """
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_SECONDS)
-        response = self._call(lambda: self._client.ActivateNode(request))
+        try:
+            response = self._call(lambda: self._client.ActivateNode(request))
+        except Unknown as error:
+            raise BractError(
+                f"{error}: its federation file must list the node key that `bract keys site` "
+                "printed, and the clocks agree"
+            ) from error
         self._node = Node(node_id=response.node_id)
         TaskIdentity.node_id = response.node_id
         if self._beats is None:
@@ -334,10 +344,8 @@ def _explained(response: httpx.Response) -> BractError:
             "process for a site"
         )
     if response.status_code == _UNAUTHORIZED:
-        return BractError(
-            f"the server does not let this site in ({detail or 'unauthorized'}): its federation "
-            "file must list the node key that `bract keys site` printed, and the clocks agree"
-        )
+        # A server that lost its link state knows the key by another node: it says so at the door.
+        return Unknown(f"the server does not let this site in ({detail or 'unauthorized'})")
     if response.status_code == _NOT_ACTIVE or response.status_code >= 500:
         return Disconnected("the server asks for a new connection")
     return NotTaken(f"the server refused: {detail or response.status_code}")

@@ -30,10 +30,18 @@ from bract.shared.keys import SigningKey
 from bract.shared.policy import Policy, check
 from bract.shared.privacy import accounting, budget, entries, events, witness
 from bract.shared.privacy.chain import Chain
-from bract.shared.privacy.entries import NO_PREVIOUS, Charge, Genesis, Head, Recovered, Release
+from bract.shared.privacy.entries import (
+    NO_PREVIOUS,
+    Charge,
+    Evaluation,
+    Genesis,
+    Head,
+    Recovered,
+    Release,
+)
 from bract.shared.privacy.ledger import Ledger, Transaction
 from bract.shared.privacy.witness import Witness
-from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate, Update
+from bract.shared.updates import ProtectedScore, ProtectedUpdate, UnprotectedUpdate, Update
 from bract.shared.wire import Receipt, TrainOrder, TrainReply
 
 
@@ -46,6 +54,11 @@ class Permit:
     round: int
     attempt: int
     open_examples: Callable[[], Examples]
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether an evaluation was charged too, and so must be released."""
+        return self.contract.evaluates(self.round)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,8 +163,14 @@ class Gate:
         except (LedgerError, VerificationFailed) as error:
             raise Refusal(Reason.LEDGER_UNAVAILABLE, str(error)) from error
 
-    def release(self, permit: Permit, update: Update) -> TrainReply:
-        """Returns the signed reply once the update's bytes and its hash are durable."""
+    def release(
+        self, permit: Permit, update: Update, score: ProtectedScore | None = None
+    ) -> TrainReply:
+        """Returns the signed reply once the update's bytes, its hash and the score are durable.
+
+        Raises:
+            VerificationFailed: where a score was not charged, or was charged and is missing.
+        """
         stored = self.updates.keep(update.arrays)
         with self.ledger.transaction() as transaction:
             chain = self._chain(transaction, permit.terms.domain)
@@ -161,11 +180,10 @@ class Gate:
                 contract=permit.contract.sha256,
                 round=permit.round,
                 update=stored,
+                evaluation=[score.correct.hex(), score.total.hex()] if score else None,
             )
             transaction.append(chain, body, self.key)
-            return self._reply(
-                transaction, chain, permit.contract, permit.round, permit.attempt, update
-            )
+            return self._reply(transaction, chain, permit.contract, body, update)
 
     def check(self, order: TrainOrder) -> tuple[Contract, SiteTerms]:
         """Returns the contract and this site's terms where signature and policy hold.
@@ -224,11 +242,14 @@ class Gate:
             return stored  # before other chains are begun: it costs nothing and writes nothing
         chains = [primary, *(self._chain(transaction, domain) for domain in shared)]
         for chain in chains:
-            budget.check_room(chain, contract, self.policy.domains[chain.domain])
+            limits = self.policy.domains[chain.domain]
+            budget.check_room(chain, contract, limits, round_number=order.round)
         transaction.keep("contract", contract.sha256, order.contract.to_bytes())
         transaction.keep("policy", self.policy.sha256, self.policy.to_bytes())
         for chain in chains:
             self._charge(transaction, chain, contract, terms, order.round, weights)
+            if contract.evaluation is not None and contract.evaluates(order.round):
+                self._charge_evaluation(transaction, chain, contract, order.round)
         return Permit(
             contract=contract,
             terms=terms,
@@ -264,6 +285,22 @@ class Gate:
             mechanism=privacy.mechanism,
             randomness=privacy.randomness,
             versions=versions.installed(),
+        )
+        transaction.append(chain, body, self.key)
+
+    def _charge_evaluation(
+        self, transaction: Transaction, chain: Chain, contract: Contract, round_number: int
+    ) -> None:
+        """Adds the evaluation's cost right after the charge of the same attempt."""
+        asked = contract.evaluation
+        assert asked is not None  # noqa: S101  the caller asked
+        attempt = len(chain.charges[contract.sha256, round_number])
+        body = Evaluation(
+            **self._common(chain, attempt),
+            kind="evaluation",
+            contract=contract.sha256,
+            round=round_number,
+            event=entries.evaluation_for(asked),
         )
         transaction.append(chain, body, self.key)
 
@@ -310,15 +347,14 @@ class Gate:
             return None
         private = contract.privacy.mechanism == "dp-sgd"
         update = ProtectedUpdate(values) if private else UnprotectedUpdate(values)
-        return self._reply(transaction, chain, contract, round_number, release.attempt, update)
+        return self._reply(transaction, chain, contract, release, update)
 
     def _reply(
         self,
         transaction: Transaction,
         chain: Chain,
         contract: Contract,
-        round_number: int,
-        attempt: int,
+        release: Release,
         update: Update,
     ) -> TrainReply:
         head, site = chain.head, self.policy.site
@@ -330,12 +366,13 @@ class Gate:
         receipt = Receipt(
             contract=contract.sha256,
             site=site,
-            round=round_number,
-            attempt=attempt,
+            round=release.round,
+            attempt=release.attempt,
             update=arrays.digest(update.arrays),
             head_domain=chain.domain,
             head_sequence=head.sequence,
             head_hash=head.hash,
+            evaluation=_numbers(release.evaluation),
         )
         return TrainReply(
             update=update,
@@ -356,3 +393,7 @@ class Gate:
             "policy": self.policy.sha256,
             "attempt": attempt,
         }
+
+
+def _numbers(pair: list[str] | None) -> tuple[float, float] | None:
+    return (float.fromhex(pair[0]), float.fromhex(pair[1])) if pair else None

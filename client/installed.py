@@ -21,7 +21,7 @@ from bract.client.training import devices
 from bract.client.training.randomness import SecureRandomness
 from bract.client.training.trainer import Execution
 from bract.client.updates import UpdateStore
-from bract.shared import keys
+from bract.shared import canonical, keys
 from bract.shared.errors import BractError, UnknownName, UsageError
 from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.ledger import Ledger
@@ -115,6 +115,10 @@ def _gate(chosen: SiteSettings, head_file: HeadFile | None) -> Gate:
             f"cannot make the folder {state.folder}: {error.strerror}; correct state"
         ) from error
     lock(state)
+    for folder in (state.folder, state.folder / "updates"):
+        canonical.remove_leftovers(folder)
+    if chosen.head_file:
+        canonical.remove_leftovers(Path(chosen.head_file).parent, Path(chosen.head_file).name)
     roots = {name: domain.data for name, domain in chosen.domains.items()}
     policy = chosen.policy()
     holdings.bind(roots, policy, state.bindings)

@@ -16,7 +16,7 @@ from bract.shared import keys
 from bract.shared.contract import Contract
 from bract.shared.errors import Refusal, RolledBack, VerificationFailed
 from bract.shared.policy import check as check_policy
-from bract.shared.privacy import accounting, budget, entries, events, ledger, verification
+from bract.shared.privacy import accounting, budget, ledger, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.reports import ContractCheck, DomainStatus, SiteStatus
 
@@ -55,7 +55,9 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
             fault = budget.genesis_fault(held, policy)
             if fault:
                 raise VerificationFailed(fault)
-            budget.check_room(held, agreed, policy.domains[domain])
+            begun = max((n for name, n in held.charges if name == agreed.sha256), default=0)
+            following = min(begun + 1, agreed.rounds)
+            budget.check_room(held, agreed, policy.domains[domain], round_number=following)
         problems = roots.problems(terms.domain, terms.nominal_size)
     except (Refusal, VerificationFailed) as refusal:
         reason = str(refusal)
@@ -71,9 +73,8 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
 
 def _cost(chain: Chain, agreed: Contract, delta: float) -> tuple[float | None, float | None]:
     """Returns ε now, and after every attempt of a contract that is not charged yet."""
-    left = agreed.max_attempts - chain.attempts[agreed.sha256]
-    ahead = [events.decode(entries.event_for(agreed))] * max(left, 0)
-    costs = [accounting.epsilon([*chain.events, *more], delta) for more in ([], ahead)]
+    ahead = budget.ahead(chain, agreed)
+    costs = [accounting.epsilon([*chain.events, *more], delta) for more in ((), ahead)]
     before, after = (cost if math.isfinite(cost) else None for cost in costs)
     return before, after
 
@@ -118,7 +119,8 @@ def status(path: Path) -> SiteStatus:
 
 def status_lines(report: SiteStatus) -> list[str]:
     """Returns a status as text."""
-    shown = [f"{report.site}: {report.doing}, round {report.round or '-'}, since {report.since}"]
+    since = report.since or "-"
+    shown = [f"{report.site}: {report.doing}, round {report.round or '-'}, since {since}"]
     shown += [
         f"{name}: ε {_number(domain.epsilon)} of {domain.limit:g} at δ {domain.delta:g}, left "
         f"{_number(domain.left)}, {domain.charges} charges"

@@ -55,7 +55,8 @@ class SiteSettings(Frozen):
 
     `state` holds ledger, stored update and lock; `head_file`, on another disk, notices a ledger
     that was put back to an older copy. `stop_seconds` is how long a stop may wait for the round
-    that is being trained.
+    that is being trained. `evaluation` allows contracts that ask for noised scores on this site's
+    own examples.
     """
 
     site: Name
@@ -71,6 +72,7 @@ class SiteSettings(Frozen):
     mechanisms: tuple[Literal["dp-sgd"], ...] = ("dp-sgd",)
     min_noise_multiplier: float = Field(default=0.3, gt=0)
     max_sampling_rate: float = Field(default=1.0, gt=0, le=1)
+    evaluation: bool = False
     keys: Keys
     domains: dict[Name, Domain] = Field(min_length=1)
 
@@ -100,6 +102,7 @@ class SiteSettings(Frozen):
             mechanisms=self.mechanisms,
             min_noise_multiplier=self.min_noise_multiplier,
             max_sampling_rate=self.max_sampling_rate,
+            evaluation=self.evaluation,
         )
 
 

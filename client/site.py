@@ -93,13 +93,14 @@ class Site:
                 domain,
                 extra={"site": self.name},
             )
+        stream = self.randomness.stream(admitted.round)
         update = trainer.train(
-            terms=admitted.terms,
-            examples=examples,
-            weights=order.weights,
-            stream=self.randomness.stream(admitted.round),
+            terms=admitted.terms, examples=examples, weights=order.weights, stream=stream
         )
-        return self.gate.release(admitted, update)
+        score = None
+        if admitted.evaluates:  # after training, so that what is trained is the same without it
+            score = trainer.score(examples=examples, weights=order.weights, stream=stream)
+        return self.gate.release(admitted, update, score)
 
     def _trainer(self, order: TrainOrder) -> Trainer:
         # Trust before construction: a model's factory is run only for a contract the gate takes.

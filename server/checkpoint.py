@@ -41,8 +41,8 @@ def save(state: RoundState, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{state.round:06d}-{state.attempts:06d}.safetensors"
     files = {"weights": f"weights-{stem}", "velocity": f"velocity-{stem}"}
-    arrays.save(state.weights, folder / files["weights"])
-    arrays.save(state.velocity, folder / files["velocity"])
+    for name, values in zip(files.values(), (state.weights, state.velocity), strict=True):
+        arrays.save(values, folder / name)
     facts = {
         "files": files,
         "sha256": {

@@ -8,7 +8,7 @@ from types import FrameType
 
 import click
 
-from bract.shared.cli import AS_JSON, print_json
+from bract.shared.cli import AS_JSON, print_json, shown
 from bract.shared.errors import BractError
 
 
@@ -46,7 +46,7 @@ def _serve(federation: Path, log_format: str, as_json: bool) -> None:
     elif not as_json:
         click.echo(
             f"{summary.rounds} rounds, test accuracy {summary.test_accuracy:.4f}, ε of this run at "
-            f"most {summary.epsilon_run} at δ {summary.delta:g}: {summary.out}"
+            f"most {shown(summary.epsilon_run)} at δ {summary.delta:g}: {summary.out}"
         )
     if summary.rounds == 0:
         reasons = sorted({refusal.reason for refusal in summary.refused})
@@ -63,7 +63,7 @@ def _status(federation: Path, as_json: bool) -> None:
         click.echo(
             f"{report.run}: {report.doing}, healthy {report.healthy}, round {report.round} of "
             f"{report.rounds}, connected {', '.join(report.connected) or 'none'}, ε of this run "
-            f"{report.epsilon_run}"
+            f"{shown(report.epsilon_run)}"
         )
 
 

@@ -155,8 +155,8 @@ class Orders:
             order = self._orders.get(message)
             if order is None or order.answered:
                 return False
-            order.reply = order.session = order.delivered = None
-            order.awaited, order.contents, order.received = set(), {}, 0
+            # Offered anew, it has its whole time again.
+            self._orders[message] = Order(order.node, order.objects, sent=time.monotonic())
             return True
 
     def close(self, message: str) -> Order | None:

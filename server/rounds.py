@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract
 from bract.shared.data import Examples
 from bract.shared.errors import BractError
-from bract.shared.privacy import accounting, entries, events
+from bract.shared.privacy import accounting, entries
 from bract.shared.reports import MetricsLine
 
 logger = logging.getLogger("bract.server")
@@ -170,7 +171,8 @@ class RoundLoop:
             "round": state.round + 1,
             "validation_accuracy": score.accuracy,
             "validation_loss": score.loss,
-            "epsilon_run": self._epsilon(state.attempts),
+            "local_accuracy": _local_accuracy(self.strategy.replied.values()),
+            "epsilon_run": self._epsilon(state.attempts, state.round + 1),
             "replied": len(self.strategy.replied),
             "refused": len(self.strategy.refused),
         }
@@ -201,10 +203,10 @@ class RoundLoop:
         }
         return weights, velocity
 
-    def _epsilon(self, attempts: int) -> float | None:
-        """Returns what a site that served every attempt has spent in this run."""
-        event = events.decode(entries.event_for(self.contract))
-        spent = accounting.epsilon([event] * attempts, self.delta)
+    def _epsilon(self, attempts: int, completed: int) -> float | None:
+        """Returns what a site that served every attempt has spent in this run at the most."""
+        events = entries.events_of_attempts(self.contract, attempts=attempts, completed=completed)
+        spent = accounting.epsilon(events, self.delta)
         return spent if np.isfinite(spent) else None
 
     def _tell(self, state: RoundState, *, completed: bool) -> None:
@@ -220,6 +222,13 @@ class RoundLoop:
 def _drained(messages: list[Message]) -> Iterator[Message]:
     while messages:
         yield messages.pop(0)
+
+
+def _local_accuracy(receipts: Iterable[wire.Receipt]) -> float | None:
+    """Returns Σ correct / Σ total of the noised pairs, within [0, 1]; None where there is none."""
+    pairs = [receipt.evaluation for receipt in receipts if receipt.evaluation is not None]
+    correct, total = (math.fsum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
+    return min(max(correct / total, 0.0), 1.0) if total > 0 else None
 
 
 def initial_state(contract: Contract, weights: Arrays) -> RoundState:

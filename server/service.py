@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import ssl
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,14 @@ from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
 from bract.shared import canonical, contract, federation, keys, versions
 from bract.shared.contract import Contract
-from bract.shared.errors import UsageError
+from bract.shared.errors import BractError, UsageError
 from bract.shared.federation import Federation
-from bract.shared.privacy import accounting, entries, events
+from bract.shared.privacy import accounting, entries
 from bract.shared.reports import GUARANTEE_PRIVATE, ServerStatus, ServerSummary
 
 logger = logging.getLogger("bract.server")
 
-STATUS_SECONDS = 1.0
+STATUS_SECONDS, LOCK_SECONDS = 1.0, 5.0
 
 
 def serve(path: Path) -> ServerSummary:
@@ -41,17 +44,31 @@ def serve(path: Path) -> ServerSummary:
     memory.return_freed_blocks()
     chosen = federation.read(path)
     agreed = read_contract(chosen)
+    listener = _listener(chosen)
     out, state = Path(chosen.server.out), Path(chosen.server.state)
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    out.mkdir(parents=True, exist_ok=True)
-    canonical.write_atomically(out / "contract.json", Path(chosen.contract).read_bytes())
+    for name, folder, mode in (("state", state, 0o700), ("out", out, 0o777)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=mode)
+        except OSError as error:
+            raise UsageError(
+                f"cannot make the folder {folder}: {error.strerror}; correct server.{name}"
+            ) from error
+    with _locked(state):
+        canonical.write_atomically(out / "contract.json", Path(chosen.contract).read_bytes())
+        return _serve(chosen, agreed, listener)
+
+
+def _serve(chosen: Federation, agreed: Contract, listener: Listener) -> ServerSummary:
+    out, state = Path(chosen.server.out), Path(chosen.server.state)
     host = Host(
         database=state / "superlink.sqlite",
         sites={site.name: site.node_key for site in chosen.sites},
-        listener=_listener(chosen),
+        listener=listener,
         greatest_reply=chosen.server.greatest_reply_mib * 2**20,
     )
     host.start()
+    for folder in (state, out, out / "checkpoint"):
+        canonical.remove_leftovers(folder)
     logger.info("serving", extra={"event": "serving", "port": host.port})
     journal = Journal(host, state / "status.json", agreed)
     journal.start()
@@ -86,7 +103,7 @@ def status(path: Path) -> ServerStatus:
         round=state.round if state else 0,
         rounds=agreed.rounds,
         attempts=attempts,
-        epsilon_run=_epsilon(chosen, agreed, attempts),
+        epsilon_run=_epsilon(chosen, agreed, attempts, state.round if state else 0),
         written=said.get("written"),
     )
 
@@ -104,6 +121,10 @@ def read_contract(chosen: Federation) -> Contract:
         )
     signed = contract.read(path)
     agreed = signed.verify(signed.contract.coordinator)
+    coordinator = Path(chosen.coordinator_key)
+    # The key may be kept elsewhere: sites pin it, and check the signature for themselves.
+    if coordinator.exists() and keys.load(coordinator).public != agreed.coordinator:
+        raise UsageError(f"{path} was signed by another key than coordinator_key: make it anew")
     listed = {(s.name, s.key, s.domain, s.nominal_size) for s in chosen.sites}
     signed_for = {(s.name, s.key, s.domain, s.nominal_size) for s in agreed.cohort}
     if listed != signed_for:
@@ -112,7 +133,33 @@ def read_contract(chosen: Federation) -> Contract:
         )
     if agreed.witness != keys.load(Path(chosen.server.witness_key)).public:
         raise UsageError(f"{path} names another witness than server.witness_key: make it anew")
+    name = _departure(chosen, agreed)
+    if name is not None:
+        raise UsageError(
+            f"{path} was signed for another {name} than the federation file says: put it back, or "
+            "make the contract anew"
+        )
     return agreed
+
+
+def _departure(chosen: Federation, agreed: Contract) -> str | None:
+    """Returns the first key of a federation file that a contract was not signed for, or None."""
+    privacy = agreed.privacy
+    both: dict[str, tuple[Any, Any]] = {
+        "run": (chosen.run, agreed.run),
+        "rounds": (chosen.rounds, agreed.rounds),
+        "spare_attempts": (chosen.spare_attempts, agreed.max_attempts - agreed.rounds),
+        "model": (chosen.model, agreed.model),
+        "training": (chosen.training, agreed.training),
+        "data.name": (chosen.data.name, agreed.data.name),
+        "data.offset": (chosen.data.offset, agreed.data.offset),
+        "data.scale": (chosen.data.scale, agreed.data.scale),
+        "privacy.clip_norm": (chosen.privacy.clip_norm, privacy.clip_norm),
+        "privacy.batch": (federation.sampling_rate(chosen), privacy.sampling_rate),
+        "privacy.noise_multiplier": (chosen.privacy.noise_multiplier, privacy.noise_multiplier),
+    }
+    # What the file leaves open was settled when the contract was made.
+    return next((name for name, (one, other) in both.items() if one not in (None, other)), None)
 
 
 class Journal:
@@ -156,7 +203,7 @@ def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> Se
     privacy = agreed.privacy
     return ServerSummary(
         run=agreed.run,
-        epsilon_run=_epsilon(chosen, agreed, result.pop("attempts")),
+        epsilon_run=_epsilon(chosen, agreed, result.pop("attempts"), result["rounds"]),
         delta=chosen.privacy.delta,
         adjacency=privacy.adjacency,
         unit=privacy.unit,
@@ -173,18 +220,18 @@ def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> Se
     )
 
 
-def _epsilon(chosen: Federation, agreed: Contract, attempts: int) -> float | None:
-    event = events.decode(entries.event_for(agreed))
-    return accounting.epsilon([event] * attempts, chosen.privacy.delta) if attempts else 0.0
+def _epsilon(chosen: Federation, agreed: Contract, attempts: int, completed: int) -> float | None:
+    spent = entries.events_of_attempts(agreed, attempts=attempts, completed=completed)
+    return accounting.epsilon(spent, chosen.privacy.delta)
 
 
 def _is_healthy(chosen: Federation, port: int) -> bool:
     """Returns whether the port answers with this federation's own certificate."""
-    pinned = ssl.create_default_context(cafile=chosen.server.certificate)
-    pinned.check_hostname = False  # asked at a local address, which need not be a name in it
-    pinned.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     host = "127.0.0.1" if chosen.server.host in ("0.0.0.0", "::") else chosen.server.host  # noqa: S104  a comparison
     try:
+        pinned = ssl.create_default_context(cafile=chosen.server.certificate)
+        pinned.check_hostname = False  # asked at a local address, which need not be a name in it
+        pinned.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         with urllib.request.urlopen(
             f"https://{host}:{port}/health", timeout=5, context=pinned
         ) as reply:
@@ -198,12 +245,48 @@ def _listener(chosen: Federation) -> Listener:
         path = Path(getattr(chosen.server, name))
         if not path.is_file():
             raise UsageError(f"no server.{name} at {path}: make it with bract keys server")
+    try:
+        _fits(chosen)
+    except (ssl.SSLError, OSError) as error:
+        raise UsageError(
+            f"server.key {chosen.server.key} does not fit server.certificate "
+            f"{chosen.server.certificate}, or one of them cannot be read: name the two that bract "
+            "keys server made together"
+        ) from error
     return Listener(
         host=chosen.server.host,
         port=chosen.server.port,
         certificate=Path(chosen.server.certificate),
         key=Path(chosen.server.key),
     )
+
+
+def _fits(chosen: Federation) -> None:
+    # A password would be asked for on a terminal that nobody watches.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(chosen.server.certificate, chosen.server.key, password="")
+
+
+@contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    """Holds a state folder: a second server's start would end the run of the first.
+
+    Raises:
+        BractError: where another process holds it.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    with (state / "lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BractError(
+                        f"another process uses {state}: one server carries a run; stop the other"
+                    ) from None
+                time.sleep(0.05)
+        yield
 
 
 def _context(chosen: Federation, run: int) -> Context:

@@ -159,6 +159,8 @@ class PublicFedAvg(FedAvg):
             return reply
         except RolledBack as error:
             self._refuse(self._name(node), Reason.LEDGER_ROLLED_BACK.value, str(error))
+            # Asked again, it would charge its data for an update that is never used.
+            self._retired.add(node)
         except VerificationFailed as error:
             self._refuse(self._name(node), INVALID_UPDATE, str(error))
         except Exception as error:
@@ -194,6 +196,8 @@ class PublicFedAvg(FedAvg):
             raise VerificationFailed(fault)
         if private and _norm(reply.update.arrays) > greatest_norm(contract, terms, self._shapes):
             raise VerificationFailed("of a norm that the contract's steps cannot reach")
+        if contract.evaluates(server_round) != (receipt.evaluation is not None):
+            raise VerificationFailed("with or without an evaluation, unlike the contract's round")
         if receipt.site in self.replied:
             raise VerificationFailed("a second one from the same site")
         if self._registered.get(node, receipt.site) != receipt.site:

@@ -9,7 +9,7 @@ from bract.shared import wire
 from bract.shared.errors import RolledBack, VerificationFailed
 from bract.shared.keys import SigningKey
 from bract.shared.privacy import witness
-from bract.shared.privacy.entries import Charge, Head, Release
+from bract.shared.privacy.entries import Charge, Evaluation, Head, Release
 from bract.shared.privacy.witness import Witness
 
 
@@ -65,13 +65,15 @@ class WitnessDesk:
             if (since.site, since.domain) != (receipt.site, domain):
                 raise VerificationFailed("a witness of another ledger")
         heads = {since.sequence: since.hash} if since else {}
-        charged = released = False
+        charged = evaluated = released = False
         last = since.head if since else None
         for head, body in witness.follow(reply.ledger):
             heads[head.sequence], last = head.hash, head
-            charged |= isinstance(body, Charge) and _is_charge(body, reply, cost)
-            # A release counts only after its charge.
-            released |= charged and isinstance(body, Release) and _is_release(body, reply)
+            charged |= isinstance(body, Charge) and _is_paid(body, reply, cost)
+            evaluated |= charged and isinstance(body, Evaluation) and _is_paid(body, reply)
+            # A release counts only after all that it costs.
+            paid = charged and evaluated == (receipt.evaluation is not None)
+            released |= paid and isinstance(body, Release) and _is_release(body, reply)
         if last != Head(receipt.head_sequence, receipt.head_hash):
             raise VerificationFailed("the links do not lead to the head that the site signed")
         _, seen = self._seen.get(receipt.site, (domain, None))
@@ -81,7 +83,9 @@ class WitnessDesk:
             raise VerificationFailed("no charge stands before the update's release")
 
 
-def _is_charge(body: Charge, reply: wire.TrainReply, cost: Mapping[str, Any]) -> bool:
+def _is_paid(
+    body: Charge | Evaluation, reply: wire.TrainReply, cost: Mapping[str, Any] | None = None
+) -> bool:
     receipt = reply.receipt
     return (body.contract, body.site, body.domain, body.round, body.attempt, body.event) == (
         receipt.contract,
@@ -89,16 +93,25 @@ def _is_charge(body: Charge, reply: wire.TrainReply, cost: Mapping[str, Any]) ->
         receipt.head_domain,
         receipt.round,
         receipt.attempt,
-        cost,
+        body.event if cost is None else cost,
     )
 
 
 def _is_release(body: Release, reply: wire.TrainReply) -> bool:
     receipt = reply.receipt
-    return (body.contract, body.site, body.round, body.attempt, body.update) == (
+    evaluation = [value.hex() for value in receipt.evaluation] if receipt.evaluation else None
+    return (
+        body.contract,
+        body.site,
+        body.round,
+        body.attempt,
+        body.update,
+        body.evaluation,
+    ) == (
         receipt.contract,
         receipt.site,
         receipt.round,
         receipt.attempt,
         receipt.update,
+        evaluation,
     )

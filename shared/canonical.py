@@ -73,6 +73,15 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     sync_folder(path.parent)
 
 
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes what killed processes left half written of the files of a name.
+
+    Only for a folder or a file that one process at a time writes.
+    """
+    for leftover in folder.glob(f".{name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -68,20 +68,30 @@ def bract(debug: bool) -> None:
 
     Example: bract simulate digits
     """
+    log_to_stderr(logging.DEBUG if debug else logging.WARNING)
+
+
+def log_to_stderr(level: int) -> None:
+    """Sends this process's log to stderr, from a level on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    handler.setLevel(logging.DEBUG if debug else logging.WARNING)
+    handler.setLevel(level)
     logging.basicConfig(handlers=[handler])
-    if debug:
-        logging.getLogger("bract").setLevel(logging.DEBUG)
+    if level <= logging.DEBUG:
+        logging.getLogger("bract").setLevel(level)
 
 
 def main() -> None:
-    """Runs the command; every failure is one line, and one JSON object where --json was asked."""
+    """Runs the command."""
+    run(bract, "bract")
+
+
+def run(command: click.Command, name: str) -> NoReturn:
+    """Runs a command to its exit; a failure is one line, and one JSON object with --json."""
     arguments = sys.argv[1:]
     debug, as_json = "--debug" in arguments, "--json" in arguments
     try:
-        code = bract.main(arguments, prog_name="bract", standalone_mode=False)
+        code = command.main(arguments, prog_name=name, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:
         _fail("Interrupted", "stopped; every charge is kept", 130, as_json)
@@ -99,7 +109,7 @@ def main() -> None:
         _fail(type(error).__name__, message, 1, as_json)
 
 
-def _fail(kind: str, message: str, code: int, as_json: bool) -> None:
+def _fail(kind: str, message: str, code: int, as_json: bool) -> NoReturn:
     if as_json:
         print_json({"error": {"type": kind, "message": message}})
     click.echo(f"bract: {message}", err=True)

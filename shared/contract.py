@@ -70,6 +70,33 @@ class PrivacyTerms(Frozen):
         return self
 
 
+class EvaluationTerms(Frozen):
+    """Local evaluation: each site scores the weights of every `every`-th round on its examples.
+
+    Two counts leave with noise: how many are right, and how many there are. One example changes
+    each by at most 1, so their L2 sensitivity is √2; `noise_multiplier` is relative to it.
+    """
+
+    every: int = Field(ge=1, le=1_000_000)
+    noise_multiplier: float = Field(gt=0)
+
+    def falls_on(self, round_number: int) -> bool:
+        """Returns whether a round is evaluated."""
+        return round_number % self.every == 0
+
+    def most(self, *, attempts: int, completed: int) -> int:
+        """Returns how many evaluations are charged at the most by so many attempts.
+
+        Args:
+            attempts: all of them, in the order of the rounds.
+            completed: how many rounds they completed; every other one may have been at a round
+                that is evaluated, once the first such round was reached.
+        """
+        if completed + 1 < self.every:
+            return 0
+        return completed // self.every + attempts - completed
+
+
 class SiteTerms(Frozen):
     """One site of the cohort; `nominal_size` is public, its weight and its normaliser.
 
@@ -102,6 +129,7 @@ class Contract(Frozen):
     data: DataTerms
     training: TrainingTerms
     privacy: PrivacyTerms
+    evaluation: EvaluationTerms | None = None
     cohort: tuple[SiteTerms, ...] = Field(min_length=1)
 
     @field_validator("cohort")
@@ -121,6 +149,7 @@ class Contract(Frozen):
     def _consistent(self) -> Contract:
         if self.max_attempts < self.rounds:
             raise ValueError("max_attempts must be at least rounds")
+        check_evaluation(self.evaluation, self.rounds)
         private = self.privacy.mechanism == "dp-sgd" and self.privacy.randomness == "csprng"
         if not self.simulation and not private:
             raise ValueError("only a simulation may be seeded or without noise")
@@ -129,6 +158,20 @@ class Contract(Frozen):
     def site(self, name: str) -> SiteTerms | None:
         """Returns the terms of one site, or None where it is not in the cohort."""
         return next((site for site in self.cohort if site.name == name), None)
+
+    def evaluates(self, round_number: int) -> bool:
+        """Returns whether sites score the weights of a round on their own examples."""
+        return self.evaluation is not None and self.evaluation.falls_on(round_number)
+
+    @property
+    def max_evaluations(self) -> int:
+        """The most evaluations that one site is ever charged: those of all rounds, and the spare.
+
+        A bound of its own: else attempts at evaluated rounds alone could pass what was agreed.
+        """
+        if self.evaluation is None:
+            return 0
+        return self.evaluation.most(attempts=self.max_attempts, completed=self.rounds)
 
     def normaliser(self, site: SiteTerms) -> float:
         """Returns the public constant that divides a site's noisy sum: q · nominal size.
@@ -163,6 +206,19 @@ class SignedContract(Frozen):
             raise VerificationFailed("contract is signed by another coordinator than the pinned")
         keys.verify(coordinator, bytes.fromhex(self.signature), _digest(self.contract))
         return self.contract
+
+
+def check_evaluation(evaluation: EvaluationTerms | None, rounds: int) -> None:
+    """Returns where some round is evaluated, or none is meant to be.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if evaluation is not None and evaluation.every > rounds:
+        raise ValueError(
+            f"evaluation.every {evaluation.every} is over the {rounds} rounds: no round would be "
+            "evaluated; lower it"
+        )
 
 
 def sign(contract: Contract, key: keys.SigningKey) -> SignedContract:

@@ -82,6 +82,7 @@ class Reason(StrEnum):
     POLICY_SAMPLING = "policy-sampling"
     POLICY_DELTA = "policy-delta"
     POLICY_MENU = "policy-menu"
+    POLICY_EVALUATION = "policy-evaluation"
     SIMULATION_ONLY = "simulation-only"
     DOMAIN_UNBOUNDED = "domain-unbounded"
     BUDGET_EXHAUSTED = "budget-exhausted"

@@ -8,11 +8,12 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 
 from bract.shared import contract as contracts
-from bract.shared import keys
+from bract.shared import keys, pki
 from bract.shared.configuration import Frozen, parse, read_toml
 from bract.shared.contract import (
     Contract,
     DataTerms,
+    EvaluationTerms,
     Hex32,
     ModelTerms,
     Name,
@@ -25,6 +26,7 @@ from bract.shared.data import dataset, public
 from bract.shared.data.locations import folder_of
 from bract.shared.errors import UsageError
 from bract.shared.policy import check_delta
+from bract.shared.privacy import entries
 from bract.shared.privacy.calibration import check_budget, noise_for_filter, noise_multiplier
 from bract.shared.privacy.orders import best_order
 
@@ -89,7 +91,7 @@ class FederatedData(Frozen):
 
 
 class FederatedPrivacy(Frozen):
-    """What the run may cost a site; σ is calibrated to ε unless it is given.
+    """What the run may cost a site; σ is calibrated to ε, evaluations included, unless it is given.
 
     `batch` is the expected batch at a site of mean nominal size. `ceiling` is the sites' own limit
     where they tell it: σ is raised until the whole run fits under it by the Rényi filter.
@@ -112,6 +114,15 @@ class SiteEntry(Frozen):
     domain: Name
     nominal_size: int = Field(ge=1)
 
+    @field_validator("node_key")
+    @classmethod
+    def _without_its_comment(cls, node_key: str) -> str:
+        # One key under two comments is one key; two sites with it would be one node.
+        try:
+            return pki.node_public_line(pki.node_public(node_key))
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+
 
 class AuditorEntry(Frozen):
     """One auditor, as `bract keys auditor` prints it."""
@@ -131,7 +142,7 @@ class Federation(Frozen):
     coordinator_key: str
     contract: str = "contract.json"
     rounds: int = Field(ge=1, le=1_000_000)
-    spare_attempts: int = Field(default=2, ge=0)
+    spare_attempts: int = Field(default=2, ge=0, le=1_000_000)
     minimum_cohort: int = Field(default=1, ge=1)
     init_seed: int = Field(default=0, ge=0, lt=2**63)
     server: ServerSettings
@@ -140,11 +151,13 @@ class Federation(Frozen):
     data: FederatedData
     training: TrainingTerms
     privacy: FederatedPrivacy
+    evaluation: EvaluationTerms | None = None
     sites: tuple[SiteEntry, ...] = Field(min_length=1)
     auditors: tuple[AuditorEntry, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Federation:
+        contracts.check_evaluation(self.evaluation, self.rounds)
         if self.minimum_cohort > len(self.sites):
             raise ValueError(
                 f"minimum_cohort {self.minimum_cohort} is over the {len(self.sites)} sites listed"
@@ -187,7 +200,6 @@ def propose(federation: Federation) -> SignedContract:
         UsageError: where no σ, q or δ would do.
     """
     key = keys.load(Path(federation.coordinator_key))
-    sizes = [site.nominal_size for site in federation.sites]
     agreed = Contract(
         run=federation.run,
         nonce=contracts.new_nonce(),
@@ -199,7 +211,8 @@ def propose(federation: Federation) -> SignedContract:
         model=federation.model,
         data=_data_terms(federation),
         training=federation.training,
-        privacy=_privacy_terms(federation, sizes),
+        privacy=_privacy_terms(federation),
+        evaluation=federation.evaluation,
         cohort=tuple(
             SiteTerms(
                 name=site.name, key=site.key, domain=site.domain, nominal_size=site.nominal_size
@@ -208,6 +221,21 @@ def propose(federation: Federation) -> SignedContract:
         ),
     )
     return contracts.sign(agreed, key)
+
+
+def sampling_rate(federation: Federation) -> float:
+    """Returns the rate q at which every site samples: the batch over the mean nominal size.
+
+    Raises:
+        UsageError: where it would be over 1.
+    """
+    sizes = [site.nominal_size for site in federation.sites]
+    batch, mean = federation.privacy.batch, sum(sizes) / len(sizes)
+    if batch > mean:
+        raise UsageError(
+            f"privacy.batch {batch:g} is over the mean nominal size {mean:g}: lower it"
+        )
+    return batch / mean
 
 
 def public_folder(federation: Federation) -> Path | None:
@@ -227,20 +255,24 @@ def _data_terms(federation: Federation) -> DataTerms:
     return dataset(settings.name).terms.model_copy(update={**changed, "public": held})
 
 
-def _privacy_terms(federation: Federation, sizes: list[int]) -> PrivacyTerms:
-    privacy, mean = federation.privacy, sum(sizes) / len(sizes)
+def _privacy_terms(federation: Federation) -> PrivacyTerms:
+    privacy = federation.privacy
     check_budget(privacy.epsilon, privacy.delta)
-    check_delta(privacy.delta, max(sizes))
-    if privacy.batch > mean:
-        raise UsageError(
-            f"privacy.batch {privacy.batch:g} is over the mean nominal size {mean:g}: lower it"
-        )
-    rate = privacy.batch / mean
-    steps = (federation.rounds + federation.spare_attempts) * federation.training.local_steps
+    check_delta(privacy.delta, max(site.nominal_size for site in federation.sites))
+    rate = sampling_rate(federation)
+    attempts = federation.rounds + federation.spare_attempts
+    steps = attempts * federation.training.local_steps
+    beside = entries.events_of_evaluations(
+        federation.evaluation, attempts=attempts, completed=federation.rounds
+    )
     sigma = privacy.noise_multiplier
     if sigma is None:
         sigma = noise_multiplier(
-            epsilon_target=privacy.epsilon, delta=privacy.delta, sampling_rate=rate, steps=steps
+            epsilon_target=privacy.epsilon,
+            delta=privacy.delta,
+            sampling_rate=rate,
+            steps=steps,
+            beside=beside,
         )
         if privacy.ceiling is not None:
             admitted = noise_for_filter(
@@ -249,6 +281,7 @@ def _privacy_terms(federation: Federation, sizes: list[int]) -> PrivacyTerms:
                 order=best_order(privacy.ceiling, privacy.delta),
                 sampling_rate=rate,
                 steps=steps,
+                beside=beside,
             )
             sigma = max(sigma, admitted)
     return PrivacyTerms(sampling_rate=rate, noise_multiplier=sigma, clip_norm=privacy.clip_norm)

@@ -11,7 +11,7 @@ import binascii
 import secrets
 from dataclasses import dataclass
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -54,7 +54,13 @@ def verify(public_pem: bytes, incarnation: Incarnation) -> None:
         if len(incarnation.name) != 32 or not isinstance(key, ec.EllipticCurvePublicKey):
             raise VerificationFailed("incarnation does not verify")
         key.verify(signature, _digest(incarnation.name), ec.ECDSA(hashes.SHA256()))
-    except (InvalidSignature, ValueError, TypeError, binascii.Error) as error:
+    except (
+        InvalidSignature,
+        UnsupportedAlgorithm,
+        ValueError,
+        TypeError,
+        binascii.Error,
+    ) as error:
         raise VerificationFailed("incarnation does not verify") from error
 
 

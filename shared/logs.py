@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from typing import Literal
@@ -76,6 +77,7 @@ def _facts(record: logging.LogRecord) -> dict[str, object]:
     }
     for name in FIELDS:
         value = getattr(record, name, None)
-        if isinstance(value, str | int | float | bool):
+        finite = not isinstance(value, float) or math.isfinite(value)  # JSON has no other
+        if isinstance(value, str | int | float | bool) and finite:
             facts[name] = printable(value) if isinstance(value, str) else value
     return facts

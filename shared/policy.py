@@ -8,8 +8,11 @@ from pydantic import Field, field_validator
 
 from bract.shared import canonical
 from bract.shared.configuration import Frozen
-from bract.shared.contract import Contract, Hex32, Name, SiteTerms
+from bract.shared.contract import Contract, EvaluationTerms, Hex32, Name, SiteTerms
 from bract.shared.errors import Reason, Refusal, UsageError
+
+# Above this standard error a noised accuracy says nothing, and would be paid for all the same.
+GREATEST_EVALUATION_ERROR = 0.1
 
 
 class MenuClass(Frozen):
@@ -58,7 +61,10 @@ class DomainPolicy(Frozen):
 
 
 class Policy(Frozen):
-    """What one site allows: budgets by domain, mechanisms, models, least σ and greatest q."""
+    """What one site allows: budgets by domain, mechanisms, models, least σ and greatest q.
+
+    `evaluation` allows contracts that ask for noised scores on the site's own examples.
+    """
 
     site: Name
     coordinators: tuple[Hex32, ...] = Field(min_length=1)
@@ -67,6 +73,7 @@ class Policy(Frozen):
     mechanisms: tuple[Literal["dp-sgd", "none"], ...] = ("dp-sgd",)
     min_noise_multiplier: float = Field(default=0.3, gt=0)
     max_sampling_rate: float = Field(default=1.0, gt=0, le=1)
+    evaluation: bool = False
 
     @field_validator("domains")
     @classmethod
@@ -119,6 +126,8 @@ def check(policy: Policy, contract: Contract) -> SiteTerms:
         raise Refusal(Reason.POLICY_MECHANISM, f"mechanism {privacy.mechanism!r} is not allowed")
     if privacy.mechanism == "dp-sgd":
         _check_private(policy, contract, terms)
+    if contract.evaluation is not None:
+        _check_evaluation(policy, contract.evaluation, terms)
     return terms
 
 
@@ -149,6 +158,46 @@ def _check_private(policy: Policy, contract: Contract, terms: SiteTerms) -> None
             Reason.POLICY_MENU,
             f"(q {privacy.sampling_rate}, σ {privacy.noise_multiplier}) is not on the menu",
         )
+
+
+def _check_evaluation(policy: Policy, asked: EvaluationTerms, terms: SiteTerms) -> None:
+    if not policy.evaluation:
+        raise Refusal(
+            Reason.POLICY_EVALUATION,
+            "the contract asks for scores on this site's examples: evaluation = true allows it",
+        )
+    error = evaluation_error(asked, terms.nominal_size)
+    if error > GREATEST_EVALUATION_ERROR:
+        raise Refusal(
+            Reason.POLICY_EVALUATION,
+            f"with σ {asked.noise_multiplier} and nominal size {terms.nominal_size} the accuracy "
+            f"would have a standard error of {error:.2g}, over {GREATEST_EVALUATION_ERROR}: it "
+            "would cost privacy and mean nothing",
+        )
+    if asked.noise_multiplier < policy.min_noise_multiplier:
+        raise Refusal(
+            Reason.POLICY_NOISE,
+            f"evaluation σ {asked.noise_multiplier} is under min_noise_multiplier "
+            f"{policy.min_noise_multiplier}",
+        )
+    composition = policy.domains[terms.domain].composition
+    if isinstance(composition, Menu) and not any(
+        entry.sampling_rate == 1 and entry.noise_multiplier == asked.noise_multiplier
+        for entry in composition.classes
+    ):
+        raise Refusal(
+            Reason.POLICY_MENU,
+            f"an evaluation (q 1, σ {asked.noise_multiplier}) is not on the menu",
+        )
+
+
+def evaluation_error(asked: EvaluationTerms, nominal_size: int) -> float:
+    """Returns the standard error of a noised accuracy, at the most: 2σ / nominal size.
+
+    Each of the two counts has noise of √2·σ; the error of their ratio a = correct / total is
+    √2·σ·√(1 + a²) / total, and a ≤ 1.
+    """
+    return 2 * asked.noise_multiplier / nominal_size
 
 
 def check_delta(delta: float, nominal_size: int) -> None:

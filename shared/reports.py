@@ -90,11 +90,16 @@ class Summary(Scores):
 
 
 class MetricsLine(Frozen):
-    """A line of metrics.jsonl: one completed round, scored on public validation examples."""
+    """A line of metrics.jsonl: one completed round, scored on public validation examples.
+
+    `local_accuracy` is of the weights that the round began with, on the sites' own examples, from
+    counts that each site noised; null where the contract asks for none.
+    """
 
     round: int
     validation_accuracy: float = Probability
     validation_loss: float | None
+    local_accuracy: Annotated[float, Probability] | None = None
     epsilon_run: float | None
     replied: int
     refused: int

@@ -1,4 +1,4 @@
-"""What training yields: a type says whether it may leave as private or only as unprotected.
+"""What training and evaluation yield: a type says whether it may leave as private.
 
 Only `bract.client.training` makes these; a test holds that. Each update is the difference of the
 weights after a round and before, by parameter name.
@@ -23,6 +23,14 @@ class UnprotectedUpdate:
     """A difference of weights without any privacy; only a simulation's ledger admits it."""
 
     arrays: Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectedScore:
+    """How many examples the received weights got right, and how many there are, both noised."""
+
+    correct: float
+    total: float
 
 
 Update = ProtectedUpdate | UnprotectedUpdate

@@ -31,6 +31,7 @@ _WEIGHTS, _ORDER = "weights", "order"
 _UPDATE, _UNPROTECTED, _RECEIPT, _REFUSAL = "update", "unprotected-update", "receipt", "refusal"
 _LEDGER, _CLOSE, _CLOSED = "ledger", "close", "closed"
 _STYPE = "numpy.ndarray.raw"
+_GREATEST = 2.0**53  # no count is larger; sums of such stay finite, whoever sends them
 _T = TypeVar("_T")
 
 
@@ -54,7 +55,10 @@ class CloseOrder:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a site says of an update, signed by its ledger key: public facts alone."""
+    """What a site says of an update, signed by its ledger key: public facts alone.
+
+    `evaluation` is (correct, total) of a local evaluation, both noised.
+    """
 
     contract: str
     site: str
@@ -64,6 +68,7 @@ class Receipt:
     head_domain: str
     head_sequence: int
     head_hash: str
+    evaluation: tuple[float, float] | None = None
 
     def digest(self) -> bytes:
         """Returns what the site signs."""
@@ -173,7 +178,8 @@ def encode_closed(site: str) -> RecordDict:
 def encode_reply(reply: TrainReply) -> RecordDict:
     """Returns the content of an update; a protected and an unprotected one differ in their key."""
     name = _UPDATE if isinstance(reply.update, ProtectedUpdate) else _UNPROTECTED
-    receipt = ConfigRecord({**asdict(reply.receipt), "signature": reply.signature})
+    facts = {**asdict(reply.receipt), "evaluation": list(reply.receipt.evaluation or ())}
+    receipt = ConfigRecord({**facts, "signature": reply.signature})
     ledger = ConfigRecord(
         {
             "since": _optional(reply.ledger.since),
@@ -220,6 +226,7 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
         head_domain=_typed(facts, "head_domain", str),
         head_sequence=_typed(facts, "head_sequence", int),
         head_hash=_typed(facts, "head_hash", str),
+        evaluation=_evaluation(facts),
     )
     made = ProtectedUpdate if name == _UPDATE else UnprotectedUpdate
     return TrainReply(
@@ -228,6 +235,16 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
         signature=_typed(facts, "signature", bytes),
         ledger=_extension(_config(records[_LEDGER], {"since", "hashes", "bodies"})),
     )
+
+
+def _evaluation(record: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Returns the noised pair, None for an empty list: a record cannot hold 'none'."""
+    values = _typed(record, "evaluation", list)
+    if not values:
+        return None
+    if len(values) != 2 or not all(type(v) is float and abs(v) <= _GREATEST for v in values):
+        raise VerificationFailed("an evaluation that is not two counts")
+    return values[0], values[1]
 
 
 def _optional(witness: Witness | None) -> bytes:

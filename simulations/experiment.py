@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from bract.shared.configuration import Frozen, parse, read_toml
-from bract.shared.contract import ModelTerms, TrainingTerms
+from bract.shared.contract import EvaluationTerms, ModelTerms, TrainingTerms, check_evaluation
 from bract.shared.data.partitions import Partition
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.policy import Filter, Menu
@@ -64,7 +64,8 @@ class Experiment(Frozen):
 
     `spare_attempts` is what crashed and void rounds may cost: σ is calibrated to
     rounds + spare_attempts. `seed` makes partition, start, sampling and noise repeatable, which is
-    why a simulation never carries a guarantee.
+    why a simulation never carries a guarantee. `evaluation` asks the sites, whose policies then
+    allow it, for noised scores on their own examples; σ is calibrated to what that costs too.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")
@@ -77,11 +78,13 @@ class Experiment(Frozen):
     model: ModelTerms
     training: TrainingTerms
     privacy: PrivacySettings
+    evaluation: EvaluationTerms | None = None
     policy: PolicySettings
     execution: ExecutionSettings = ExecutionSettings()
 
     @model_validator(mode="after")
-    def _target_within_ceiling(self) -> Experiment:
+    def _consistent(self) -> Experiment:
+        check_evaluation(self.evaluation, self.rounds)
         if self.privacy.mechanism == "dp-sgd" and self.privacy.epsilon > self.policy.epsilon:
             raise ValueError(
                 f"privacy.epsilon {self.privacy.epsilon} is over policy.epsilon "

@@ -26,6 +26,7 @@ from bract.shared.data.locations import folder_of
 from bract.shared.data.partitions import group_names, nominal_size, split
 from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, check_delta
+from bract.shared.privacy import entries
 from bract.shared.privacy.budget import fixed_rule
 from bract.shared.privacy.calibration import check_budget, noise_for_filter, noise_multiplier
 from bract.shared.reports import Summary
@@ -161,6 +162,7 @@ class Simulation:
             mechanism=experiment.privacy.mechanism,
             delta=experiment.privacy.delta,
             policy=experiment.policy,
+            evaluation=experiment.evaluation is not None,
             device=str(devices.resolve(experiment.device)),
             execution=experiment.execution,
         )
@@ -189,6 +191,7 @@ class Simulation:
             data=_data_terms(experiment),
             training=experiment.training,
             privacy=_privacy_terms(experiment, sizes),
+            evaluation=experiment.evaluation,
             cohort=cohort,
         )
         return contract.sign(agreed, keys.load(state.key("coordinator")))
@@ -301,13 +304,12 @@ def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:
     privacy = experiment.privacy
     check_delta(privacy.delta, max(sizes))
     rate = _sampling_rate(experiment, sizes)
-    steps = (experiment.rounds + experiment.spare_attempts) * experiment.training.local_steps
     if privacy.mechanism == "none":
         sigma = 0.0
     elif privacy.noise_multiplier is not None:
         sigma = privacy.noise_multiplier
     else:
-        sigma = _calibrated(experiment, rate, steps)
+        sigma = _calibrated(experiment, rate)
     return PrivacyTerms(
         mechanism=privacy.mechanism,
         randomness="seeded",
@@ -317,11 +319,20 @@ def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:
     )
 
 
-def _calibrated(experiment: Experiment, rate: float, steps: int) -> float:
+def _calibrated(experiment: Experiment, rate: float) -> float:
     """Returns σ for the target by PLD, and for the ceiling under the sites' filter."""
     privacy, ceiling = experiment.privacy, experiment.policy
+    attempts = experiment.rounds + experiment.spare_attempts
+    steps = attempts * experiment.training.local_steps
+    beside = entries.events_of_evaluations(
+        experiment.evaluation, attempts=attempts, completed=experiment.rounds
+    )
     sigma = noise_multiplier(
-        epsilon_target=privacy.epsilon, delta=privacy.delta, sampling_rate=rate, steps=steps
+        epsilon_target=privacy.epsilon,
+        delta=privacy.delta,
+        sampling_rate=rate,
+        steps=steps,
+        beside=beside,
     )
     domain = DomainPolicy(
         epsilon=ceiling.epsilon, delta=privacy.delta, composition=ceiling.composition
@@ -330,7 +341,12 @@ def _calibrated(experiment: Experiment, rate: float, steps: int) -> float:
     if order is None:
         return sigma
     admitted = noise_for_filter(
-        limit=ceiling.epsilon, delta=privacy.delta, order=order, sampling_rate=rate, steps=steps
+        limit=ceiling.epsilon,
+        delta=privacy.delta,
+        order=order,
+        sampling_rate=rate,
+        steps=steps,
+        beside=beside,
     )
     return max(sigma, admitted)
 

@@ -49,6 +49,7 @@ class Plan(Frozen):
     mechanism: Literal["dp-sgd", "none"]
     delta: float
     policy: PolicySettings
+    evaluation: bool = False
     device: str
     execution: ExecutionSettings
 
@@ -82,6 +83,7 @@ class Plan(Frozen):
             mechanisms=(self.mechanism,),
             min_noise_multiplier=self.policy.min_noise_multiplier,
             max_sampling_rate=self.policy.max_sampling_rate,
+            evaluation=self.evaluation,
         )
 
 

@@ -62,6 +62,7 @@ def _check_independence(model: nn.Module, *, shape: Shape, classes: int, name: s
         raise ModelRejected(
             f"model {name!r} fails on made-up inputs of shape {shape}: {reason}"
         ) from error
+    _check_answers(model.eval(), inputs, name=name)
     others = [torch.arange(len(inputs)) != row for row in range(len(inputs))]
     if not _close(together, alone) or not all(
         _close(together[rest], after[rest]) for rest, after in zip(others, perturbed, strict=True)
@@ -98,6 +99,17 @@ class _Probe(GradSampleModule):  # type: ignore[misc]
 
 def _kind(layer: nn.Module) -> str:
     return f"a {type(layer).__module__}.{type(layer).__qualname__}"
+
+
+@torch.no_grad()
+def _check_answers(model: nn.Module, inputs: Tensor, *, name: str) -> None:
+    """Returns where an example's logits in a batch are what they are alone, as evaluation needs."""
+    alone = torch.cat([model(example[None]) for example in inputs])
+    if not _close(model(inputs), alone):
+        raise ModelRejected(
+            f"model {name!r} mixes examples of one batch where it does not train: remove what "
+            "runs over the batch axis"
+        )
 
 
 def _gradient(model: nn.Module, example: Tensor, target: Tensor) -> Tensor:

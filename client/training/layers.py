@@ -234,7 +234,7 @@ def _formed_products(
 def _room(parameter: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Returns memory for rows, kept from step to step with the parameter.
 
-    The system takes so much back, and to fault it in again costs a sixth of a step.
+    The system takes so much back, and to fault it in again costs a part of the step.
     """
     size = math.prod(shape)
     kept: Tensor | None = parameter.__dict__.pop(_ROOM, None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bract.client.training import admission, gradients
+from bract.client.training import admission, gradients, scoring
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream
@@ -20,7 +20,7 @@ from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract, SiteTerms
 from bract.shared.data import Examples
 from bract.shared.errors import ModelRejected
-from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate, Update
+from bract.shared.updates import ProtectedScore, ProtectedUpdate, UnprotectedUpdate, Update
 
 NO_CLASS = -100
 
@@ -87,6 +87,23 @@ class Trainer:
                 optimizer.step()
                 optimizer.zero_grad()
         return self._update(weights)
+
+    def score(self, *, examples: Examples, weights: Arrays, stream: RandomStream) -> ProtectedScore:
+        """Returns how `weights` do on a site's own examples, with the contract's noise.
+
+        Args:
+            examples: opened by the gate, after the charge of the evaluation.
+            weights: as the order brought them.
+            stream: the randomness of this attempt.
+        """
+        asked = self._contract.evaluation
+        if asked is None:
+            raise ValueError("the contract asks for no evaluation")
+        self._load(weights)
+        correct, total = scoring.counts(self._model, examples, self._batch)
+        return scoring.protect(
+            correct, total, noise_multiplier=asked.noise_multiplier, stream=stream
+        )
 
     def _rehearse(self) -> None:
         """Runs one sum on zeros: a mode that cannot take the model says so before any charge."""

@@ -19,7 +19,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.run import Run
 
 from bract.server.flower.host import Host
-from bract.server.orders import Fault
+from bract.server.orders import Fault, Order
 from bract.shared import flower
 from bract.shared.errors import VerificationFailed
 
@@ -83,10 +83,11 @@ class FleetGrid(Grid):
                         store.put(object_id, value.deflate())
                 node = message.metadata.dst_node_id
                 objects = (part.object_id for part in iterate_object_tree(tree))
-                self._host.orders.open(name, node, objects)
-                self._host.envelopes[name] = remove_content_from_message(message)
-                # Objects first: a node that finds its order finds all of it.
-                state.store_message_ins(self._host.envelopes[name])
+                with self._host.exchange:
+                    self._host.orders.open(name, node, objects)
+                    self._host.envelopes[name] = remove_content_from_message(message)
+                    # Objects first: a node that finds its order finds all of it.
+                    state.store_message_ins(self._host.envelopes[name])
                 self._host.ring(node)
                 pushed.append(name)
         return pushed
@@ -121,8 +122,7 @@ class FleetGrid(Grid):
 
         The site's bytes would tell it to be of another node, run or order.
         """
-        sent, order = self._host.envelopes[name], self._host.orders.close(name)
-        self._discard(name)
+        sent, order = self._host.envelopes[name], self._discard(name)
         assert order is not None  # noqa: S101  it was answered a moment ago
         try:
             greatest = self._host.orders.greatest_reply
@@ -142,11 +142,13 @@ class FleetGrid(Grid):
 
     def _give_up(self, name: str) -> Message:
         sent = self._host.envelopes[name]
-        self._host.orders.close(name)
         self._discard(name)
         return Message(Error(NO_ANSWER), reply_to=sent)
 
-    def _discard(self, name: str) -> None:
-        self._host.envelopes.pop(name, None)
-        self._host.state.delete_messages({name})
-        self._host.state.object_store.delete(name)
+    def _discard(self, name: str) -> Order | None:
+        with self._host.exchange:  # else it could be offered again with nobody waiting for it
+            order = self._host.orders.close(name)
+            self._host.envelopes.pop(name, None)
+            self._host.state.delete_messages({name})
+            self._host.state.object_store.delete(name)
+        return order

@@ -74,7 +74,10 @@ class Host:
         self.run, self._task = _begin_run(self.state)
         self.incarnations = Incarnations()
         self.envelopes: dict[str, Message] = {}
+        # Held while an order changes both here and in the link state, so that they never differ.
+        self.exchange = threading.RLock()
         self.bells: dict[int, asyncio.Event] = {}
+        self.newest_wait: dict[int, object] = {}
         self.closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listener = listener
@@ -145,11 +148,12 @@ class Host:
 
     def offer_again(self, name: str) -> None:
         """Offers an open order anew to a process that may have lost it, half an answer and all."""
-        envelope = self.envelopes.get(name)
-        if envelope is None or not self.orders.reset(name):
-            return  # answered or given up a moment ago
-        self.state.delete_messages({name})
-        self.state.store_message_ins(envelope)
+        with self.exchange:
+            envelope = self.envelopes.get(name)
+            if envelope is None or not self.orders.reset(name):
+                return  # answered or given up a moment ago
+            self.state.delete_messages({name})
+            self.state.store_message_ins(envelope)
 
     def connected(self) -> list[str]:
         """Returns the names of the sites whose nodes are online."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import datetime
 import logging
 import time
@@ -326,22 +327,32 @@ def _activate(host: Host, request: ActivateNodeRequest, shown: Incarnation) -> A
 
 async def _pull(host: Host, request: PullMessagesRequest, process: str) -> PullMessagesResponse:
     node, deadline = request.node.node_id, time.monotonic() + POLL_HOLD_SECONDS
-    bell = host.bell(node)
-    while True:
+    _check(host, node, process)
+    bell, mine = host.bell(node), object()
+    # An order given to an older request would be lost: its connection is gone, since a node asks
+    # once at a time.
+    host.newest_wait[node] = mine
+    bell.set()
+    while host.newest_wait[node] is mine:
         bell.clear()
         _check(host, node, process)
         response: PullMessagesResponse = await run_in_threadpool(
             fleet_handlers.pull_messages, request, host.state, host.state.object_store
         )
-        for message in response.messages_list:
-            host.orders.delivered(node, message.metadata.message_id)
+        given = [message.metadata.message_id for message in response.messages_list]
+        if host.newest_wait[node] is not mine:
+            for name in given:
+                await run_in_threadpool(host.offer_again, name)
+            host.bell(node).set()
+            break
+        for name in given:
+            host.orders.delivered(node, name)
         left = deadline - time.monotonic()
-        if response.messages_list or left <= 0 or host.closing:
+        if given or left <= 0 or host.closing:
             return response
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(bell.wait(), timeout=left)
-        except TimeoutError:
-            return response
+    return PullMessagesResponse()
 
 
 def _interval(seconds: float) -> float:

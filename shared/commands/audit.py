@@ -150,7 +150,7 @@ def _domain_budgets(path: Path, site_key: str | None, thorough: bool) -> list[Do
                 charges=sum(chain.attempts.values()),
                 steps=sum(getattr(event, "steps", 0) for event in events),
                 seeded=chain.seeded,
-                more_rounds=forecast.more_rounds(chain, limit),
+                more_rounds=forecast.more_rounds(chain, limit, found.last_contract),
                 note=_note(chain, order),
             )
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,15 @@ def make(federation: Path, output: Path, as_json: bool) -> None:
     """Sign the contract that a federation file describes, with σ calibrated to its budget."""
     from bract.shared import federation as federations
 
-    if output.exists():
-        raise UsageError(
-            f"{output} exists: a contract is never overwritten; name another file, or remove it "
-            "and every site will see a new run"
-        )
+    if os.path.lexists(output):
+        raise _exists(output)
     chosen = federations.read(federation)
     signed = federations.propose(chosen)
     try:
-        output.write_bytes(signed.to_bytes())
+        with output.open("xb") as file:
+            file.write(signed.to_bytes())
+    except FileExistsError:  # made by another process since the look above
+        raise _exists(output) from None
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}") from error
     _tell(signed.contract, chosen.privacy.delta, as_json)
@@ -58,9 +60,18 @@ def show(path: Path, delta: float, as_json: bool) -> None:
     your coordinator told you.
     """
     from bract.shared import contract as contracts
+    from bract.shared.privacy.calibration import check_budget
 
+    check_budget(1.0, delta)
     signed = contracts.read(path)
     _tell(signed.verify(signed.contract.coordinator), delta, as_json)
+
+
+def _exists(output: Path) -> UsageError:
+    return UsageError(
+        f"{output} exists: a contract is never overwritten; name another file, or remove it "
+        "and every site will see a new run"
+    )
 
 
 def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
@@ -80,6 +91,7 @@ def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
         f"{training.local_steps} steps each",
         f"mechanism    {privacy.mechanism}: q {privacy.sampling_rate:g}, σ "
         f"{privacy.noise_multiplier:g}, clip {privacy.clip_norm:g}, noise {privacy.randomness}",
+        f"evaluation   {_evaluation(agreed)}",
         f"cost         {_cost(shown, agreed.rounds)}",
     ]
     lines += [
@@ -90,9 +102,19 @@ def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
     click.echo("\n".join(lines))
 
 
+def _evaluation(agreed: Contract) -> str:
+    asked = agreed.evaluation
+    if asked is None:
+        return "none"
+    return (
+        f"every {asked.every} rounds, at most {agreed.max_evaluations} times: two counts leave "
+        f"each site, with noise of stddev {2**0.5 * asked.noise_multiplier:g}"
+    )
+
+
 def _cost(shown: ContractShown, rounds: int) -> str:
     if shown.epsilon is None or shown.epsilon_rounds is None:
-        return "unbounded: this contract has no privacy"
+        return "unbounded: this contract has no privacy at this δ"
     return (
         f"ε {shown.epsilon:.3f} at δ {shown.delta:g} ({ADJACENCY}, per example) to each site if "
         f"every attempt is used; {shown.epsilon_rounds:.3f} for {rounds} rounds"
@@ -100,13 +122,12 @@ def _cost(shown: ContractShown, rounds: int) -> str:
 
 
 def _shown(agreed: Contract, delta: float) -> ContractShown:
-    from bract.shared.privacy import accounting, entries, events
+    from bract.shared.privacy import accounting, entries
 
-    def epsilon(rounds: int) -> float | None:
-        event = events.decode(entries.event_for(agreed))
-        if accounting.is_unbounded([event]):
-            return None
-        return accounting.epsilon([event] * rounds, delta)
+    def epsilon(attempts: int) -> float | None:
+        events = entries.events_of_attempts(agreed, attempts=attempts, completed=agreed.rounds)
+        spent = accounting.epsilon(events, delta)
+        return spent if math.isfinite(spent) else None
 
     facts: dict[str, Any] = agreed.model_dump(mode="json")
     return ContractShown(

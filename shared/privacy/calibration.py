@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from scipy import optimize
 
@@ -25,11 +25,17 @@ def check_budget(epsilon_target: float, delta: float) -> None:
 
 
 def noise_multiplier(
-    *, epsilon_target: float, delta: float, sampling_rate: float, steps: int
+    *,
+    epsilon_target: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    beside: Sequence[Event] = (),
 ) -> float:
     """Returns the least σ of four digits with which `steps` Poisson-Gaussian steps keep to (ε, δ).
 
-    Rounded up, so that the ε bought is at most the ε asked for.
+    Rounded up, so that the ε bought is at most the ε asked for. `beside` are events that the same
+    budget must hold, whose noise is settled: evaluations.
 
     Raises:
         UsageError: where ε or δ is out of range, or no σ up to 1e5 is enough.
@@ -44,7 +50,7 @@ def noise_multiplier(
 
     def excess(log_sigma: float) -> float:
         event = PoissonGaussian(sampling_rate, math.exp(log_sigma), steps)
-        return math.log(max(epsilon([event], delta), 1e-9) / epsilon_target)
+        return math.log(max(epsilon([event, *beside], delta), 1e-9) / epsilon_target)
 
     # The filter's ε is an upper bound and costs little: it brackets σ before PLD is asked.
     order = best_order(epsilon_target, delta)
@@ -55,6 +61,7 @@ def noise_multiplier(
             order=order,
             sampling_rate=sampling_rate,
             steps=steps,
+            beside=beside,
         )
     )
     low = high - math.log(1.5)
@@ -64,14 +71,24 @@ def noise_multiplier(
 
 
 def noise_for_filter(
-    *, limit: float, delta: float, order: int, sampling_rate: float, steps: int
+    *,
+    limit: float,
+    delta: float,
+    order: int,
+    sampling_rate: float,
+    steps: int,
+    beside: Sequence[Event] = (),
 ) -> float:
-    """Returns the least σ of four digits with which a site's filter admits all `steps`."""
+    """Returns the least σ of four digits with which a site's filter admits all `steps`.
+
+    Raises:
+        UsageError: where no σ up to 1e5 is enough; `beside` alone may be too much.
+    """
     check_budget(limit, delta)
 
     def excess(log_sigma: float) -> float:
         event = PoissonGaussian(sampling_rate, math.exp(log_sigma), steps)
-        return filter_epsilon([event], delta, order) - limit
+        return filter_epsilon([event, *beside], delta, order) - limit
 
     low, high = math.log(0.05), 0.0
     while excess(high) > 0:
@@ -79,7 +96,8 @@ def noise_for_filter(
         if high > math.log(GREATEST_NOISE):
             raise UsageError(
                 f"no noise multiplier up to {GREATEST_NOISE:g} keeps {steps} steps at rate "
-                f"{sampling_rate:g} within epsilon {limit}: ask for fewer steps or more epsilon"
+                f"{sampling_rate:g}{_with(beside)} within epsilon {limit}: ask for fewer steps or "
+                f"more epsilon{', or for fewer or noisier evaluations' if beside else ''}"
             )
     if excess(low) <= 0:
         return math.exp(low)
@@ -113,6 +131,10 @@ def max_steps(
         middle = (low + high) // 2
         low, high = (middle, high) if within(middle) else (low, middle)
     return low
+
+
+def _with(beside: Sequence[Event]) -> str:
+    return f" and {sum(getattr(event, 'steps', 0) for event in beside)} evaluations" * bool(beside)
 
 
 def _least(excess: Callable[[float], float], root: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bract.shared.errors import VerificationFailed
@@ -11,6 +12,7 @@ from bract.shared.privacy.entries import (
     NO_PREVIOUS,
     Charge,
     Entry,
+    Evaluation,
     Genesis,
     Head,
     Recovered,
@@ -27,7 +29,8 @@ class Chain:
     """What the entries of one (site, domain) say so far.
 
     `charges` maps (contract, round) to its charges in order; `releases` maps (contract, round)
-    to the last release; `events` are merged.
+    to the last release; `evaluations` maps the number of a charge to the evaluation that was
+    charged with it, `evaluated` counts them by contract; `events` are merged.
     """
 
     site: str
@@ -38,7 +41,9 @@ class Chain:
     head: Head | None = None
     charges: defaultdict[RoundKey, list[Charge]] = field(default_factory=lambda: defaultdict(list))
     releases: dict[RoundKey, Release] = field(default_factory=dict)
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
     attempts: Counter[str] = field(default_factory=Counter)
+    evaluated: Counter[str] = field(default_factory=Counter)
     policies: dict[str, int] = field(default_factory=dict)
     seeded: bool = False
     recovered: Recovered | None = None
@@ -55,27 +60,32 @@ class Chain:
         return merge([*charged, *lost])
 
     @property
+    def last_charge(self) -> Charge | None:
+        """The newest charge, None before the first."""
+        return max(
+            (charge for charges in self.charges.values() for charge in charges),
+            key=lambda charge: charge.sequence,
+            default=None,
+        )
+
+    @property
     def length(self) -> int:
         """The number of entries."""
         return 0 if self.head is None else self.head.sequence + 1
 
     def events_of(self, contract: str) -> tuple[Event, ...]:
         """Returns what one contract was charged, merged."""
-        return merge(
-            event_of(charge)
-            for (name, _), charges in self.charges.items()
-            if name == contract
-            for charge in charges
-        )
+        return merge(event_of(cost) for cost in self.costs() if cost.contract == contract)
 
     def events_until(self, sequence: int) -> tuple[Event, ...]:
         """Returns what was charged up to an entry, merged."""
-        return merge(
-            event_of(charge)
-            for charges in self.charges.values()
-            for charge in charges
-            if charge.sequence <= sequence
-        )
+        return merge(event_of(cost) for cost in self.costs() if cost.sequence <= sequence)
+
+    def costs(self) -> Iterator[Charge | Evaluation]:
+        """Yields every entry that costs something, in no order."""
+        for charges in self.charges.values():
+            yield from charges
+        yield from self.evaluations.values()
 
     def extend_(self, entry: Entry) -> None:
         """Adds the next entry.
@@ -91,6 +101,8 @@ class Chain:
                 self.genesis, self.genesis_hash = body, entry.hash
             case Charge():
                 self._add_charge(body)
+            case Evaluation():
+                self._add_evaluation(body)
             case Release():
                 self._add_release(body)
             case Recovered():
@@ -136,6 +148,29 @@ class Chain:
         self.attempts[charge.contract] += 1
         before.append(charge)
 
+    def _add_evaluation(self, evaluation: Evaluation) -> None:
+        number = evaluation.sequence
+        charges = self.charges.get((evaluation.contract, evaluation.round), [])
+        self._check(bool(charges), number, "an evaluation without a charge")
+        charge = charges[-1]
+        self._check(
+            evaluation.attempt == charge.attempt, number, "an evaluation of another attempt"
+        )
+        # So a charge has one at the most, and no release stands between them.
+        self._check(
+            charge.sequence == number - 1, number, "an evaluation that does not follow its charge"
+        )
+        self._check(
+            evaluation.policy == charge.policy, number, "an evaluation under another policy"
+        )
+        event = event_of(evaluation)
+        self._check(
+            isinstance(event, PoissonGaussian), number, "an evaluation that is without noise"
+        )
+        self._events[_single(event)] += _steps(event)
+        self.evaluations[charge.sequence] = evaluation
+        self.evaluated[evaluation.contract] += 1
+
     def _add_release(self, release: Release) -> None:
         charges = self.charges.get((release.contract, release.round), [])
         self._check(bool(charges), release.sequence, "a release without a charge")
@@ -150,6 +185,11 @@ class Chain:
             earlier is None or earlier.attempt < release.attempt,
             release.sequence,
             "a second release of one charge",
+        )
+        self._check(
+            (charges[-1].sequence in self.evaluations) == (release.evaluation is not None),
+            release.sequence,
+            "charge and release disagree on an evaluation",
         )
         self.releases[release.contract, release.round] = release
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bract.shared import canonical, keys
-from bract.shared.contract import Contract, Hex32, Name
+from bract.shared.contract import Contract, EvaluationTerms, Hex32, Name
 from bract.shared.errors import VerificationFailed
 from bract.shared.privacy import events
 
@@ -64,13 +64,23 @@ class Charge(_Body):
     versions: dict[str, str]
 
 
+class Evaluation(_Body):
+    """What scoring a round's weights on the site's examples costs, beside the round's charge."""
+
+    kind: Literal["evaluation"]
+    contract: Hex32
+    round: Annotated[int, Field(ge=1)]
+    event: dict[str, Any]
+
+
 class Release(_Body):
-    """The hash of what left the site for a charge."""
+    """The hash of what left the site for a charge; `evaluation` is the noised (correct, total)."""
 
     kind: Literal["release"]
     contract: Hex32
     round: Annotated[int, Field(ge=1)]
     update: Hex32
+    evaluation: Annotated[list[FloatHex], Field(min_length=2, max_length=2)] | None = None
 
 
 class Recovered(_Body):
@@ -86,7 +96,7 @@ class Recovered(_Body):
     lost_hash: Hex32 | None
 
 
-Body = Genesis | Charge | Release | Recovered
+Body = Genesis | Charge | Evaluation | Release | Recovered
 BodyT = TypeVar("BodyT", bound=_Body)
 _ADAPTER: TypeAdapter[Body] = TypeAdapter(Annotated[Body, Field(discriminator="kind")])
 
@@ -131,9 +141,9 @@ def read(text: bytes, signature: bytes, *, key: str) -> Entry:
     return Entry(body=found, text=text, signature=signature, hash=digest.hex())
 
 
-def event_of(charge: Charge) -> events.Event:
-    """Returns what a charge costs."""
-    return events.decode(charge.event)
+def event_of(entry: Charge | Evaluation) -> events.Event:
+    """Returns what a charge or an evaluation costs."""
+    return events.decode(entry.event)
 
 
 def body(text: bytes) -> Body:
@@ -177,13 +187,59 @@ def _signed(digest: bytes) -> bytes:
 
 def event_for(agreed: Contract) -> dict[str, Any]:
     """Returns the event that one round of a contract costs, as a charge records it."""
+    (event,) = _trained(agreed, 1)
+    return events.encode(event)
+
+
+def evaluation_for(asked: EvaluationTerms) -> dict[str, Any]:
+    """Returns the event that one evaluation costs, as its entry records it."""
+    (event,) = _evaluated(asked, 1)
+    return events.encode(event)
+
+
+def events_of_attempts(
+    agreed: Contract, *, attempts: int, completed: int
+) -> tuple[events.Event, ...]:
+    """Returns what a site is charged at the most for attempts that completed so many rounds.
+
+    All that a contract may ever cost is that of its `max_attempts`, with all rounds completed.
+    """
+    evaluated = events_of_evaluations(agreed.evaluation, attempts=attempts, completed=completed)
+    return (*_trained(agreed, attempts), *evaluated)
+
+
+def events_of_evaluations(
+    asked: EvaluationTerms | None, *, attempts: int, completed: int
+) -> tuple[events.Event, ...]:
+    """Returns the evaluations alone of such attempts, before a contract is made of them."""
+    if asked is None:
+        return ()
+    return _evaluated(asked, asked.most(attempts=attempts, completed=completed))
+
+
+def events_of(agreed: Contract, *, rounds: int, evaluations: int) -> tuple[events.Event, ...]:
+    """Returns what so many charges and evaluations of a contract cost."""
+    evaluated = _evaluated(agreed.evaluation, evaluations) if agreed.evaluation else ()
+    return (*_trained(agreed, rounds), *evaluated)
+
+
+def _trained(agreed: Contract, rounds: int) -> tuple[events.Event, ...]:
     privacy = agreed.privacy
+    if rounds < 1:
+        return ()
     if privacy.mechanism == "none":
-        return events.encode(events.Unbounded())
-    return events.encode(
+        return (events.Unbounded(),)
+    return (
         events.PoissonGaussian(
             sampling_rate=privacy.sampling_rate,
             noise_multiplier=privacy.noise_multiplier,
-            steps=agreed.training.local_steps,
-        )
+            steps=rounds * agreed.training.local_steps,
+        ),
     )
+
+
+def _evaluated(asked: EvaluationTerms, evaluations: int) -> tuple[events.Event, ...]:
+    # Every example is scored, so no sampling amplifies.
+    if evaluations < 1:
+        return ()
+    return (events.PoissonGaussian(1.0, asked.noise_multiplier, evaluations),)

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from bract.shared.contract import Contract
 from bract.shared.policy import DomainPolicy
-from bract.shared.privacy import budget
+from bract.shared.privacy import budget, entries
 from bract.shared.privacy.chain import Chain
-from bract.shared.privacy.entries import event_of
-from bract.shared.privacy.events import PoissonGaussian
 
 GREATEST = 1_000_000
 
 
-def more_rounds(chain: Chain, domain: DomainPolicy) -> int | None:
-    """Returns how many more rounds like the last one fit, None where there was none with noise."""
-    last = max(
-        (charge for charges in chain.charges.values() for charge in charges),
-        key=lambda charge: charge.sequence,
-        default=None,
-    )
-    event = event_of(last) if last is not None else None
-    if not isinstance(event, PoissonGaussian):
+def more_rounds(chain: Chain, domain: DomainPolicy, contract: Contract | None) -> int | None:
+    """Returns how many more rounds of the last run's kind fit, evaluations included.
+
+    Args:
+        chain: the domain's.
+        domain: its limits.
+        contract: of the last charge; None, or one without noise, gives None.
+    """
+    last = chain.last_charge
+    if last is None or contract is None or contract.privacy.mechanism == "none":
         return None
+    number, every = last.round, contract.evaluation.every if contract.evaluation else None
 
     def fits(rounds: int) -> bool:
-        ahead = PoissonGaussian(event.sampling_rate, event.noise_multiplier, event.steps * rounds)
-        return budget.within(chain, (*chain.events, ahead), domain)
+        ahead = entries.events_of(
+            contract,
+            rounds=rounds,
+            evaluations=(number + rounds) // every - number // every if every else 0,
+        )
+        return budget.within(chain, (*chain.events, *ahead), domain)
 
     if not fits(1):
         return 0

@@ -351,5 +351,5 @@ def _typed_errors(path: Path) -> Iterator[None]:
 def _rolled_back(site: str, domain: str) -> str:
     return (
         f"ledger of {site!r}, domain {domain!r}: entries seen before are gone or changed; "
-        "restore the newest copy before training again"
+        "restore the newest copy, or close the domain with bract client SITE.toml --recover DOMAIN"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
 from opacus.accountants import PRVAccountant
 
 from bract.shared.privacy.accounting import epsilon, lost
@@ -32,5 +33,6 @@ def epsilon_prv(events: Iterable[Event], delta: float) -> float | None:
         for event in merged
         if isinstance(event, PoissonGaussian)
     ]
-    value = float(accountant.get_epsilon(delta=delta))
+    with np.errstate(divide="ignore"):  # at q = 1 Opacus takes log(1 − q), whose limit is right
+        value = float(accountant.get_epsilon(delta=delta))
     return value if math.isfinite(value) else None

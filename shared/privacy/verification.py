@@ -17,7 +17,7 @@ from bract.shared.errors import BractError, Refusal, VerificationFailed
 from bract.shared.policy import Policy, check
 from bract.shared.privacy import accounting, budget, entries, ledger, witness
 from bract.shared.privacy.chain import Chain
-from bract.shared.privacy.entries import Charge, Head
+from bract.shared.privacy.entries import Charge, Evaluation, Head
 
 # ε is a float that another version of an accountant may round differently.
 TOLERANCE = 1e-6
@@ -33,12 +33,19 @@ class Verified:
     chain: Chain
     anchored: bool
     policies: Mapping[str, Policy]
+    contracts: Mapping[str, Contract]
     witnessed: int | None = None
 
     @property
     def policy(self) -> Policy:
         """The policy in force at the last entry."""
         return self.policies[max(self.chain.policies, key=self.chain.policies.__getitem__)]
+
+    @property
+    def last_contract(self) -> Contract | None:
+        """The contract of the last charge, None before the first."""
+        last = self.chain.last_charge
+        return self.contracts[last.contract] if last is not None else None
 
 
 def verify(
@@ -94,6 +101,7 @@ def _verify(
             chain=chain,
             anchored=name in anchors,
             policies=policies,
+            contracts=contracts,
             witnessed=witnessed.get(name),
         )
         for name, chain in chains.items()
@@ -173,9 +181,8 @@ def _check_policies(chain: Chain, policies: Mapping[str, Policy]) -> set[tuple[s
             "which is under what its policies allowed"
         )
     last_charges: dict[str, int] = {}
-    for charges in chain.charges.values():
-        for charge in charges:
-            last_charges[charge.policy] = max(charge.sequence, last_charges.get(charge.policy, 0))
+    for cost in chain.costs():
+        last_charges[cost.policy] = max(cost.sequence, last_charges.get(cost.policy, 0))
     for sha256, last in last_charges.items():
         # Raising a ceiling is the operator's right, but not after it was passed.
         spent, domain = chain.events_until(last), policies[sha256].domains[chain.domain]
@@ -196,7 +203,9 @@ def _check_contracts(
             agreed = contracts.get(charge.contract)
             if agreed is None:
                 raise VerificationFailed(f"the contract {charge.contract} of a charge is missing")
-            fault = _departure(charge, agreed, policies[charge.policy])
+            fault = _departure(charge, agreed, policies[charge.policy]) or _misjudged(
+                charge, chain.evaluations.get(charge.sequence), agreed
+            )
             if fault:
                 raise VerificationFailed(
                     f"ledger of {chain.site!r}, domain {chain.domain!r}, entry {charge.sequence}: "
@@ -206,7 +215,21 @@ def _check_contracts(
     for name, attempts in chain.attempts.items():
         if attempts > contracts[name].max_attempts:
             raise VerificationFailed(f"more charges than the contract {name} allows")
+        if chain.evaluated[name] > contracts[name].max_evaluations:
+            raise VerificationFailed(f"more evaluations than the contract {name} allows")
     return used
+
+
+def _misjudged(charge: Charge, found: Evaluation | None, agreed: Contract) -> str | None:
+    """Returns how the evaluation that stands beside a charge departs from the contract, or None."""
+    asked = agreed.evaluation if agreed.evaluates(charge.round) else None
+    if asked is None:
+        return None if found is None else "an evaluation that the contract does not ask for"
+    if found is None:
+        return "the contract asks for an evaluation, and none is charged"
+    if found.event != entries.evaluation_for(asked):
+        return "the evaluation's event is not the contract's"
+    return None
 
 
 def _departure(charge: Charge, agreed: Contract, policy: Policy) -> str | None:

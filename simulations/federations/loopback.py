@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,7 +86,7 @@ def lay_out(
     """Returns a federation whose keys, TOML files and signed contract are in a new folder.
 
     Args:
-        root: made here; must not hold anything.
+        root: made here; may hold data, and nothing else.
         sites: who takes part.
         port: of the server on loopback.
         terms: the tables of FEDERATION.toml that say what to train: rounds, model, data,
@@ -106,7 +107,7 @@ def lay_out(
     entries = []
     for site in sites:
         folder = layout.site(site.name).parent
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)  # it may hold the site's data already
         ledger_key, node_key = keys.generate(), pki.new_node_key()
         keys.save(ledger_key, folder / "ledger.pem")
         _private(folder / "node-key.pem", pki.node_key_pem(node_key))
@@ -139,6 +140,13 @@ def lay_out(
     return layout
 
 
+def free_port() -> int:
+    """Returns a port that nothing on this machine listens to now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
 def toml(tables: Mapping[str, Any]) -> str:
     """Returns nested tables as TOML; scalars come before the tables of their level."""
     text = "\n".join(_toml_lines(tables, ())) + "\n"
@@ -149,10 +157,17 @@ def toml(tables: Mapping[str, Any]) -> str:
 
 @dataclass(slots=True)
 class Processes:
-    """The running processes of a federation; every one is ended when the block ends."""
+    """The running processes of a federation; every one is ended when the block ends.
+
+    Args:
+        layout: the federation's files.
+        environment: of every process, beside this one's.
+        stop_seconds: how long a process may take to stop before it is killed.
+    """
 
     layout: Layout
     environment: Mapping[str, str] = field(default_factory=dict)
+    stop_seconds: float = 10.0
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
@@ -162,7 +177,7 @@ class Processes:
         for process in self.running.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + self.stop_seconds
         for process in self.running.values():
             try:
                 process.wait(timeout=max(deadline - time.monotonic(), 0.1))

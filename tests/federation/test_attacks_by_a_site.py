@@ -24,6 +24,7 @@ import httpx
 import numpy as np
 import pytest
 from attack_helpers import (
+    HONEST,
     HOSTILE,
     WAIT_SECONDS,
     Caller,
@@ -59,7 +60,7 @@ from bract.shared.privacy import entries, witness
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 from bract.simulations.federations.loopback import Layout
 
-ALPHA = "alpha"
+ALPHA, BETA = HONEST
 INVALID, FAILED = "invalid-update", "node-failed"
 
 
@@ -696,55 +697,57 @@ def test_an_answer_larger_than_allowed_is_refused_as_it_comes(tmp_path: Path) ->
 
 
 def test_a_ledger_put_back_is_noticed_by_its_site_and_by_the_server(tmp_path: Path) -> None:
-    layout = lay_out(tmp_path / "federation", (ALPHA, HOSTILE), rounds=3, spare_attempts=6)
-    ledger, old = layout.ledger(ALPHA), tmp_path / "old.sqlite"
+    """The hostile site sets the pace: each round waits for its answer."""
+    sites = (ALPHA, BETA)
+    layout = lay_out(tmp_path / "federation", (*sites, HOSTILE), rounds=4, minimum_cohort=1)
+    old = {name: tmp_path / f"{name}.sqlite" for name in sites}
     with Logged(layout) as processes, caller(layout) as pace:
         processes.serve()
-        processes.join(ALPHA)
+        processes.join(*sites)
         pace.activate(seconds=600)
         insider = Insider(layout)
         for number in (1, 2):
             at = Round(pace, insider, [])
-            until(lambda n=number: charges(layout, ALPHA) == n, "alpha trains")
-            until(lambda n=number: entries_of(ledger, "release") == n, "alpha answers")
-            if number == 1:
-                shutil.copy(ledger, old)
-            else:
-                processes.stop(ALPHA)
+            for name in sites:
+                ledger = layout.ledger(name)
+                until(lambda f=ledger, n=number: entries_of(f, "release") == n, "sites answer")
+                if number == 1:
+                    shutil.copy(ledger, old[name])
+                else:
+                    processes.stop(name)
             at.give(wire.encode_reply(at.reply))
         until(lambda: state(layout).get("round") == 2, "two rounds")
+        assert state(layout)["refused"] == []
 
-        # With its head file the site does not even start.
-        shutil.copy(old, ledger)
+        # With its head file a site does not even start.
+        for name in sites:
+            shutil.copy(old[name], layout.ledger(name))
         processes.join(ALPHA)
         code, line = processes.ended(ALPHA)
         assert code == 1
         assert "entries seen before are gone" in line
 
-        # A site that would look away is caught by the server.
+        # Without it a site hears it from the server; one that looks away is caught by the server.
+        edit(layout.site(BETA), 'head_file = "head.json"\n', "")
+        processes.join(BETA)
+        until(lambda: len(processes.lines("server", event="connected", site=BETA)) == 2, "beta")
         with caller(layout, ALPHA) as patched:
             patched.activate()
-            copy = tmp_path / "ignored.sqlite"
-            shutil.copy(old, copy)
             at = Round(pace, insider, [])
-            behind = Round(patched, Insider(layout, ALPHA, ledger=copy), [])
-            behind.give(wire.encode_reply(behind.reply))
             at.give(wire.encode_reply(at.reply))
-            processes.await_refusal("server", "ledger-rolled-back")
-            assert processes.lines("server", reason="ledger-rolled-back", site=ALPHA)
-
-        # Without its head file the site hears it from the server, and does not train.
-        edit(layout.site(ALPHA), 'head_file = "head.json"\n', "")
-        processes.join(ALPHA)
-        processes.await_refusal(ALPHA, "ledger-rolled-back")
-        assert charges(layout, ALPHA) == 1
-        at = Round(pace, insider, [])
-        at.give(wire.encode_reply(at.reply))
-        processes.wait_for_server(WAIT_SECONDS)
-        # Both before that were void, and no round can have its two sites any more.
-        assert summary(layout)["rounds"] == 2
-        reasons = [(r["site"], r["reason"]) for r in summary(layout)["refused"]]
-        assert reasons == [(ALPHA, "ledger-rolled-back")] * 2
+            behind = Round(patched, Insider(layout, ALPHA, ledger=old[ALPHA]), [])
+            behind.give(wire.encode_reply(behind.reply))
+            processes.await_refusal(BETA, "ledger-rolled-back")
+            at = Round(pace, insider, [])
+            at.give(wire.encode_reply(at.reply))
+            processes.wait_for_server(WAIT_SECONDS)
+        for name in sites:
+            assert processes.lines("server", reason="ledger-rolled-back", site=name)
+        assert summary(layout)["refused"] == [
+            {"site": name, "round": 4, "reason": "ledger-rolled-back"} for name in sites
+        ]
+        assert summary(layout)["rounds"] == 4
+        assert charges(layout, BETA) == 1
 
 
 def test_of_two_processes_with_one_key_the_newest_serves_and_a_killed_one_is_back_at_once(

@@ -38,12 +38,12 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
 
 def test_a_kill_between_arrays_and_state_leaves_the_round_before(tmp_path: Path) -> None:
     checkpoint.save(STATE, tmp_path)
-    before = (tmp_path / "state.json").read_bytes()
-    arrays_before = next(tmp_path.glob("arrays-*")).read_bytes()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 3
     checkpoint.save(replace(STATE, round=5, weights={"w": np.zeros(1, np.float32)}), tmp_path)
     # as if the kill came after the new arrays and before the state that names them
-    (tmp_path / "state.json").write_bytes(before)
-    (tmp_path / "arrays-000004-000005.safetensors").write_bytes(arrays_before)
+    for name, data in before.items():
+        (tmp_path / name).write_bytes(data)
     loaded = checkpoint.load(tmp_path, STATE.contract)
     assert loaded is not None
     assert loaded.round == 4
@@ -52,7 +52,8 @@ def test_a_kill_between_arrays_and_state_leaves_the_round_before(tmp_path: Path)
 def test_only_the_latest_arrays_are_kept(tmp_path: Path) -> None:
     for number in range(3):
         checkpoint.save(replace(STATE, round=number), tmp_path)
-    assert len(list(tmp_path.glob("arrays-*"))) == 1
+    kept = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert kept == ["velocity-000002-000005.safetensors", "weights-000002-000005.safetensors"]
 
 
 def test_no_state_is_none(tmp_path: Path) -> None:
@@ -63,7 +64,10 @@ def test_another_contract_or_damaged_arrays_are_refused(tmp_path: Path) -> None:
     checkpoint.save(STATE, tmp_path)
     with pytest.raises(VerificationFailed, match="another contract"):
         checkpoint.load(tmp_path, "d" * 64)
-    path = next(tmp_path.glob("arrays-*"))
-    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(VerificationFailed, match="damaged"):
-        checkpoint.load(tmp_path, STATE.contract)
+    for path in tmp_path.glob("*.safetensors"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + b"\x01")
+        with pytest.raises(VerificationFailed, match=f"{path.name} is damaged"):
+            checkpoint.load(tmp_path, STATE.contract)
+        path.write_bytes(whole)
+    assert checkpoint.load(tmp_path, STATE.contract) is not None

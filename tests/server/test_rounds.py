@@ -6,12 +6,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import Message, MessageType, RecordDict
 
-from bract.server.rounds import CohortTooSmall, Patience, RoundLoop
+from bract.client.gate import Permit
+from bract.server import checkpoint
+from bract.server.evaluation import Evaluator
+from bract.server.rounds import CohortTooSmall, Patience, RoundLoop, initial_state
 from bract.server.strategy import PublicFedAvg
 from bract.server.witnesses import WitnessDesk
+from bract.shared import keys, models, wire
 from bract.shared.contract import SiteTerms
+from bract.shared.privacy import ledger
+from bract.shared.privacy.entries import Head
+from bract.shared.privacy.witness import Witness
+from bract.shared.updates import ProtectedUpdate
+from bract.simulations.grid import LocalGrid
 
 
 class Arriving:
@@ -68,3 +79,119 @@ def test_a_run_is_over_where_too_many_sites_refused_for_good(world: Any, tmp_pat
     over = loop(world, tmp_path, minimum_cohort=2)
     over.strategy._retired.update({0, 1})
     assert not over._wait_for_sites(grid)
+
+
+# Witnesses and the checkpoint
+
+
+class Witnessing:
+    """A site that notes what its server's checkpoint held when each message came."""
+
+    def __init__(self, world: Any, out: Path) -> None:
+        self.gate, self.world, self.out = world.gate(), world, out
+        self.failing: set[int] = set()
+        self.brought: list[tuple[str, Witness | None, dict[str, Head]]] = []
+
+    def saved(self, contract: str) -> dict[str, Head]:
+        state = checkpoint.load(self.out / "checkpoint", contract)
+        heads = state.heads if state else {}
+        return {site: Head(head["sequence"], head["hash"]) for site, head in heads.items()}
+
+    def __call__(self, message: Message, context: Any) -> Message:
+        if message.metadata.message_type == MessageType.QUERY:
+            close = wire.decode_close(message.content)
+            saved = self.saved(close.contract.contract.sha256)
+            self.brought.append(("close", close.witness, saved))
+            self.gate.keep_witness(close.contract, close.witness)
+            return Message(wire.encode_closed("alpha"), reply_to=message)
+        order = wire.decode_order(message.content)
+        saved = self.saved(order.contract.contract.sha256)
+        self.brought.append((f"round {order.round}", order.witness, saved))
+        admitted = self.gate.admit(order)
+        reply = (
+            self.gate.release(admitted, ProtectedUpdate(order.weights))
+            if isinstance(admitted, Permit)
+            else admitted
+        )
+        if len(self.brought) in self.failing:
+            return Message(RecordDict(), reply_to=message)  # lost on its way
+        return Message(wire.encode_reply(reply), reply_to=message)
+
+
+def witnessing(
+    world: Any, out: Path, names: dict[int, str] | None = None
+) -> tuple[RoundLoop, Witnessing, Any]:
+    world.server = getattr(world, "server", None) or keys.generate()
+    world.agreed = getattr(world, "agreed", None) or world.contract(witness=world.server.public)
+    model = models.build("linear", (1, 8, 8), 10, {})
+    desk = WitnessDesk(world.server)
+    strategy = PublicFedAvg(world.sign(world.agreed), models.released_shapes(model), desk, names)
+    site = Witnessing(world, out)
+    rounds = RoundLoop(
+        contract=world.agreed,
+        strategy=strategy,
+        evaluator=Evaluator(model, world.agreed.data),
+        validation=world.examples(),
+        out=out,
+        delta=1e-5,
+    )
+    grid = LocalGrid(site, [{}], workers=1)  # type: ignore[arg-type]
+    return rounds, site, grid
+
+
+def begun(world: Any) -> Any:
+    model = models.build("linear", (1, 8, 8), 10, {})
+    zeros = {name: np.zeros(s, np.float32) for name, s in models.released_shapes(model).items()}
+    return initial_state(world.agreed, zeros)
+
+
+@pytest.mark.parametrize("names", [{1000: "alpha"}, None], ids=["known", "learned"])
+def test_nothing_newer_than_the_saved_checkpoint_is_ever_countersigned(
+    world: Any, tmp_path: Path, names: dict[int, str] | None
+) -> None:
+    rounds, site, grid = witnessing(world, tmp_path, names)
+    site.failing = {2}
+    state = rounds.run(grid, begun(world))
+    assert (state.round, state.attempts) == (5, 6)
+    said = [what for what, _, _ in site.brought]
+    assert said == ["round 1", "round 2", "round 2", "round 3", "round 4", "round 5", "close"]
+    assert site.brought[0][1] is None
+    for _, seen, saved in site.brought[1:]:
+        assert seen is not None
+        seen.verify(world.server.public)
+        assert seen.head == saved["alpha"]
+    # What the site released in the void attempt is witnessed once its round is saved.
+    assert [seen.sequence for _, seen, _ in site.brought[1:] if seen] == [2, 2, 4, 6, 8, 10]
+    held = ledger.contents(world.ledger_path).witnesses
+    (last,) = held.values()
+    assert last == site.brought[-1][1].to_bytes()  # type: ignore[union-attr]
+
+
+def test_a_server_killed_before_it_saved_goes_on_with_what_was_saved(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds, site, grid = witnessing(world, tmp_path)
+    saved = checkpoint.save
+
+    def killed(state: Any, folder: Path) -> None:
+        if state.round == 3:
+            raise KeyboardInterrupt
+        saved(state, folder)
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rounds.run(grid, begun(world))
+    monkeypatch.setattr(checkpoint, "save", saved)
+    before = checkpoint.load(tmp_path / "checkpoint", world.agreed.sha256)
+    assert before is not None
+    assert before.round == 2
+
+    again, site, grid = witnessing(world, tmp_path)
+    state = again.run(grid, before)
+    # The third round was released before the kill: it is sent again, for nothing.
+    assert (state.round, state.attempts, state.refused) == (5, 5, ())
+    assert [what for what, _, _ in site.brought][:2] == ["round 3", "round 4"]
+    bodies = [text for _, text, _ in ledger.contents(world.ledger_path).rows["alpha", "ward"]]
+    assert sum(b'"kind":"charge"' in text for text in bodies) == 5
+    for _, seen, kept in site.brought:
+        assert seen is None or seen.head == kept["alpha"]

@@ -178,3 +178,132 @@ def test_contract_module_is_what_travels(signed: SignedContract, carry: Any) -> 
     assert contract.from_bytes(seen[0].contract.to_bytes()) == signed
     assert seen[0].round == 1
     assert arrays.digest(seen[0].weights) == arrays.digest(values(3.0))
+
+
+class Town:
+    """A grid of nodes by number; what is sent to it is kept."""
+
+    def __init__(self, *nodes: int) -> None:
+        self.nodes = nodes
+
+    def get_node_ids(self) -> tuple[int, ...]:
+        return self.nodes
+
+
+def orders_of(strategy: PublicFedAvg, grid: Any, number: int = 1) -> dict[int, wire.TrainOrder]:
+    sent = strategy.configure_train(number, to_record(values(0.0)), ConfigRecord(), grid)
+    return {m.metadata.dst_node_id: wire.decode_order(m.content) for m in sent}
+
+
+NODES = {1000: "alpha", 1001: "beta"}
+
+
+def test_a_node_that_is_known_refuses_for_itself_alone(signed: SignedContract, carry: Any) -> None:
+    refusal = wire.RefusalReply(site="beta", round=1, reason=Reason.BUDGET_EXHAUSTED)
+    for names, blamed in ((NODES, "alpha"), (None, "beta")):
+        strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None), names)
+        strategy.aggregate_train(1, carry({1000: wire.encode_refusal(refusal)}))
+        assert strategy.refused == [(blamed, "budget-exhausted")]
+
+
+def test_a_node_that_is_known_brings_no_update_of_another_site(
+    signed: SignedContract, site_keys: dict[str, keys.SigningKey], carry: Any
+) -> None:
+    update = reply("beta", signed, site_keys["beta"], ProtectedUpdate(values(0.25)))
+    strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None), NODES)
+    average, _ = strategy.aggregate_train(1, carry({1000: wire.encode_reply(update)}))
+    assert average is None
+    assert strategy.refused == [("alpha", INVALID_UPDATE)]
+    average, _ = strategy.aggregate_train(
+        1, carry({1000: RecordDict(), 1001: wire.encode_reply(update)})
+    )
+    assert average is not None
+    assert set(strategy.replied) == {"beta"}
+
+
+@pytest.fixture
+def witnessed(world: Any, site_keys: dict[str, keys.SigningKey]) -> tuple[Any, WitnessDesk]:
+    """A contract whose witness has seen the ledgers of two sites."""
+    server = keys.generate()
+    cohort = tuple(
+        SiteTerms(name=name, key=site_keys[name].public, domain=f"{name}-ward", nominal_size=100)
+        for name in NAMES
+    )
+    desk = WitnessDesk(server)
+    desk.remember(
+        {
+            name: {"domain": f"{name}-ward", "sequence": place, "hash": "ab" * 32}
+            for place, name in enumerate(("alpha", "beta"))
+        }
+    )
+    return world.sign(world.contract(cohort=cohort, witness=server.public)), desk
+
+
+def test_each_site_is_given_its_own_witness_and_a_stranger_none(
+    witnessed: tuple[Any, WitnessDesk],
+) -> None:
+    signed, desk = witnessed
+    grid = Town(1000, 1001, 1002, 1003)
+    names = {**NODES, 1002: "gamma"}  # gamma's ledger was never seen, 1003 is not known
+    strategy = PublicFedAvg(signed, SHAPES, desk, names)
+    for sent in (orders_of(strategy, grid), closing(strategy, grid)):
+        seen = {node: order.witness for node, order in sent.items()}
+        for node, name in NODES.items():
+            assert seen[node] == desk.witness(name)
+            assert (seen[node].site, seen[node].domain) == (name, f"{name}-ward")
+    assert orders_of(strategy, grid)[1002].witness is None
+    assert orders_of(strategy, grid)[1003].witness is None
+    assert set(closing(strategy, grid)) == set(NODES)
+    # Where the grid names no nodes, nobody is given anything before a receipt names its site.
+    blind = PublicFedAvg(signed, SHAPES, desk)
+    assert {order.witness for order in orders_of(blind, grid).values()} == {None}
+    assert closing(blind, grid) == {}
+
+
+def closing(strategy: PublicFedAvg, grid: Any) -> dict[int, wire.CloseOrder]:
+    sent = strategy.configure_close(grid)
+    return {m.metadata.dst_node_id: wire.decode_close(m.content) for m in sent}
+
+
+def test_a_site_whose_ledger_was_put_back_is_not_made_to_pay_for_nothing(
+    world: Any, tmp_path: Any
+) -> None:
+    """Asked again, it would charge its data every round for an update that is never used."""
+    server = keys.generate()
+    signed = world.sign(world.contract(witness=server.public))
+    desk = WitnessDesk(server)
+    served = world.serve(world.gate(), world.order(signed))
+    head = {"domain": "ward", "sequence": 40, "hash": "ab" * 32}
+    strategy = PublicFedAvg(signed, SHAPES, desk)
+
+    def client(message: Message, context: Any) -> Message:
+        return Message(wire.encode_reply(served), reply_to=message)
+
+    grid = LocalGrid(client, [{}], workers=1)  # type: ignore[arg-type]
+    for seen, reason in (({}, []), ({"alpha": head}, [Reason.LEDGER_ROLLED_BACK.value])):
+        desk.remember(seen)
+        sent = strategy.configure_train(1, to_record(values(0.0)), ConfigRecord(), grid)
+        strategy.aggregate_train(1, grid.send_and_receive(sent))
+        assert [reason for _, reason in strategy.refused] == reason
+        assert strategy.retired == len(reason)
+    assert strategy.available(grid) == []
+
+
+def test_whatever_a_reply_makes_its_reader_raise_the_round_goes_on(
+    signed: SignedContract, site_keys: dict[str, keys.SigningKey], carry: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    good = reply("gamma", signed, site_keys["gamma"], ProtectedUpdate(values(0.5)))
+    messages = carry({1000: RecordDict(), 1001: wire.encode_reply(good)})
+    whole = wire.decode_reply
+
+    def raising(content: RecordDict) -> Any:
+        if not content:
+            raise RecursionError("secret 42")
+        return whole(content)
+
+    monkeypatch.setattr(wire, "decode_reply", raising)
+    strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
+    average, _ = strategy.aggregate_train(1, messages)
+    assert average is not None
+    assert strategy.refused == [("node 1000", INVALID_UPDATE)]

@@ -14,6 +14,7 @@ from bract.shared import contract as contracts
 from bract.shared.contract import (
     Contract,
     DataTerms,
+    EvaluationTerms,
     ModelTerms,
     PrivacyTerms,
     SignedContract,
@@ -97,7 +98,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return copy
 
 
-TRIAL = trial()
+TRIAL = trial(evaluation=EvaluationTerms(every=2, noise_multiplier=3.0))
 VALUES = TRIAL.model_dump(mode="json")
 # The only words that a field may hold cannot be changed to another legal one.
 FIXED = {("schema_version",), ("privacy", "adjacency"), ("privacy", "unit")}
@@ -287,3 +288,38 @@ def test_an_unknown_field_is_named_with_its_nearest() -> None:
     text = contracts.sign(TRIAL, KEY).to_bytes().replace(b'"rounds"', b'"round"')
     with pytest.raises(UsageError, match=r"contract\.round\b.*did you mean 'contract\.rounds'"):
         contracts.from_bytes(canonical.encode(json.loads(text)))
+
+
+def test_a_contract_that_would_evaluate_no_round_is_refused() -> None:
+    assert trial(evaluation={"every": 5, "noise_multiplier": 1.0}).max_evaluations == 3
+    with pytest.raises(ValidationError, match="every 6 is over the 5 rounds"):
+        trial(evaluation={"every": 6, "noise_multiplier": 1.0})
+
+
+@pytest.mark.parametrize("terms", [{"every": 0}, {"noise_multiplier": 0}, {"share": 0.5}])
+def test_evaluation_terms_out_of_range_are_refused(terms: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        EvaluationTerms.model_validate({"every": 2, "noise_multiplier": 1.0, **terms})
+
+
+@given(st.integers(1, 12), st.lists(st.integers(1, 3), min_size=1, max_size=12), st.integers(0, 2))
+def test_no_run_evaluates_more_often_than_is_counted_for_it(
+    every: int, tries: list[int], open_tries: int
+) -> None:
+    """Round after round, each tried some times until it is completed; the last may be open."""
+    asked = EvaluationTerms(every=every, noise_multiplier=1.0)
+    rounds = [number for number, count in enumerate(tries, 1) for _ in range(count)]
+    rounds += [len(tries) + 1] * open_tries
+    counted = asked.most(attempts=len(rounds), completed=len(tries))
+    evaluated = sum(map(asked.falls_on, rounds))
+    assert evaluated <= counted
+    if len(rounds) == len(tries):
+        assert evaluated == counted
+
+
+def test_a_contract_without_evaluation_evaluates_nothing() -> None:
+    agreed = trial()
+    assert agreed.max_evaluations == 0
+    assert not any(map(agreed.evaluates, range(1, 6)))
+    assert [n for n in range(1, 6) if TRIAL.evaluates(n)] == [2, 4]
+    assert TRIAL.max_evaluations == 2 + 2

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +10,17 @@ from pydantic import ValidationError
 
 from bract.shared import canonical
 from bract.shared.configuration import parse
+from bract.shared.contract import EvaluationTerms
 from bract.shared.errors import Reason, Refusal, UsageError
-from bract.shared.policy import DomainPolicy, Menu, MenuClass, Policy, check, check_delta
+from bract.shared.policy import (
+    DomainPolicy,
+    Menu,
+    MenuClass,
+    Policy,
+    check,
+    check_delta,
+    evaluation_error,
+)
 
 KEY = "ab" * 32
 
@@ -182,3 +192,54 @@ def test_delta_stays_under_one_over_the_nominal_size(delta: float, size: int, fi
 def test_a_delta_that_is_no_probability_is_refused(delta: float) -> None:
     with pytest.raises(UsageError, match="delta"):
         check_delta(delta, 1)
+
+
+def evaluating(world: Any, sigma: float, size: int = 100) -> Any:
+    agreed = world.contract()
+    site = agreed.cohort[0].model_copy(update={"nominal_size": size})
+    asked = EvaluationTerms(every=2, noise_multiplier=sigma)
+    return agreed.model_copy(update={"cohort": (site,), "evaluation": asked})
+
+
+def test_evaluation_is_refused_unless_the_policy_allows_it(world: Any) -> None:
+    assert not world.policy().evaluation
+    assert refusal(world.policy(), evaluating(world, 4.0)) is Reason.POLICY_EVALUATION
+    assert check(world.policy(evaluation=True), evaluating(world, 4.0)).name == "alpha"
+
+
+@pytest.mark.parametrize(("sigma", "size"), [(5.0, 100), (0.5, 10), (50.0, 1000)])
+def test_evaluation_is_refused_where_it_would_mean_nothing(
+    world: Any, sigma: float, size: int
+) -> None:
+    """A standard error of the accuracy of 2σ / nominal size, and no more than 0.1 of it."""
+    allowed = world.policy(evaluation=True)
+    assert check(allowed, evaluating(world, sigma, size)).nominal_size == size
+    for more, less in ((sigma * 1.001, size), (sigma, size - 1)):
+        with pytest.raises(
+            Refusal, match=r"standard error of 0\.1.* over 0\.1: it would cost"
+        ) as no:
+            check(allowed, evaluating(world, more, less))
+        assert no.value.reason is Reason.POLICY_EVALUATION
+
+
+def test_a_noised_accuracys_error_is_what_the_policy_computes() -> None:
+    generator = np.random.default_rng(1)
+    noise = np.sqrt(2) * 20.0 * generator.standard_normal((2, 200_000))
+    found = ((990 + noise[0]) / (1000 + noise[1])).std()
+    asked = EvaluationTerms(every=1, noise_multiplier=20.0)
+    assert found == pytest.approx(evaluation_error(asked, 1000), rel=0.02)
+
+
+def test_the_least_noise_holds_for_evaluations_too(world: Any) -> None:
+    limits = {"evaluation": True, "min_noise_multiplier": 1.5}
+    assert refusal(world.policy(**limits), evaluating(world, 1.4999)) is Reason.POLICY_NOISE
+    assert check(world.policy(**limits), evaluating(world, 1.5)).name == "alpha"
+
+
+@pytest.mark.parametrize("listed", [(1.0, 3.9, 9), (0.9, 4.0, 9)])
+def test_an_evaluation_off_the_menu_is_refused(world: Any, listed: Any) -> None:
+    trained = (0.1, 1.5, 14)
+    off = world.policy(evaluation=True, domains={"ward": menu(trained, listed)})
+    assert refusal(off, evaluating(world, 4.0)) is Reason.POLICY_MENU
+    on = world.policy(evaluation=True, domains={"ward": menu(trained, (1.0, 4.0, 9))})
+    assert check(on, evaluating(world, 4.0)).name == "alpha"

@@ -51,6 +51,18 @@ class Positions(nn.Module):
         return self.out(x.flatten(1)) + self.positions(torch.arange(self.length)).mean(0)
 
 
+class Standing(nn.Module):
+    """Looks at the whole batch where it does not train, and only there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.layer(x if self.training else x - x.mean(0))
+
+
 def with_(layer: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Flatten(), nn.Linear(144, 10))
 
@@ -129,3 +141,8 @@ def test_buffers_are_refused_since_they_are_not_released(persistent: bool) -> No
     model.register_buffer("count", torch.zeros(1), persistent=persistent)
     with pytest.raises(ModelRejected, match="buffers"):
         check(model)
+
+
+def test_a_model_that_mixes_examples_only_where_it_does_not_train_is_rejected() -> None:
+    with pytest.raises(ModelRejected, match="mixes examples of one batch where it does not train"):
+        admit(Standing(), shape=SHAPE, classes=10, name="standing")

@@ -114,3 +114,30 @@ def test_a_spent_budget_holds_no_step() -> None:
         )
         == 0
     )
+
+
+def test_noise_leaves_room_for_what_else_the_budget_must_hold() -> None:
+    beside = [PoissonGaussian(1.0, 8.0, 5)]
+    wanted = {"delta": 1e-5, "sampling_rate": 0.1, "steps": 100}
+    alone = calibration.noise_multiplier(epsilon_target=3.0, **wanted)
+    sigma = calibration.noise_multiplier(epsilon_target=3.0, **wanted, beside=beside)
+    assert sigma > alone
+    for noise, fits in ((sigma, True), (sigma - one_digit(sigma), False)):
+        total = accounting.epsilon([PoissonGaussian(0.1, noise, 100), *beside], 1e-5)
+        assert (total <= 3.0) is fits
+    order = best_order(3.0, 1e-5)
+    for_filter = calibration.noise_for_filter(limit=3.0, order=order, **wanted, beside=beside)
+    for noise, fits in ((for_filter, True), (for_filter - one_digit(for_filter), False)):
+        events = [PoissonGaussian(0.1, noise, 100), *beside]
+        assert (accounting.filter_epsilon(events, 1e-5, order) <= 3.0) is fits
+
+
+def test_evaluations_that_take_the_whole_budget_are_named_in_the_error() -> None:
+    with pytest.raises(UsageError, match=r"and 50 evaluations within epsilon 1.*noisier evalu"):
+        calibration.noise_multiplier(
+            epsilon_target=1.0,
+            delta=1e-5,
+            sampling_rate=0.1,
+            steps=10,
+            beside=[PoissonGaussian(1.0, 2.0, 50)],
+        )

@@ -10,12 +10,22 @@ from bract.shared import keys
 from bract.shared.errors import VerificationFailed
 from bract.shared.privacy import entries
 from bract.shared.privacy.chain import Chain
-from bract.shared.privacy.entries import NO_PREVIOUS, Body, Charge, Entry, Genesis, Release
+from bract.shared.privacy.entries import (
+    NO_PREVIOUS,
+    Body,
+    Charge,
+    Entry,
+    Evaluation,
+    Genesis,
+    Release,
+)
 from bract.shared.privacy.events import PoissonGaussian, Unbounded, encode, merge
 
 KEY, OTHER = keys.generate(), keys.generate()
 HALF = (0.5).hex()
 STEP = PoissonGaussian(sampling_rate=0.1, noise_multiplier=1.5, steps=2)
+SCORE = PoissonGaussian(sampling_rate=1.0, noise_multiplier=4.0, steps=1)
+PAIR = [(1.5).hex(), (2.5).hex()]
 # Each use is a round of one of two contracts, released or not; the same round again is an attempt.
 USES = st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 3), st.booleans()), max_size=8)
 
@@ -70,6 +80,17 @@ def charge(chain: Chain, contract: str = "a", round_number: int = 1, **changes: 
         "versions": {},
     }
     return Charge.model_validate({**common(chain, attempt), **terms, **changes})
+
+
+def evaluation(chain: Chain, contract: str = "a", round_number: int = 1, **changes: Any) -> Any:
+    attempt = len(chain.charges.get((contract * 64, round_number), []))
+    terms = {
+        "kind": "evaluation",
+        "contract": contract * 64,
+        "round": round_number,
+        "event": encode(SCORE),
+    }
+    return Evaluation.model_validate({**common(chain, attempt), **terms, **changes})
 
 
 def release(chain: Chain, contract: str = "a", round_number: int = 1, **changes: Any) -> Release:
@@ -260,3 +281,63 @@ def test_a_simulations_chain_marks_what_was_seeded_and_what_is_unbounded() -> No
     for number in (3, 4):
         add(chain, charge(chain, round_number=number, **none))
     assert chain.events == (*merge([STEP, STEP]), Unbounded())
+
+
+def test_an_evaluation_costs_what_its_event_says_beside_its_charge() -> None:
+    chain, _ = written([("a", 1, True)])
+    add(chain, charge(chain, "b", 2))
+    add(chain, evaluation(chain, "b", 2))
+    add(chain, release(chain, "b", 2, evaluation=PAIR))
+    assert chain.events == merge([STEP, STEP, SCORE])
+    assert chain.events_of("a" * 64) == (STEP,)
+    assert chain.events_of("b" * 64) == merge([STEP, SCORE])
+    assert chain.events_until(3) == merge([STEP, STEP])
+    assert chain.events_until(4) == merge([STEP, STEP, SCORE])
+    assert chain.evaluated == {"b" * 64: 1}
+    assert chain.attempts == {"a" * 64: 1, "b" * 64: 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"round": 2}, "without a charge"),
+        ({"contract": "b"}, "without a charge"),
+        ({"attempt": 1}, "of another attempt"),
+        ({"attempt": 3}, "of another attempt"),
+        ({"policy": "d" * 64}, "under another policy"),
+        ({"event": encode(Unbounded())}, "without noise"),
+    ],
+)
+def test_an_evaluation_belongs_to_the_charge_before_it(changes: Any, fault: str) -> None:
+    chain, _ = written([("a", 1, False), ("a", 1, False)])
+    with pytest.raises(VerificationFailed, match=f"entry 3: an evaluation .*{fault}"):
+        add(chain, evaluation(chain, **changes))
+    add(chain, evaluation(chain))
+
+
+def test_a_charge_has_one_evaluation_and_nothing_stands_between_them() -> None:
+    fault = "an evaluation that does not follow its charge"
+    chain, _ = written([("a", 1, False)])
+    add(chain, evaluation(chain))
+    with pytest.raises(VerificationFailed, match=f"entry 3: {fault}"):
+        add(chain, evaluation(chain))
+    for between in (("a", 1, True), ("a", 1, False)):
+        chain, _ = written([between])
+        if not between[2]:
+            add(chain, charge(chain, "b"))
+        with pytest.raises(VerificationFailed, match=f"entry 3: {fault}"):
+            add(chain, evaluation(chain))
+
+
+@pytest.mark.parametrize("charged", [True, False])
+def test_a_release_has_scores_where_they_were_charged_and_nowhere_else(charged: bool) -> None:
+    chain, _ = written([("a", 1, False)])
+    if charged:
+        add(chain, evaluation(chain))
+    with pytest.raises(VerificationFailed, match="charge and release disagree on an evaluation"):
+        add(chain, release(chain, evaluation=None if charged else PAIR))
+    add(chain, release(chain, evaluation=PAIR if charged else None))
+    # another attempt stands for itself
+    add(chain, charge(chain))
+    with pytest.raises(VerificationFailed, match="disagree on an evaluation"):
+        add(chain, release(chain, evaluation=PAIR))

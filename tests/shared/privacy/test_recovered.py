@@ -114,7 +114,9 @@ def test_a_recovered_domain_has_spent_its_ceiling_and_says_what_was_lost(recover
     )
     assert accounting.epsilon(chain.events, 1e-5) == 8.0
     assert accounting.lost(chain.events) == 8.0
-    assert forecast.more_rounds(chain, recovered.policy().domains["ward"]) == 0
+    assert (
+        forecast.more_rounds(chain, recovered.policy().domains["ward"], recovered.contract()) == 0
+    )
 
 
 def test_nothing_more_is_charged_to_a_recovered_domain_whatever_epsilon_is_allowed(

@@ -16,10 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bract.shared import canonical, keys
+from bract.shared import contract as contracts
 from bract.shared.cli import bract as command
+from bract.shared.contract import EvaluationTerms
 from bract.shared.errors import BractError, UsageError, VerificationFailed
 from bract.shared.policy import DomainPolicy, Menu, MenuClass, Policy
-from bract.shared.privacy import entries, events, ledger, verification
+from bract.shared.privacy import accounting, entries, events, ledger, verification
+from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import NO_PREVIOUS, Body, Charge, Genesis, Head, Release
 
 WARD, CLINIC = ("alpha", "ward"), ("alpha", "clinic")
@@ -109,8 +112,8 @@ def rewritten(
             if values is None:
                 continue
             values |= {"previous": previous, "genesis": genesis, "sequence": sequence}
-            kind = {"genesis": Genesis, "charge": Charge, "release": Release}[values["kind"]]
-            entry = entries.write(kind.model_validate(values), key or world.key)
+            body = entries.body(canonical.encode(values))
+            entry = entries.write(body, key or world.key)
             insert = "INSERT INTO entries VALUES (?, ?, ?, ?, ?)"
             row = (site, domain, sequence, entry.text, entry.signature)
             statements.append((insert, row))
@@ -182,6 +185,8 @@ def test_a_body_changed_in_any_field_is_shown_by_its_number(
         body[name] = old + 1
     elif isinstance(old, str):
         body[name] = old[:-1] + ("1" if old[-1] != "1" else "2")
+    elif old is None:
+        body[name] = [(1.0).hex(), (2.0).hex()]
     else:
         body[name] = {**old, "more": "x"}
     path = edited(audited, put(number, canonical.encode(body), signature))
@@ -672,3 +677,131 @@ def test_bodies_of_every_kind_are_in_the_ledger_that_the_forgeries_start_from(
         for _, text, signature in rows(audited.ledger_path)
     ]
     assert kinds == [Genesis, Charge, Release, Charge, Release, Charge, Charge, Release]
+
+
+# Evaluations
+
+
+@pytest.fixture
+def evaluated(world: Any) -> Any:
+    """A site, of two domains that share examples, that crashed in an evaluated round."""
+    domains = {
+        "ward": DomainPolicy(epsilon=8.0, delta=1e-5, overlaps=("clinic",)),
+        "clinic": DomainPolicy(epsilon=8.0, delta=1e-5),
+    }
+    asked = EvaluationTerms(every=2, noise_multiplier=4.0)
+    gate = world.gate(policy=world.policy(domains=domains, evaluation=True))
+    signed = world.sign(world.contract(evaluation=asked))
+    gate.admit(world.order(signed, 2))
+    for number in (1, 2):
+        world.serve(gate, world.order(signed, number))
+    gate.ledger.close()
+    return world
+
+
+def test_a_ledger_with_evaluations_holds_and_counts_them(evaluated: Any) -> None:
+    for found in verify(evaluated):
+        score, step = found.chain.events[::-1]
+        assert score == events.PoissonGaussian(1.0, 4.0, 2)
+        assert step == events.PoissonGaussian(0.1, 1.5, 6)
+    assert verify(evaluated, rewritten(evaluated, lambda values: values))
+
+
+def of_evaluations(change: Callable[[dict[str, Any]], Any], *, domain: str = "ward") -> Edit:
+    def edit(values: dict[str, Any]) -> dict[str, Any] | None:
+        chosen = values["kind"] == "evaluation" and values["domain"] == domain
+        found: dict[str, Any] | None = change(values) if chosen else values
+        return found
+
+    return edit
+
+
+def without_scores(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Drops evaluations, and what was released of them."""
+    if values["kind"] == "evaluation":
+        return None
+    return {**values, "evaluation": None} if values["kind"] == "release" else values
+
+
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (without_scores, "asks for an evaluation, and none is charged"),
+        (of_evaluations(lambda values: None), "disagree on an evaluation"),
+        (
+            of_evaluations(lambda values: None, domain="clinic"),
+            "'clinic', entry 1: the contract asks for an evaluation, and none is charged",
+        ),
+        (
+            of_evaluations(lambda values: {**values, "event": quieter(values["event"])}),
+            "the evaluation's event is not the contract's",
+        ),
+        (
+            of_evaluations(lambda values: {**values, "round": 1}),
+            "an evaluation without a charge",
+        ),
+        (
+            of_evaluations(lambda values: {**values, "policy": "d" * 64}),
+            "under another policy",
+        ),
+    ],
+    ids=["dropped", "dropped but released", "dropped in one domain", "quieter", "round", "policy"],
+)
+def test_an_evaluation_missing_or_altered_is_refused_though_the_site_signed_it(
+    evaluated: Any, edit: Edit, fault: str
+) -> None:
+    with pytest.raises(VerificationFailed, match=fault):
+        verify(evaluated, rewritten(evaluated, edit))
+
+
+def test_an_evaluation_that_the_contract_does_not_ask_for_is_refused(evaluated: Any) -> None:
+    """The evaluated round is called the third: charge, evaluation and release alike."""
+
+    def edit(values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "round": 3} if values.get("round") == 2 else values
+
+    with pytest.raises(VerificationFailed, match="an evaluation that the contract does not ask"):
+        verify(evaluated, rewritten(evaluated, edit))
+
+
+def test_evaluations_that_their_policy_does_not_allow_are_refused(evaluated: Any) -> None:
+    found, *_ = verify(evaluated)
+    edit, documents = under(found.policy.model_copy(update={"evaluation": False}))
+    with pytest.raises(VerificationFailed, match="policy-evaluation"):
+        verify(evaluated, rewritten(evaluated, edit, documents=documents))
+
+
+def test_the_evaluation_after_the_last_charge_counts_against_the_policys_epsilon(
+    world: Any,
+) -> None:
+    asked = EvaluationTerms(every=1, noise_multiplier=2.0)
+    wide = world.policy(evaluation=True, domain={"composition": {"rule": "filter", "order": 12}})
+    agreed = world.contract(evaluation=asked, rounds=1, max_attempts=1)
+    gate = world.gate(policy=wide)
+    world.serve(gate, world.order(world.sign(agreed)))
+    gate.ledger.close()
+    step, score = events.PoissonGaussian(0.1, 1.5, 2), events.PoissonGaussian(1.0, 2.0, 1)
+    charge, both = (accounting.filter_epsilon(e, 1e-5, 12) for e in ([step], [step, score]))
+    rule = {"composition": {"rule": "filter", "order": 12}, "epsilon": (charge + both) / 2}
+    edit, documents = under(world.policy(evaluation=True, domain=rule))
+    with pytest.raises(VerificationFailed, match="its charges up to entry 2 are over"):
+        verify(world, rewritten(world, edit, documents=documents))
+
+
+def test_more_evaluations_than_the_contract_allows_are_refused(evaluated: Any) -> None:
+    """Five rounds, two evaluated, two spare attempts: four evaluations, and here are five."""
+    (_, text), *_ = [
+        (name, body)
+        for name, body in ledger.contents(evaluated.ledger_path).documents.items()
+        if name[0] == "contract"
+    ]
+    agreed = contracts.from_bytes(text).contract
+    found, *_ = verify(evaluated)
+    for charges in (4, 5):
+        chain = Chain(site="alpha", domain="ward", key=evaluated.key.public)
+        chain.evaluated[agreed.sha256] = chain.attempts[agreed.sha256] = charges
+        if charges == 4:
+            verification._check_contracts(chain, {agreed.sha256: agreed}, found.policies)
+            continue
+        with pytest.raises(VerificationFailed, match="more evaluations than the contract"):
+            verification._check_contracts(chain, {agreed.sha256: agreed}, found.policies)

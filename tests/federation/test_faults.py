@@ -1,0 +1,455 @@
+"""Real processes are killed, stopped, cut off and starved, and every run completes.
+
+After each fault `Federation.done` checks what must hold: no round is aggregated twice, every
+ledger is whole against its head file and against what the server witnessed, and every update that
+was received stands behind an earlier charge. The tests say what the fault itself may cost.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bract.simulations.federations.loopback import Processes
+
+ONCE = {1: 1, 2: 1, 3: 1}
+TWICE_IN_ROUND_2 = {1: 1, 2: 2, 3: 1}
+# Two runs differ by their noise; an update that was lost or used twice differs by more.
+SPREAD = 0.08
+WAIT_BEFORE_ROUND = "wait before bract.server.rounds:RoundLoop._round"
+PUSHED_ROUND_2 = "bract.server.flower.grid:FleetGrid.push_messages 2"
+
+# Where a client is killed in round 2, and what that round costs it.
+# Its ledger grows by a genesis, then by a charge and a release a round.
+CLIENT_KILLS = {
+    "before its charge": ("kill before bract.client.gate:Gate.admit 2", ONCE),
+    "during its charge": (
+        "kill after bract.shared.privacy.ledger:Transaction.append 4",
+        ONCE,
+    ),
+    "while its charge is half on disk": (
+        "spill after bract.shared.privacy.ledger:Transaction.append 4",
+        ONCE,
+    ),
+    "after its charge, before the head file": (
+        "kill before bract.shared.privacy.head_file:HeadFile.write 3",
+        TWICE_IN_ROUND_2,
+    ),
+    "while it trains": (
+        "kill after bract.client.training.trainer:Trainer._load 2",
+        TWICE_IN_ROUND_2,
+    ),
+    "while it stores the update": (
+        "kill before pathlib:Path.replace 2 updates",
+        TWICE_IN_ROUND_2,
+    ),
+    "after the update, before its hash": (
+        "kill after bract.client.updates:UpdateStore.keep 2",
+        TWICE_IN_ROUND_2,
+    ),
+    "before it replies": ("kill after bract.client.gate:Gate.release 2", ONCE),
+    "while it replies": (
+        "kill after flwr.supernode.fleet_http_client:FleetHttpClient.PushObject 12",
+        ONCE,
+    ),
+    "after it replied": ("kill after bract.client.flower:Connection.send 2", ONCE),
+}
+
+# Where the server is killed in round 2; nothing is ever charged again.
+SERVER_KILLS = {
+    "before it sends orders": "kill before bract.server.flower.grid:FleetGrid.push_messages 2",
+    "while it waits for replies": "kill after bract.server.flower.grid:FleetGrid.push_messages 2",
+    "with one reply of two": "kill after bract.server.flower.grid:FleetGrid._take 3",
+    "while it aggregates": "kill after bract.server.strategy:PublicFedAvg._sort 4",
+    "after it aggregated": "kill after bract.server.strategy:PublicFedAvg.aggregate_train 2",
+    "while it writes the checkpoint's arrays": "kill before pathlib:Path.replace 3 .arrays-",
+    "between the checkpoint's two files": (
+        "kill before bract.shared.canonical:write_atomically 3 checkpoint/state.json"
+    ),
+    "before the checkpoint has its name": "kill before pathlib:Path.replace 3 .state.json",
+    "after the checkpoint, before the metrics": "kill after bract.server.checkpoint:save 3",
+    "while it closes the run": "kill before bract.server.rounds:RoundLoop._close 1",
+    "before the summary": "kill after bract.server.rounds:RoundLoop._close 1",
+}
+
+
+def near(outcome: Any, undisturbed: Any) -> bool:
+    """Whether a run is as good as one in which nothing went wrong."""
+    accuracy = outcome.summary["test_accuracy"]
+    return bool(abs(accuracy - undisturbed.summary["test_accuracy"]) < SPREAD)
+
+
+@pytest.mark.parametrize("moment", CLIENT_KILLS)
+def test_killed_client_goes_on_when_started_again(
+    moment: str, federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    fault(f"kill -9 of a client {moment}")
+    federation, (point, charges) = federate(), CLIENT_KILLS[moment]
+    federation.server()
+    federation.client("alpha", point)
+    federation.client("beta")
+    federation.ended("alpha", -signal.SIGKILL)
+    federation.client("alpha")
+    outcome = federation.done()
+    assert outcome.charges("alpha") == charges
+    assert outcome.charges("beta") == ONCE
+    assert outcome.summary["refused"] == []
+    assert [line["replied"] for line in outcome.metrics] == [2, 2, 2]
+    assert near(outcome, undisturbed)
+
+
+@pytest.mark.parametrize("moment", SERVER_KILLS)
+def test_killed_server_goes_on_when_started_again(
+    moment: str, federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    fault(f"kill -9 of the server {moment}")
+    federation = federate()
+    federation.server(SERVER_KILLS[moment])
+    federation.clients()
+    federation.ended("server", -signal.SIGKILL)
+    federation.server()
+    outcome = federation.done()
+    assert outcome.attempts == 3
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE, "sent again, free"
+    assert outcome.summary["refused"] == []
+    assert [line["replied"] for line in outcome.metrics] == [2, 2, 2]
+    assert near(outcome, undisturbed)
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_clients_outlast_a_server_that_is_away(
+    seconds: int, federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    fault(f"server away for {seconds} s")
+    federation = federate()
+    federation.server(f"kill after {PUSHED_ROUND_2}")
+    federation.clients()
+    federation.ended("server", -signal.SIGKILL)
+    time.sleep(seconds)
+    assert all(federation.processes.running[name].poll() is None for name in ("alpha", "beta"))
+    federation.server()
+    outcome = federation.done()
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
+    assert near(outcome, undisturbed)
+
+
+@pytest.mark.parametrize("answers", ["never", "late"])
+def test_round_closes_without_a_client_that_does_not_answer(
+    answers: str, federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    fault(f"a client that answers {answers} (SIGSTOP)")
+    federation = federate(
+        "alpha", "beta", "gamma", deadlines={"reply": 4.0, "close": 2.0}, minimum_cohort=2
+    )
+    federation.server(f"{WAIT_BEFORE_ROUND} 1", f"{WAIT_BEFORE_ROUND} 3")
+    federation.client("gamma", "stop after bract.client.gate:Gate.admit 2")
+    federation.clients("alpha", "beta")
+    federation.waits("server")
+    federation.connected()
+    federation.go("server")
+    federation.waits("server", 2)  # round 2 is over
+    federation.stopped("gamma")
+    if answers == "late":
+        federation.signal("gamma", signal.SIGCONT)
+        federation.until(
+            lambda: federation.count("server", event="refused", site="gamma"), "gamma is late"
+        )
+    federation.go("server")
+    outcome = federation.done()
+    missed = [line["round"] for line in outcome.metrics if line["replied"] == 2]
+    assert 2 in missed
+    assert {(r["site"], r["reason"]) for r in outcome.summary["refused"]} == {
+        ("gamma", "node-failed")
+    }
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
+    if answers == "late":
+        assert federation.count("server", event="refused", site="gamma", reason="no-such-order")
+        assert missed == [2]
+        assert outcome.charges("gamma") == ONCE, "what came late was charged, and is not used"
+    else:
+        assert missed == [2, 3]
+        assert outcome.charges("gamma") == {1: 1, 2: 1}
+    assert near(outcome, undisturbed)
+
+
+def test_second_answer_to_an_order_is_refused_and_not_used(
+    federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    fault("a client that answers twice")
+    federation = federate()
+    federation.server()
+    federation.client("alpha", "twice after bract.client.flower:Connection.send 2")
+    federation.clients("beta")
+    outcome = federation.done()
+    reasons = {
+        event["reason"]
+        for event in federation.events("server")
+        if event.get("event") == "refused" and event.get("site") == "alpha"
+    }
+    assert reasons
+    assert reasons <= {"already-answered", "no-such-order"}
+    assert [line["replied"] for line in outcome.metrics] == [2, 2, 2]
+    assert outcome.summary["refused"] == []
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
+    assert near(outcome, undisturbed)
+
+
+def test_network_cut_in_the_middle_of_an_upload(
+    federate: Callable[..., Any], link: Callable[..., Any], fault: Callable[[str], None]
+) -> None:
+    fault("network cut in the middle of an upload")
+    federation = federate(
+        model={"name": "mlp", "options": {"hidden": 4096}},
+        training={"local_steps": 2, "learning_rate": 0.1},
+    )
+    cable = link(federation, "alpha")
+    cable.cut_after_upload(400_000)  # of the 1.2 MB of an update
+    federation.server()
+    federation.clients()
+    federation.until(lambda: cable.is_cut, "an upload was cut")
+    assert federation.rounds() == []
+    cable.mend()
+    outcome = federation.done()
+    assert cable.cuts == 1
+    assert [line["replied"] for line in outcome.metrics] == [2, 2, 2]
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE, "sent again, free"
+
+
+@pytest.mark.parametrize("side", ["both", "client"])
+def test_network_cut_while_a_client_waits_for_an_order(
+    side: str,
+    federate: Callable[..., Any],
+    link: Callable[..., Any],
+    undisturbed: Any,
+    fault: Callable[[str], None],
+) -> None:
+    fault(f"network cut while a client waits, noticed by {side}")
+    federation = federate()
+    cable = link(federation, "alpha")
+    federation.server()
+    federation.client("alpha")
+    federation.connected("alpha")
+    time.sleep(0.5)  # its request for an order is on the way
+    cable.cut(server_notices=side == "both")
+    cable.mend()
+    federation.connected("alpha", times=2)
+    federation.client("beta")
+    outcome = federation.done()
+    assert [line["replied"] for line in outcome.metrics] == [2, 2, 2]
+    assert outcome.attempts == 3
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
+    assert near(outcome, undisturbed)
+
+
+@pytest.mark.parametrize("how", ["no file may grow", "no space on the device"])
+def test_full_disk_is_refused_and_outlived(
+    how: str,
+    federate: Callable[..., Any],
+    small_disk: Callable[[Path], None],
+    fault: Callable[[str], None],
+) -> None:
+    fault(f"disk full at a client: {how}")
+    federation = federate(minimum_cohort=1, rounds=4)
+    state = federation.layout.site("alpha").parent / "state"
+    if how == "no space on the device":
+        small_disk(state)
+    federation.server(*(f"{WAIT_BEFORE_ROUND} {number}" for number in (1, 2, 4)))
+    client = federation.client("alpha")
+    federation.client("beta")
+    federation.connected()
+    federation.waits("server")
+    federation.go("server")
+    federation.waits("server", 2)  # round 1 is over
+    filler = state / "filler"
+    if how == "no space on the device":
+        fill(filler)
+    else:
+        resource.prlimit(client.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    federation.go("server")
+    federation.waits("server", 3)  # rounds 2 and 3 are over
+    filler.unlink(missing_ok=True)
+    resource.prlimit(client.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    federation.go("server")
+    outcome = federation.done()
+    assert {(r["site"], r["round"], r["reason"]) for r in outcome.summary["refused"]} == {
+        ("alpha", 2, "ledger-unavailable"),
+        ("alpha", 3, "ledger-unavailable"),
+    }
+    assert outcome.charges("alpha") == {1: 1, 4: 1}
+    assert outcome.charges("beta") == {1: 1, 2: 1, 3: 1, 4: 1}
+    assert [line["replied"] for line in outcome.metrics] == [2, 1, 1, 2]
+    assert client.poll() is None, "it never had to be started again"
+
+
+def test_idle_client_stops_cleanly_and_comes_back(
+    federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    fault("SIGTERM of an idle client")
+    federation = federate()
+    federation.server()
+    federation.client("alpha")
+    federation.connected("alpha")
+    federation.signal("alpha", signal.SIGTERM)
+    federation.ended("alpha", 0)
+    federation.clients()
+    outcome = federation.done()
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
+    assert near(outcome, undisturbed)
+
+
+@pytest.mark.parametrize("patience", ["finishes", "abandons"])
+def test_training_client_stops_cleanly_and_comes_back(
+    patience: str, federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    fault(f"SIGTERM of a training client that {patience} its round")
+    federation = federate()
+    site = federation.layout.site("alpha")
+    seconds = 60.0 if patience == "finishes" else 0.0
+    site.write_text(f"stop_seconds = {seconds}\n{site.read_text()}")
+    # Whole or not, the answer is looked at only once the client is gone.
+    federation.server(f"wait after {PUSHED_ROUND_2}")
+    federation.client("alpha", "term after bract.client.training.trainer:Trainer._load 2")
+    federation.client("beta")
+    federation.ended("alpha", 0)
+    assert federation.count("alpha", event="stopped") == 1
+    federation.waits("server")
+    federation.go("server")
+    federation.client("alpha")
+    outcome = federation.done()
+    assert outcome.charges("alpha") == (ONCE if patience == "finishes" else TWICE_IN_ROUND_2)
+    assert outcome.charges("beta") == ONCE
+    assert [line["replied"] for line in outcome.metrics] == [2, 2, 2]
+    assert outcome.summary["refused"] == []
+    assert near(outcome, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("moment", "point"),
+    {
+        "while it waits for replies": f"term after {PUSHED_ROUND_2}",
+        "while it writes a checkpoint": "term before pathlib:Path.replace 3 .state.json",
+    }.items(),
+)
+def test_server_that_is_told_to_stop_goes_on_when_started_again(
+    moment: str,
+    point: str,
+    federate: Callable[..., Any],
+    undisturbed: Any,
+    fault: Callable[[str], None],
+) -> None:
+    fault(f"SIGTERM of the server {moment}")
+    federation = federate()
+    federation.server(point)
+    federation.clients()
+    federation.ended("server", 130)
+    assert "Traceback" not in federation.processes.log("server")
+    federation.server()
+    outcome = federation.done()
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
+    assert near(outcome, undisturbed)
+
+
+def test_server_that_lost_its_link_state_lets_the_sites_in_again(
+    federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    fault("kill -9 of the server, and its link state lost")
+    federation = federate()
+    federation.server(f"wait after {PUSHED_ROUND_2}")
+    federation.client("alpha", "stop after bract.client.training.trainer:Trainer._load 2")
+    federation.client("beta")
+    federation.stopped("alpha")
+    federation.signal("server", signal.SIGKILL)
+    federation.ended("server", -signal.SIGKILL)
+    shutil.rmtree(federation.layout.federation.parent / "state")
+    federation.server()
+    federation.connected("beta", times=2)
+    federation.signal("alpha", signal.SIGCONT)  # speaks for a node that is unknown now
+    outcome = federation.done()
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
+    assert near(outcome, undisturbed)
+
+
+def test_everything_is_killed_at_once(
+    federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    fault("kill -9 of every process at once")
+    federation = federate()
+    federation.server(f"kill after {PUSHED_ROUND_2}")
+    federation.clients()
+    federation.ended("server", -signal.SIGKILL)
+    for name in federation.layout.sites:
+        federation.signal(name, signal.SIGKILL)
+        federation.ended(name, -signal.SIGKILL)
+    federation.server()
+    federation.clients()
+    outcome = federation.done()
+    for name in federation.layout.sites:
+        assert outcome.charges(name) in (ONCE, TWICE_IN_ROUND_2)
+    assert near(outcome, undisturbed)
+
+
+def fill(path: Path) -> None:
+    """Writes until the disk has no byte left."""
+    with path.open("wb", buffering=0) as file:
+        for size in (65_536, 4096, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+
+
+def test_superseded_process_does_not_take_its_site_away(
+    federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    fault("two processes with the keys of one site")
+    federation = federate()
+    site = federation.layout.site("alpha")
+    copy = shutil.copytree(site.parent, site.parent.with_name("copy")) / site.name
+    federation.server()
+    federation.processes.points = ()
+    federation.processes._start("copy", ["client", str(copy)])
+    federation.connected("alpha")
+    federation.client("alpha")
+    federation.ended("copy", 1)
+    assert "another process with this site's key" in federation.processes.log("copy")
+    status = federation.layout.federation.parent / "state" / "status.json"
+    written = status.stat().st_mtime_ns
+    federation.until(lambda: status.stat().st_mtime_ns > written + 2 * 10**9, "status is written")
+    assert json.loads(status.read_text())["connected"] == ["alpha"]
+    federation.client("beta")
+    outcome = federation.done()
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
+    assert outcome.summary["refused"] == []
+    assert near(outcome, undisturbed)
+
+
+@pytest.mark.slow
+def test_processes_started_cold_give_the_same(
+    federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    """The other tests fork processes whose imports are done; this one starts commands anew."""
+    fault("kill -9 of a client, every process started by its command")
+    federation = federate()
+    with Processes(federation.layout) as processes:
+        federation.processes, forked = processes, federation.processes
+        processes.start_server("--log-format", "json")
+        processes.start_client("alpha")
+        killed = processes.start_client("beta")
+        federation.connected("beta")
+        killed.kill()
+        killed.wait()
+        processes.start_client("beta")
+        outcome = federation.done(seconds=240)
+        federation.processes = forked
+    assert outcome.charges("alpha") == ONCE
+    assert sum(outcome.charges("beta").values()) in (3, 4)
+    assert near(outcome, undisturbed)
