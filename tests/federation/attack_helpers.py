@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import sqlite3
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,7 +56,7 @@ from bract.client import settings
 from bract.client.gate import Gate, Permit
 from bract.client.training.randomness import SecureRandomness
 from bract.client.updates import UpdateStore
-from bract.shared import canonical, flower, incarnation, keys, pki, wire
+from bract.shared import canonical, cli, flower, incarnation, keys, pki, wire
 from bract.shared.contract import Contract
 from bract.shared.data import Examples
 from bract.shared.incarnation import Incarnation
@@ -106,8 +110,74 @@ def lay_out(root: Path, names: Sequence[str], **terms: Any) -> Layout:
     return loopback.lay_out(root, sites=plans, port=free_port(), terms={**TERMS, **terms})
 
 
+class Forked:
+    """A process forked from one whose imports are done; used as a Popen is."""
+
+    def __init__(self, process: Any) -> None:
+        self._process = process
+        self.pid = int(process.pid)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        code = self._process.exitcode
+        return None if code is None else int(code)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+@cache
+def _forks() -> Any:
+    """Returns where processes are forked: each start would cost seconds of a core in imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["bract.client.service", "bract.client.flower", "bract.server.service", "sklearn.metrics"]
+    )
+    before = dict(os.environ)
+    os.environ.update(loopback.ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _command(arguments: list[str], log: str) -> None:
+    """Is the `bract` command, in a process of its own."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["bract", *arguments]
+    cli.main()
+
+
 class Logged(Processes):
     """Real processes whose logs are read line by line."""
+
+    def _start(self, name: str, arguments: Sequence[str]) -> Any:
+        before = self.running.get(name)
+        assert before is None or before.poll() is not None, f"{name} is running already"
+        process = _forks().Process(
+            target=_command, args=(list(arguments), str(self.log_path(name)))
+        )
+        process.start()
+        self.running[name] = Forked(process)  # type: ignore[assignment]
+        return self.running[name]
 
     def serve(self, *options: str) -> subprocess.Popen[bytes]:
         process = self.start_server("--log-format", "json", *options)
@@ -328,7 +398,10 @@ def message(content: RecordDict, **facts: Any) -> Message:
         "message_type": "train",
         **facts,
     }
-    return make_message(metadata=Metadata(**said), content=content)
+    kind, said["message_type"] = said["message_type"], "train"
+    metadata = Metadata(**said)
+    metadata.__dict__["_message_type"] = kind  # Flower's own class would refuse a strange one
+    return make_message(metadata=metadata, content=content)
 
 
 def objects_of(whole: Message) -> tuple[str, dict[str, bytes]]:
@@ -529,7 +602,3 @@ def edit(path: Path, before: str, after: str) -> None:
     text = path.read_text()
     assert before in text, (path, before)
     path.write_text(text.replace(before, after))
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, **loopback.ENVIRONMENT}

@@ -332,6 +332,26 @@ def test_a_head_without_an_end_is_cut_off(idle: Logged) -> None:
     assert memory_mib(idle.running["server"].pid) < before + 50
 
 
+@pytest.mark.parametrize("case", ["not signed", "signed by another", "signed long ago"])
+def test_no_body_is_read_for_a_public_key_alone(
+    idle: Logged, mallory: Caller, stranger: Caller, case: str
+) -> None:
+    """It is in every federation file; only the head is sent here, and is answered."""
+    headers = mallory.headers()
+    if case == "not signed":
+        del headers["flwr-signature"]
+    elif case == "signed by another":
+        headers = {**stranger.headers(), "flwr-public-key": headers["flwr-public-key"]}
+    else:
+        ago = now() - datetime.timedelta(seconds=400)
+        headers = mallory.headers(at=ago.isoformat())
+    lines = _head("/v1/fleet/push-object", {**headers, "content-length": "4000000"})
+    with wire_to(idle) as wire, refused(idle, "unsigned-request"):
+        wire.settimeout(20)
+        wire.sendall(lines + b"\r\n")
+        assert _status(wire) == 401
+
+
 PATHOLOGICAL = {
     "random": b"\xff" * 1000,
     "a group without an end": b"\x0b" * 100_000,

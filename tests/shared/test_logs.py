@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bract.shared import logs
-from bract.shared.logs import FIELDS, JsonLines, TextLines
+from bract.shared.logs import FIELDS, GREATEST_LINE, JsonLines, TextLines, printable
 
 FORMS = {"json": JsonLines(), "text": TextLines()}
 
@@ -91,6 +91,21 @@ def test_whatever_is_said_is_one_line_and_strict(message: str, site: Any, form: 
     assert len(line.splitlines()) == 1
     if form == "json":
         assert set(strict(line)) <= {"time", "level", "logger", "message", "site"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_stranger_sent_begins_no_line_and_moves_no_cursor(form: str) -> None:
+    quoted = "x\nforged\r\u2028line\x1b[2J"
+    line = FORMS[form].format(record(quoted, site=quoted))
+    assert len(line.splitlines()) == 1
+    assert "\x1b" not in line
+    assert "forged" in line
+
+
+def test_a_line_has_a_bound_and_words_are_left_as_they_are() -> None:
+    assert len(FORMS["text"].format(record("x" * 10**6))) <= GREATEST_LINE + 1
+    assert len(FORMS["json"].format(record("x" * 10**6))) <= GREATEST_LINE + 200
+    assert printable("ε of this run at most 1.5") == "ε of this run at most 1.5"
 
 
 @pytest.fixture

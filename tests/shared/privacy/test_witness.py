@@ -240,6 +240,13 @@ def test_links_lead_to_the_head_from_the_witness_they_follow_alone(number: int, 
     assert (found == TRUE) == (number == other)
 
 
+def test_a_shown_body_names_the_place_where_it_stands() -> None:
+    for places in ((1,), (0, 2), (0, 0), (0, 1, 1)):
+        shown = tuple(Link(entries.body_hash(BODIES[at]), BODIES[at]) for at in places)
+        with pytest.raises(VerificationFailed, match="another place"):
+            list(witness.follow(Extension(since=None, links=shown)))
+
+
 def test_a_body_that_is_no_entry_is_refused_though_its_hash_fits() -> None:
     for text in (b"{}", b"x", canonical.encode({**json.loads(BODIES[3]), "more": 1})):
         link = Link(entries.body_hash(text), text)
