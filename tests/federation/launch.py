@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import os
 import select
 import signal
@@ -81,17 +82,16 @@ def install(point: str) -> None:
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     called = getattr(owner, name)
-    count = 0
+    counter = itertools.count(1)  # objects are pushed by several threads
 
     @functools.wraps(called)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
         shown = not text or text in repr((args, kwargs))
-        count += shown
-        if shown and count == number and when == "before":
+        here = shown and next(counter) == number
+        if here and when == "before":
             ACTIONS[action](*args)
         result = called(*args, **kwargs)
-        if shown and count == number and when == "after":
+        if here and when == "after":
             ACTIONS[action](*args)
         return result
 
