@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
 from flwr.serverapp import Grid
 
 from bract.server import checkpoint
@@ -108,8 +107,7 @@ class RoundLoop:
         messages = self.strategy.orders(number, wire.pack(state.weights), grid)
         if not messages:
             return None
-        # Handed over one by one, so that no copy of the weights waits here for the answers.
-        replies = grid.send_and_receive(_drained(messages), timeout=self.patience.round_seconds)
+        replies = grid.send_and_receive(messages, timeout=self.patience.round_seconds)
         average = self.strategy.average(number, replies)
         del replies
         if len(self.strategy.replied) < self.patience.minimum_cohort:
@@ -217,11 +215,6 @@ class RoundLoop:
             "completed" if completed else "void",
             extra={"event": "round", "completed": completed, "line": line},
         )
-
-
-def _drained(messages: list[Message]) -> Iterator[Message]:
-    while messages:
-        yield messages.pop(0)
 
 
 def _local_accuracy(receipts: Iterable[wire.Receipt]) -> float | None:

@@ -69,11 +69,18 @@ class FleetGrid(Grid):
         return sorted(self._host.state.get_nodes(self._host.run) & set(self._host.names))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Returns the ids of messages whose objects are ready to be fetched."""
+        """Returns the ids of messages whose objects are ready to be fetched.
+
+        A list is emptied: no copy of the weights need wait in it for the answers.
+        """
         state, store = self._host.state, self._host.state.object_store
         pushed = []
+        listed = list(messages)
+        if isinstance(messages, list):
+            messages.clear()
         with no_object_id_recompute():  # records shared by messages are hashed once
-            for message in messages:
+            while listed:
+                message = listed.pop(0)
                 name = message.object_id
                 message.metadata.__dict__["_message_id"] = name
                 tree = get_object_tree(message)
