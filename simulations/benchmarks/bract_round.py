@@ -107,6 +107,7 @@ def free_port() -> int:
 
 @contextmanager
 def _echo_grid(folder: Path, sites: int) -> Iterator[Any]:
+    import bract.server.app  # noqa: F401  an idle server has torch and all that it needs loaded
     from bract.server import memory
     from bract.server.flower.grid import FleetGrid
     from bract.server.flower.host import Host, Listener
