@@ -329,6 +329,11 @@ CASES: dict[str, tuple[Callable[[Round], Any], str]] = {
         INVALID,
     ),
     "a receipt of another update": (lambda at: at.signed(update="0" * 64), INVALID),
+    "a head of its own making": (lambda at: at.signed(head_hash="0" * 64), INVALID),
+    "a head further on": (
+        lambda at: at.signed(head_sequence=at.reply.receipt.head_sequence + 1),
+        INVALID,
+    ),
     "in another site's name": (lambda at: at.signed(site=ALPHA), INVALID),
     "in another site's name, by its own ledger key": (
         lambda at: at.signed(
