@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from bract.shared.cli import AS_JSON, fail_reported, print_json
+from bract.shared.cli import AS_JSON, LOG_FORMAT, fail_reported, print_json
 from bract.shared.errors import UsageError
 from bract.shared.reports import Recovery
 
@@ -25,13 +25,7 @@ from bract.shared.reports import Recovery
     metavar="DOMAIN",
     help="Close a domain whose ledger lost entries: its whole ε counts as spent.",
 )
-@click.option(
-    "--log-format",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    show_default=True,
-    help="One line an event on stderr.",
-)
+@LOG_FORMAT
 @AS_JSON
 def client(
     site: Path,

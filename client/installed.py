@@ -111,7 +111,7 @@ def _gate(chosen: SiteSettings, head_file: HeadFile | None) -> Gate:
         raise UsageError(
             f"cannot make the folder {state.folder}: {error.strerror}; correct state"
         ) from error
-    hold(state.lock, "one process serves a site")
+    hold(state.lock, "one process serves a site; stop the other")
     for folder in (state.folder, state.folder / "updates"):
         canonical.remove_leftovers(folder)
     if chosen.head_file:

@@ -131,27 +131,30 @@ def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
             logger.info("connected", extra={"event": "connected"})
             journal.write("waiting")
             while True:
-                if unsent is not None:
-                    connection.send(unsent)
+                try:
+                    if unsent is not None:
+                        connection.send(unsent)
+                        unsent = None
+                    answers.patience.training = False
+                    if answers.patience.asked:
+                        raise Stopped
+                    order = connection.receive()
+                    lost.reset()
+                    refused.reset()
+                    if order is None:
+                        continue
+                    answers.patience.training = True
+                    journal.write("training", order.metadata.group_id)
+                    unsent = answers.to(order)
+                    journal.write("waiting", order.metadata.group_id)
+                except NotTaken as error:
+                    # The bytes are stored: asked again for the same round, the gate sends them
+                    # again. The connection stands: to open it anew would have the order offered
+                    # anew, its time with it.
                     unsent = None
-                answers.patience.training = False
-                if answers.patience.asked:
-                    raise Stopped
-                order = connection.receive()
-                lost.reset()
-                refused.reset()
-                if order is None:
-                    continue
-                answers.patience.training = True
-                journal.write("training", order.metadata.group_id)
-                unsent = answers.to(order)
-                journal.write("waiting", order.metadata.group_id)
-        except NotTaken as error:
-            # The bytes are stored: asked again for the same round, the gate sends them again.
-            unsent = None
-            event = "not-taken" if error.reason is None else "refused"
-            logger.warning("%s", error, extra={"event": event, "reason": error.reason})
-            refused.wait()
+                    event = "not-taken" if error.reason is None else "refused"
+                    logger.warning("%s", error, extra={"event": event, "reason": error.reason})
+                    refused.wait()
         except Disconnected as error:
             answers.patience.training = False
             if answers.patience.asked:

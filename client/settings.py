@@ -12,7 +12,7 @@ from bract.shared.configuration import Frozen, first_fault, parse, read_toml
 from bract.shared.contract import Hex32, Name
 from bract.shared.data import dataset
 from bract.shared.errors import UnknownName
-from bract.shared.policy import DomainPolicy, Filter, Menu, Policy
+from bract.shared.policy import DomainPolicy, Policy
 
 
 class Keys(Frozen):
@@ -40,13 +40,9 @@ class DataRoot(Frozen):
         return name
 
 
-class Domain(Frozen):
-    """The budget of one body of data, where that data lies, and which domains share it."""
+class Domain(DomainPolicy):
+    """The budget of one body of data, and where that data lies."""
 
-    epsilon: float = Field(gt=0)
-    delta: float = Field(gt=0, lt=1)
-    composition: Filter | Menu = Field(default=Filter(), discriminator="rule")
-    overlaps: tuple[Name, ...] = ()
     data: DataRoot
 
 
@@ -90,12 +86,7 @@ class SiteSettings(Frozen):
             site=self.site,
             coordinators=self.coordinators,
             domains={
-                name: DomainPolicy(
-                    epsilon=domain.epsilon,
-                    delta=domain.delta,
-                    composition=domain.composition,
-                    overlaps=domain.overlaps,
-                )
+                name: DomainPolicy(**domain.model_dump(exclude={"data"}))
                 for name, domain in self.domains.items()
             },
             models=self.models,

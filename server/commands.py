@@ -8,20 +8,14 @@ from types import FrameType
 
 import click
 
-from bract.shared.cli import AS_JSON, print_json, shown
+from bract.shared.cli import AS_JSON, LOG_FORMAT, print_json, shown
 from bract.shared.errors import BractError
 
 
 @click.command(epilog="Example: bract server FEDERATION.toml")
 @click.argument("federation", type=click.Path(path_type=Path), metavar="FEDERATION.toml")
 @click.option("--status", is_flag=True, help="Say who is connected and how far the run is.")
-@click.option(
-    "--log-format",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    show_default=True,
-    help="One line an event on stderr.",
-)
+@LOG_FORMAT
 @AS_JSON
 def server(federation: Path, status: bool, log_format: str, as_json: bool) -> None:
     """Serve a federation's run to its end; started again after a kill, it goes on by itself.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
 from bract.server import checkpoint
@@ -104,11 +105,13 @@ class RoundLoop:
         if not self._wait_for_sites(grid):
             return None
         self.strategy.desk.remember(state.heads)  # what is saved, and nothing newer
-        messages = self.strategy.orders(number, wire.pack(state.weights), grid)
+        messages = self.strategy.configure_train(
+            number, wire.pack(state.weights), ConfigRecord(), grid
+        )
         if not messages:
             return None
         replies = grid.send_and_receive(messages, timeout=self.patience.round_seconds)
-        average = self.strategy.average(number, replies)
+        average, _ = self.strategy.aggregate_train(number, replies)
         del replies
         if len(self.strategy.replied) < self.patience.minimum_cohort:
             average = None  # void: a mean over too few would say too much of each
@@ -118,7 +121,7 @@ class RoundLoop:
         )
         state = replace(state, attempts=state.attempts + 1, refused=(*state.refused, *refused))
         if average is not None:
-            state = self._completed(state, average)
+            state = self._completed(state, wire.unpack(average))
         state = replace(state, seconds=state.seconds + time.monotonic() - started)
         checkpoint.save(state, self.out / "checkpoint")
         if average is not None:

@@ -17,12 +17,12 @@ from bract.server import checkpoint, memory
 from bract.server.app import app
 from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
-from bract.shared import canonical, contract, federation, keys, locks, versions
+from bract.shared import canonical, contract, federation, keys, locks
 from bract.shared.contract import Contract
 from bract.shared.errors import UsageError
 from bract.shared.federation import Federation
 from bract.shared.privacy import accounting, entries
-from bract.shared.reports import GUARANTEE_PRIVATE, ServerStatus, ServerSummary
+from bract.shared.reports import GUARANTEE_PRIVATE, ServerStatus, ServerSummary, facts_of
 
 logger = logging.getLogger("bract.server")
 
@@ -38,7 +38,6 @@ def serve(path: Path) -> ServerSummary:
         UsageError: where contract and federation file do not fit together.
         BractError: where another process serves it, the port cannot be had, or too few sites come.
     """
-    memory.return_freed_blocks()
     chosen = federation.read(path)
     agreed = read_contract(chosen)
     listener = _listener(chosen)
@@ -50,7 +49,7 @@ def serve(path: Path) -> ServerSummary:
             raise UsageError(
                 f"cannot make the folder {folder}: {error.strerror}; correct server.{name}"
             ) from error
-    with locks.held(state / "lock", "one server carries a run"):
+    with locks.held(state / "lock", "one server carries a run; stop the other"):
         for folder in (state, out, out / "checkpoint"):
             canonical.remove_leftovers(folder)
         canonical.write_atomically(out / "contract.json", Path(chosen.contract).read_bytes())
@@ -66,6 +65,7 @@ def _serve(chosen: Federation, agreed: Contract, listener: Listener) -> ServerSu
         greatest_reply=chosen.server.greatest_reply_mib * 2**20,
     )
     host.start()
+    memory.settle()
     logger.info("serving", extra={"event": "serving", "port": host.port})
     journal = Journal(host, state / "status.json", agreed)
     journal.start()
@@ -198,20 +198,10 @@ class Journal:
 
 
 def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> ServerSummary:
-    privacy = agreed.privacy
     return ServerSummary(
-        run=agreed.run,
+        **facts_of(agreed),
         epsilon_run=_epsilon(chosen, agreed, result.pop("attempts"), result["rounds"]),
         delta=chosen.privacy.delta,
-        adjacency=privacy.adjacency,
-        unit=privacy.unit,
-        mechanism=privacy.mechanism,
-        noise_multiplier=privacy.noise_multiplier,
-        sampling_rate=privacy.sampling_rate,
-        clip_norm=privacy.clip_norm,
-        sites=len(agreed.cohort),
-        versions=versions.installed(),
-        contract_sha256=agreed.sha256,
         guarantee=GUARANTEE_PRIVATE,
         out=chosen.server.out,
         **result,

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -60,15 +59,13 @@ class PublicFedAvg(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Returns one train order for each node that has not refused for good."""
-        return self.orders(server_round, wire.pack(from_record(arrays)), grid)
-
-    def orders(self, server_round: int, packed: ArrayRecord, grid: Grid) -> list[Message]:
-        """Returns the round's messages; all share one record, which is hashed and held once.
+        """Returns one train order for each node that has not refused for good.
 
         Args:
             server_round: from 1.
-            packed: the weights as they travel.
+            arrays: the weights as they travel (`wire.pack`); all orders share this record, so that
+                it is hashed and held once.
+            config: not used: what is asked stands in the contract.
             grid: knows which nodes are there.
         """
         return [
@@ -80,7 +77,7 @@ class PublicFedAvg(FedAvg):
                         weights={},
                         witness=self.desk.witness(self._names.get(node)),
                     ),
-                    packed=packed,
+                    packed=arrays,
                 ),
                 message_type=MessageType.TRAIN,
                 dst_node_id=node,
@@ -111,14 +108,10 @@ class PublicFedAvg(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns the average of the valid updates, None where there is none."""
-        average = self.average(server_round, replies)
-        return (None if average is None else to_record(average)), None
-
-    def average(self, server_round: int, replies: Iterable[Message]) -> dict[str, Array] | None:
         """Returns the mean of the valid updates by public weight, None where there is none.
 
-        `replied` and `refused` then say who answered what.
+        Flower's own average holds two more copies of every update. `replied` and `refused` then
+        say who answered what.
         """
         self.replied, self.refused = {}, []
         updates: dict[str, Arrays] = {}
@@ -137,7 +130,7 @@ class PublicFedAvg(FedAvg):
                     average[name] += value * share
                 else:
                     average[name] = value * share
-        return average or None
+        return (wire.pack(average) if average else None), None
 
     def _sort(self, message: Message, server_round: int) -> wire.TrainReply | None:
         """Returns the reply whose update is accepted, None where there is none."""
@@ -227,13 +220,3 @@ def greatest_norm(contract: Contract, site: SiteTerms, shapes: Mapping[str, Shap
 def _norm(arrays: Arrays) -> float:
     squares = (np.square(value, dtype=np.float64).sum() for value in arrays.values())
     return math.sqrt(sum(squares))
-
-
-def to_record(values: Arrays) -> ArrayRecord:
-    """Returns arrays as Flower's strategies hold them."""
-    return ArrayRecord({name: FlowerArray(np.asarray(value)) for name, value in values.items()})
-
-
-def from_record(record: ArrayRecord) -> dict[str, Array]:
-    """Returns the float32 arrays of a record."""
-    return {name: value.numpy().astype(np.float32) for name, value in record.items()}

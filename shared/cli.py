@@ -39,6 +39,15 @@ COMMANDS = {
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
+LOG_FORMAT = click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="One line an event on stderr.",
+)
+
+
 class LazyGroup(click.Group):
     """A group that imports a command when it is asked for."""
 

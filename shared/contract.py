@@ -41,6 +41,11 @@ class DataTerms(Frozen):
     scale: float = Field(default=1.0, gt=0)
     public: Hex32 | None = None
 
+    def scaled(self, offset: float | None, scale: float | None) -> DataTerms:
+        """Returns the terms with other constants, where these are given."""
+        given = {"offset": offset, "scale": scale}
+        return self.model_copy(update={k: v for k, v in given.items() if v is not None})
+
 
 class TrainingTerms(Frozen):
     """How weights move: everything here is post-processing of protected sums, and free."""

@@ -27,7 +27,7 @@ from bract.shared.data.locations import folder_of
 from bract.shared.errors import UsageError
 from bract.shared.policy import check_delta
 from bract.shared.privacy import entries
-from bract.shared.privacy.calibration import check_budget, noise_for_filter, noise_multiplier
+from bract.shared.privacy.calibration import check_budget, noise_within, rate_of
 from bract.shared.privacy.orders import best_order
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -230,12 +230,7 @@ def sampling_rate(federation: Federation) -> float:
         UsageError: where it would be over 1.
     """
     sizes = [site.nominal_size for site in federation.sites]
-    batch, mean = federation.privacy.batch, sum(sizes) / len(sizes)
-    if batch > mean:
-        raise UsageError(
-            f"privacy.batch {batch:g} is over the mean nominal size {mean:g}: lower it"
-        )
-    return batch / mean
+    return rate_of(federation.privacy.batch, sizes)
 
 
 def public_folder(federation: Federation) -> Path | None:
@@ -246,13 +241,9 @@ def public_folder(federation: Federation) -> Path | None:
 
 def _data_terms(federation: Federation) -> DataTerms:
     settings = federation.data
-    changed = {
-        name: value
-        for name, value in (("offset", settings.offset), ("scale", settings.scale))
-        if value is not None
-    }
+    terms = dataset(settings.name).terms.scaled(settings.offset, settings.scale)
     held = public.sha256(settings.name, public_folder(federation))
-    return dataset(settings.name).terms.model_copy(update={**changed, "public": held})
+    return terms.model_copy(update={"public": held})
 
 
 def _privacy_terms(federation: Federation) -> PrivacyTerms:
@@ -267,21 +258,13 @@ def _privacy_terms(federation: Federation) -> PrivacyTerms:
     )
     sigma = privacy.noise_multiplier
     if sigma is None:
-        sigma = noise_multiplier(
+        ceiling = privacy.ceiling
+        sigma = noise_within(
             epsilon_target=privacy.epsilon,
+            ceiling=(ceiling, best_order(ceiling, privacy.delta)) if ceiling else None,
             delta=privacy.delta,
             sampling_rate=rate,
             steps=steps,
             beside=beside,
         )
-        if privacy.ceiling is not None:
-            admitted = noise_for_filter(
-                limit=privacy.ceiling,
-                delta=privacy.delta,
-                order=best_order(privacy.ceiling, privacy.delta),
-                sampling_rate=rate,
-                steps=steps,
-                beside=beside,
-            )
-            sigma = max(sigma, admitted)
     return PrivacyTerms(sampling_rate=rate, noise_multiplier=sigma, clip_norm=privacy.clip_norm)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from bract.shared.errors import BractError, UsageError
 
-LOCK_SECONDS = 5.0
+LOCK_SECONDS = 10.0  # orphans of a killed process notice within it that they are
 
 
-def hold(path: Path, rule: str) -> int:
+def hold(path: Path, remedy: str) -> int:
     """Returns the descriptor of a lock; held until that is closed or the process ends.
 
     Args:
         path: the lock's file, in the folder that it guards; made where it is missing.
-        rule: what one process does here, as the refusal says it.
+        remedy: what to do where another process holds it, as the refusal says it.
 
     Raises:
         BractError: where another process holds it.
@@ -33,15 +33,15 @@ def hold(path: Path, rule: str) -> int:
     while not _try(descriptor):
         if time.monotonic() > deadline:
             os.close(descriptor)
-            raise BractError(f"another process uses {path.parent}: {rule}; stop the other")
+            raise BractError(f"another process uses {path.parent}: {remedy}")
         time.sleep(0.05)
     return descriptor
 
 
 @contextmanager
-def held(path: Path, rule: str) -> Iterator[None]:
+def held(path: Path, remedy: str) -> Iterator[None]:
     """Holds a lock while a block runs."""
-    descriptor = hold(path, rule)
+    descriptor = hold(path, remedy)
     try:
         yield
     finally:

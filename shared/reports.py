@@ -7,7 +7,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
+from bract.shared import versions
 from bract.shared.configuration import Frozen
+from bract.shared.contract import Contract
 
 GUARANTEE_PRIVATE: Final = "(ε, δ)-DP per example"
 GUARANTEE_SIMULATION: Final = "none: simulation"
@@ -60,14 +62,11 @@ class Scores(Frozen):
     test_accuracy_mean_of_groups: Annotated[float, Probability] | None = None
 
 
-class Summary(Scores):
-    """summary.json: one run."""
+class RunFacts(Scores):
+    """What is known of a run on either side of the network."""
 
     run: str
-    epsilon: float | None
     epsilon_run: float | None
-    epsilon_prv: float | None
-    unbounded: bool
     delta: float
     adjacency: str
     unit: Literal["example", "client"]
@@ -77,16 +76,24 @@ class Summary(Scores):
     clip_norm: float
     sites: int
     refused: list[RefusedRound]
-    per_site: dict[str, SitePrivacy]
     heads: dict[str, LedgerHead]
     rounds: int
     seconds: float
-    device: str
-    workers: int
     versions: dict[str, str]
     contract_sha256: str
     guarantee: Guarantee
     out: str
+
+
+class Summary(RunFacts):
+    """summary.json: one run, with what its ledgers prove."""
+
+    epsilon: float | None
+    epsilon_prv: float | None
+    unbounded: bool
+    per_site: dict[str, SitePrivacy]
+    device: str
+    workers: int
 
 
 class MetricsLine(Frozen):
@@ -222,31 +229,12 @@ class SiteStatus(Frozen):
     domains: dict[str, DomainStatus]
 
 
-class ServerSummary(Scores):
+class ServerSummary(RunFacts):
     """summary.json of a real run, as far as a server can know it.
 
     `epsilon_run` is what a site that served every attempt has spent in this run; what its ledger
     holds beside it is the site's own affair.
     """
-
-    run: str
-    rounds: int
-    seconds: float
-    epsilon_run: float | None
-    delta: float
-    adjacency: str
-    unit: Literal["example"]
-    mechanism: str
-    noise_multiplier: float
-    sampling_rate: float
-    clip_norm: float
-    sites: int
-    refused: list[RefusedRound]
-    heads: dict[str, LedgerHead]
-    versions: dict[str, str]
-    contract_sha256: str
-    guarantee: Guarantee
-    out: str
 
 
 class Repeats(Frozen):
@@ -402,6 +390,23 @@ REPORTS: dict[str, type[Frozen]] = {
     "keys-show": ShownKeys,
     "error": Failure,
 }
+
+
+def facts_of(agreed: Contract) -> dict[str, Any]:
+    """Returns what a report of a run takes from its contract and from this installation."""
+    privacy = agreed.privacy
+    return {
+        "run": agreed.run,
+        "adjacency": privacy.adjacency,
+        "unit": privacy.unit,
+        "mechanism": privacy.mechanism,
+        "noise_multiplier": privacy.noise_multiplier,
+        "sampling_rate": privacy.sampling_rate,
+        "clip_norm": privacy.clip_norm,
+        "sites": len(agreed.cohort),
+        "versions": versions.installed(),
+        "contract_sha256": agreed.sha256,
+    }
 
 
 def schema(name: str) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def decode_order(content: RecordDict) -> TrainOrder:
     return TrainOrder(
         contract=_contract(terms),
         round=_typed(terms, "round", int),
-        weights=_unpack(records[_WEIGHTS]),
+        weights=unpack(records[_WEIGHTS]),
         witness=_witness(terms),
     )
 
@@ -215,7 +215,7 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
         )
     name = _UPDATE if _UPDATE in content else _UNPROTECTED
     records = _exactly(content, {name, _RECEIPT, _LEDGER})
-    values = _unpack(records[name])
+    values = unpack(records[name])
     facts = _config(records[_RECEIPT], {*Receipt.__dataclass_fields__, "signature"})
     receipt = Receipt(
         contract=_typed(facts, "contract", str),
@@ -274,13 +274,18 @@ def _extension(record: Mapping[str, Any]) -> Extension:
     return Extension(since=_witness(record, "since"), links=links)
 
 
-def _unpack(record: Any) -> dict[str, named.Array]:
+def unpack(record: Any) -> dict[str, named.Array]:
+    """Returns read-only views of the float32 arrays in a record.
+
+    Raises:
+        VerificationFailed: where it is anything else.
+    """
     if not isinstance(record, ArrayRecord):
         raise VerificationFailed("a message without arrays")
-    return {name: _unpack_one(name, value) for name, value in record.items()}
+    return {name: _view(name, value) for name, value in record.items()}
 
 
-def _unpack_one(name: str, value: FlowerArray) -> named.Array:
+def _view(name: str, value: FlowerArray) -> named.Array:
     # Never np.load: raw float32 bytes cannot hold an object, so nothing is unpickled.
     shape = tuple(value.shape)
     # math.prod has no width that a hostile shape could overflow.

@@ -12,10 +12,10 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 
+from bract.server.grid import SingleRunGrid
 from bract.simulations import flower
 from bract.simulations.workers import Pool
 
@@ -26,7 +26,7 @@ _FIRST_NODE = 1000
 _FAILED = 2
 
 
-class LocalGrid(Grid):
+class LocalGrid(SingleRunGrid):
     """Carries messages to sites in this process or in workers.
 
     Args:
@@ -60,20 +60,6 @@ class LocalGrid(Grid):
     def run(self) -> flower.Run:
         """The one run of this grid."""
         return flower.empty_run(RUN)
-
-    def set_run(self, run: flower.Run) -> None:
-        """Does nothing: the grid lives for one run."""
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Returns a message from the server to a node."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """Returns every node."""

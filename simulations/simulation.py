@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, check_delta
 from bract.shared.privacy import entries
 from bract.shared.privacy.budget import fixed_rule
-from bract.shared.privacy.calibration import check_budget, noise_for_filter, noise_multiplier
+from bract.shared.privacy.calibration import check_budget, noise_within, rate_of
 from bract.shared.reports import Summary
 from bract.simulations import summary
 from bract.simulations.engines import Engine
@@ -258,7 +258,7 @@ def _check(experiment: Experiment, folder: Path | None) -> None:
     else:
         sizes = [max(nominal_size(len(splits.train) // experiment.sites), 1)]
     check_delta(experiment.privacy.delta, max(sizes))
-    _sampling_rate(experiment, sizes)
+    rate_of(experiment.privacy.batch, sizes)
 
 
 def _parts(experiment: Experiment, splits: Splits) -> list[np.ndarray]:
@@ -292,18 +292,13 @@ def _domain_facts(experiment: Experiment) -> dict[str, Any]:
 
 def _data_terms(experiment: Experiment) -> DataTerms:
     settings = experiment.data
-    changed: Mapping[str, Any] = {
-        name: value
-        for name, value in (("offset", settings.offset), ("scale", settings.scale))
-        if value is not None
-    }
-    return dataset(settings.name).terms.model_copy(update=dict(changed))
+    return dataset(settings.name).terms.scaled(settings.offset, settings.scale)
 
 
 def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:
     privacy = experiment.privacy
     check_delta(privacy.delta, max(sizes))
-    rate = _sampling_rate(experiment, sizes)
+    rate = rate_of(privacy.batch, sizes)
     if privacy.mechanism == "none":
         sigma = 0.0
     elif privacy.noise_multiplier is not None:
@@ -327,35 +322,15 @@ def _calibrated(experiment: Experiment, rate: float) -> float:
     beside = entries.events_of_evaluations(
         experiment.evaluation, attempts=attempts, completed=experiment.rounds
     )
-    sigma = noise_multiplier(
-        epsilon_target=privacy.epsilon,
-        delta=privacy.delta,
-        sampling_rate=rate,
-        steps=steps,
-        beside=beside,
-    )
     domain = DomainPolicy(
         epsilon=ceiling.epsilon, delta=privacy.delta, composition=ceiling.composition
     )
     order = fixed_rule(domain).get("order")
-    if order is None:
-        return sigma
-    admitted = noise_for_filter(
-        limit=ceiling.epsilon,
+    return noise_within(
+        epsilon_target=privacy.epsilon,
+        ceiling=None if order is None else (ceiling.epsilon, order),
         delta=privacy.delta,
-        order=order,
         sampling_rate=rate,
         steps=steps,
         beside=beside,
     )
-    return max(sigma, admitted)
-
-
-def _sampling_rate(experiment: Experiment, sizes: list[int]) -> float:
-    mean, batch = sum(sizes) / len(sizes), experiment.privacy.batch
-    if batch > mean:
-        raise UsageError(
-            f"privacy.batch {batch:g} is over the mean nominal size {mean:g}: lower it, or use "
-            "fewer sites"
-        )
-    return batch / mean

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bract.shared import canonical
-from bract.shared.errors import BractError, UsageError
+from bract.shared import canonical, locks
+from bract.shared.errors import UsageError
 
 SHARED_FILE_ABOVE = 100
-LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +63,9 @@ class State:
         Raises:
             BractError: where another run holds it.
         """
-        descriptor = os.open(self.private / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            _lock(descriptor, self.private)
+        remedy = "wait for that run to end, or name another --state or --out"
+        with locks.held(self.private / "lock", remedy):
             yield
-        finally:
-            os.close(descriptor)
 
     def bind(self, facts: dict[str, Any]) -> None:
         """Fixes the facts that decide the state's data domain; they never change afterwards.
@@ -98,18 +91,3 @@ class State:
                 f"{self.private.parent} was begun with {name} {begun.get(name)!r}, this run has "
                 f"{facts[name]!r}: another partition is another domain; use another --state"
             )
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise BractError(
-                    f"another run is using {folder.parent}: wait for it to end, or name another "
-                    "--state or --out"
-                ) from error
-            time.sleep(0.05)

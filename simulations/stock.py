@@ -14,18 +14,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from importlib import resources
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
+from bract.shared import keyfiles, pki
 from bract.shared.errors import BractError
+from bract.simulations.federations.loopback import free_port
 
 HOST = "127.0.0.1"
 START_SECONDS, STOP_SECONDS = 120.0, 10.0
@@ -87,7 +82,7 @@ def stock_federation(
     Nothing of Flower's timing is changed: polls, isolation and state are as shipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port, authority = _free_port(), folder / "ca.pem"
+    port, authority = free_port(), folder / "ca.pem"
     _certify(folder)
     address = f"{HOST}:{port}"
     environment = _environment(folder)
@@ -115,7 +110,7 @@ def stock_federation(
             start(
                 f"supernode-{place}", "flower-supernode", f"--superlink={address}",
                 f"--root-certificates={authority}", f"--auth-supernode-private-key={key}",
-                f"--node-config={_words(config)}", f"--host={HOST}", f"--port={_free_port()}",
+                f"--node-config={_words(config)}", f"--host={HOST}", f"--port={free_port()}",
             )  # fmt: skip
         yield federation
 
@@ -199,12 +194,6 @@ def _words(config: Mapping[str, str | int]) -> str:
     return " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0
@@ -212,51 +201,23 @@ def _listens(port: int) -> bool:
 
 def _node_key(path: Path) -> Path:
     """Returns the file of a new node key, with its public half beside it, in OpenSSH's form."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    _keep(path, key, serialization.PrivateFormat.OpenSSH)
-    public = key.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    key = pki.new_node_key()
+    public = pki.node_public_line(key.public_key()).encode()
+    beside = path.with_name(f"{path.name}.pub")
+    keyfiles.create(
+        [keyfiles.private(path, pki.node_key_pem(key)), keyfiles.public(beside, public)]
     )
-    path.with_name(f"{path.name}.pub").write_bytes(public)
     return path
 
 
 def _certify(folder: Path) -> None:
-    """Writes ca.pem, server.pem and server-key.pem, good for this machine and one day."""
-    authority, server = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    root = _certificate("bract stock Flower", authority.public_key())
-    root = root.issuer_name(_name("bract stock Flower")).add_extension(
-        x509.BasicConstraints(ca=True, path_length=0), critical=True
-    )
-    names = [x509.DNSName("localhost"), x509.IPAddress(ip_address(HOST))]
-    leaf = _certificate("localhost", server.public_key())
-    leaf = leaf.issuer_name(_name("bract stock Flower")).add_extension(
-        x509.SubjectAlternativeName(names), critical=False
-    )
-    for path, builder in (("ca.pem", root), ("server.pem", leaf)):
-        signed = builder.sign(authority, hashes.SHA256())
-        (folder / path).write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    _keep(folder / "server-key.pem", server, serialization.PrivateFormat.PKCS8)
-
-
-def _certificate(subject: str, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(_name(subject))
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + timedelta(days=1))
-    )
-
-
-def _name(common: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-
-
-def _keep(path: Path, key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> None:
-    path.touch(mode=0o600)
-    path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    """Writes ca.pem, server.pem and server-key.pem, good for this machine."""
+    authority = pki.new_authority()
+    server = pki.issue_server(authority, [HOST, "localhost"])
+    keyfiles.create(
+        [
+            keyfiles.public(folder / "ca.pem", authority.certificate_pem()),
+            keyfiles.public(folder / "server.pem", server.certificate_pem()),
+            keyfiles.private(folder / "server-key.pem", server.key_pem()),
+        ]
     )

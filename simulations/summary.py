@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bract.shared import canonical, versions
+from bract.shared import canonical
 from bract.shared.contract import Contract
 from bract.shared.privacy import accounting, prv, verification
 from bract.shared.privacy.chain import Chain
@@ -21,6 +21,7 @@ from bract.shared.reports import (
     LedgerHead,
     SitePrivacy,
     Summary,
+    facts_of,
 )
 from bract.simulations.sites import Plan
 from bract.simulations.state import State
@@ -99,15 +100,8 @@ def proven(
         for site in agreed.cohort
     }
     return Summary(
-        run=agreed.run,
+        **facts_of(agreed),
         **_worst(list(used.values()), per_site, delta),
-        adjacency=agreed.privacy.adjacency,
-        unit=agreed.privacy.unit,
-        mechanism=agreed.privacy.mechanism,
-        noise_multiplier=agreed.privacy.noise_multiplier,
-        sampling_rate=agreed.privacy.sampling_rate,
-        clip_norm=agreed.privacy.clip_norm,
-        sites=len(agreed.cohort),
         per_site=per_site,
         heads={
             name: LedgerHead(
@@ -116,8 +110,6 @@ def proven(
             for name, chain in used.items()
             if chain.head is not None
         },
-        versions=versions.installed(),
-        contract_sha256=agreed.sha256,
         guarantee=_guarantee(agreed, used.values()),
         **{name: str(value) if name == "out" else value for name, value in facts.items()},
         **{name: value for name, value in result.items() if name not in {"heads", "attempts"}},

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
-from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -19,6 +17,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.run import Run
 
 from bract.server.flower.host import Host
+from bract.server.grid import SingleRunGrid
 from bract.server.orders import Fault, Order
 from bract.shared import flower
 from bract.shared.errors import VerificationFailed
@@ -29,7 +28,7 @@ NO_ANSWER = 3  # Flower's codes: a message was not answered, or its answer is no
 UNREADABLE = 1
 
 
-class FleetGrid(Grid):
+class FleetGrid(SingleRunGrid):
     """Carries messages over the fleet routes; its reads wake as answers land.
 
     Args:
@@ -49,20 +48,6 @@ class FleetGrid(Grid):
     def run(self) -> Run:
         """The one run of this process."""
         return Run.create_empty(run_id=self._host.run)
-
-    def set_run(self, run: Any) -> None:
-        """Does nothing: one process serves one run."""
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Returns a message from the server to a node."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """Returns the nodes that are online."""

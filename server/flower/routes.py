@@ -68,6 +68,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bract.server import memory
 from bract.server.orders import Fault, Refused
 from bract.shared import flower, incarnation
 from bract.shared.errors import VerificationFailed
@@ -299,6 +300,7 @@ def _messages(host: Host) -> APIRouter:
                 node, request.session_id, request.object_id, request.object_content
             )
         )
+        memory.collect(len(request.object_content))
         return PushObjectResponse(stored=True)
 
     return router

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from scipy import optimize
 
@@ -102,6 +103,48 @@ def noise_for_filter(
     if excess(low) <= 0:
         return math.exp(low)
     return _least(excess, math.exp(optimize.brentq(excess, low, high, xtol=1e-6)))
+
+
+def noise_within(
+    *,
+    epsilon_target: float,
+    ceiling: tuple[float, int] | None,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    beside: Sequence[Event] = (),
+) -> float:
+    """Returns the least σ for a target by PLD that a site's filter admits too.
+
+    Args:
+        epsilon_target: what all steps may cost by PLD.
+        ceiling: the sites' limit and the order of their filter; None where there is no filter.
+        delta: the failure probability.
+        sampling_rate: q of every step.
+        steps: of the whole run, crashed rounds and all.
+        beside: events of the same budget whose noise is settled.
+    """
+    terms: dict[str, Any] = {"delta": delta, "sampling_rate": sampling_rate, "steps": steps}
+    sigma = noise_multiplier(epsilon_target=epsilon_target, beside=beside, **terms)
+    if ceiling is None:
+        return sigma
+    limit, order = ceiling
+    return max(sigma, noise_for_filter(limit=limit, order=order, beside=beside, **terms))
+
+
+def rate_of(batch: float, nominal_sizes: Sequence[int]) -> float:
+    """Returns the sampling rate q of every site: the expected batch over the mean nominal size.
+
+    Raises:
+        UsageError: where it would be over 1.
+    """
+    mean = sum(nominal_sizes) / len(nominal_sizes)
+    if batch > mean:
+        raise UsageError(
+            f"privacy.batch {batch:g} is over the mean nominal size {mean:g}: lower it, or use "
+            "fewer sites"
+        )
+    return batch / mean
 
 
 def max_steps(

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import resource
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from bract.simulations.federations.loopback import LOOPBACK, Processes, SitePlan, lay_out
+from bract.shared import keyfiles
+from bract.simulations.federations.loopback import (
+    LOOPBACK,
+    Processes,
+    SitePlan,
+    free_port,
+    lay_out,
+)
 
 _SECONDS_A_ROUND = 30.0
 _ECHO = "from bract.simulations.benchmarks.bract_round import echo; echo()"
@@ -60,10 +66,11 @@ def echo_seconds(rounds: int, sites: int, megabytes: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, _echo_grid(Path(name), sites) as grid:
         from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 
-        values = np.zeros(int(megabytes * 1e6 / 4), np.float32)
+        # No two pieces alike: Flower sends equal ones once.
+        values = np.random.default_rng(0).normal(size=int(megabytes * 1e6 / 4)).astype(np.float32)
         idle, seconds = _peak_mib(), []
-        for number in range(rounds):
-            values[:] = number  # a new model each round, as in training
+        for _ in range(rounds):
+            values += 1  # a new model each round, as in training
             started = time.perf_counter()
             record = ArrayRecord({"model": Array(values)})
             messages = [
@@ -73,9 +80,9 @@ def echo_seconds(rounds: int, sites: int, megabytes: float) -> dict[str, Any]:
             replies = list(grid.send_and_receive(messages, timeout=120))
             if len(replies) != sites or any(reply.has_error() for reply in replies):
                 raise RuntimeError("a round lost an answer")
-            total = sum(reply.content["arrays"]["model"].numpy() for reply in replies)
-            if float(total[-1]) != sites * number:
-                raise RuntimeError("an answer is not what was sent")
+            for reply in replies:
+                if not np.array_equal(reply.content["arrays"]["model"].numpy(), values):
+                    raise RuntimeError("an answer is not what was sent")
             seconds.append(time.perf_counter() - started)
     return {"seconds": seconds, "server_mib": _peak_mib() - idle}
 
@@ -98,13 +105,6 @@ def echo() -> None:
                 connection.send(Message(content, reply_to=order))
 
 
-def free_port() -> int:
-    """Returns a port of loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def _echo_grid(folder: Path, sites: int) -> Iterator[Any]:
     import bract.server.app  # noqa: F401  an idle server has torch and all that it needs loaded
@@ -113,7 +113,6 @@ def _echo_grid(folder: Path, sites: int) -> Iterator[Any]:
     from bract.server.flower.host import Host, Listener
     from bract.shared import pki
 
-    memory.return_freed_blocks()
     authority, node_keys = pki.new_authority(), [pki.new_node_key() for _ in range(sites)]
     served = pki.issue_server(authority, [LOOPBACK])
     for name, text in {
@@ -122,8 +121,7 @@ def _echo_grid(folder: Path, sites: int) -> Iterator[Any]:
         "server-key.pem": served.key_pem(),
         **{f"node-{n}.pem": pki.node_key_pem(key) for n, key in enumerate(node_keys)},
     }.items():
-        (folder / name).write_bytes(text)
-        (folder / name).chmod(0o600)
+        keyfiles.create([keyfiles.private(folder / name, text)])
     host = Host(
         database=folder / "superlink.sqlite",
         sites={f"site-{n}": pki.node_public_line(k.public_key()) for n, k in enumerate(node_keys)},
@@ -140,6 +138,7 @@ def _echo_grid(folder: Path, sites: int) -> Iterator[Any]:
         grid = FleetGrid(host, reply_seconds=120)
         while len(list(grid.get_node_ids())) < sites:
             time.sleep(0.1)
+        memory.settle()
         yield grid
     finally:
         for process in processes:

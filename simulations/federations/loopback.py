@@ -12,13 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from bract.shared import federation, keys, pki
+import tomli_w
+
+from bract.shared import federation, keyfiles, keys, pki
 from bract.shared.errors import BractError
 
 LOOPBACK = "127.0.0.1"
@@ -99,21 +100,29 @@ def lay_out(
     coordinator.mkdir(parents=True)
     authority, signing, witness = pki.new_authority(), keys.generate(), keys.generate()
     served = pki.issue_server(authority, [LOOPBACK, "localhost"])
-    (coordinator / "ca.pem").write_bytes(authority.certificate_pem())
-    (coordinator / "server.pem").write_bytes(served.certificate_pem())
-    _private(coordinator / "server-key.pem", served.key_pem())
-    keys.save(signing, coordinator / "coordinator.pem")
-    keys.save(witness, coordinator / "witness.pem")
+    keyfiles.create(
+        [
+            keyfiles.public(coordinator / "ca.pem", authority.certificate_pem()),
+            keyfiles.public(coordinator / "server.pem", served.certificate_pem()),
+            keyfiles.private(coordinator / "server-key.pem", served.key_pem()),
+            keyfiles.private(coordinator / "coordinator.pem", keys.to_pem(signing)),
+            keyfiles.private(coordinator / "witness.pem", keys.to_pem(witness)),
+        ]
+    )
     entries = []
     for site in sites:
         folder = layout.site(site.name).parent
         folder.mkdir(parents=True, exist_ok=True)  # it may hold the site's data already
         ledger_key, node_key = keys.generate(), pki.new_node_key()
-        keys.save(ledger_key, folder / "ledger.pem")
-        _private(folder / "node-key.pem", pki.node_key_pem(node_key))
-        (folder / "ca.pem").write_bytes(authority.certificate_pem())
+        keyfiles.create(
+            [
+                keyfiles.public(folder / "ca.pem", authority.certificate_pem()),
+                keyfiles.private(folder / "ledger.pem", keys.to_pem(ledger_key)),
+                keyfiles.private(folder / "node-key.pem", pki.node_key_pem(node_key)),
+            ]
+        )
         layout.site(site.name).write_text(
-            toml(_site_tables(site, signing.public, str(terms["model"]["name"]), port))
+            tomli_w.dumps(_site_tables(site, signing.public, str(terms["model"]["name"]), port))
         )
         entries.append(
             {
@@ -134,7 +143,7 @@ def lay_out(
     if public_data is not None:
         server["public_data"] = public_data
     tables = {"coordinator_key": "coordinator.pem", **terms, "server": server, "sites": entries}
-    layout.federation.write_text(toml(tables))
+    layout.federation.write_text(tomli_w.dumps(tables))
     signed = federation.propose(federation.read(layout.federation))
     layout.contract.write_bytes(signed.to_bytes())
     return layout
@@ -145,14 +154,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
-
-
-def toml(tables: Mapping[str, Any]) -> str:
-    """Returns nested tables as TOML; scalars come before the tables of their level."""
-    text = "\n".join(_toml_lines(tables, ())) + "\n"
-    if tomllib.loads(text) != dict(tables):
-        raise ValueError("a value that this writer does not know")
-    return text
 
 
 @dataclass(slots=True)
@@ -249,40 +250,3 @@ def _site_tables(site: SitePlan, coordinator: str, model: str, port: int) -> dic
         },
         "domains": {site.name: {"epsilon": site.epsilon, "delta": site.delta, "data": data}},
     }
-
-
-def _private(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-
-
-def _toml_lines(tables: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
-    nested = {k: v for k, v in tables.items() if isinstance(v, Mapping)}
-    lists = {
-        k: v for k, v in tables.items() if isinstance(v, list) and v and isinstance(v[0], Mapping)
-    }
-    lines = [
-        f"{_key(k)} = {_scalar(v)}" for k, v in tables.items() if k not in nested and k not in lists
-    ]
-    for name, table in nested.items():
-        lines += ["", f"[{'.'.join(map(_key, (*path, name)))}]", *_toml_lines(table, (*path, name))]
-    for name, tables_of in lists.items():
-        for table in tables_of:
-            header = ".".join(map(_key, (*path, name)))
-            lines += ["", f"[[{header}]]", *_toml_lines(table, (*path, name))]
-    return lines
-
-
-def _key(name: str) -> str:
-    return name if name.replace("_", "").replace("-", "").isalnum() else f'"{name}"'
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_scalar, value))}]"
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return repr(value)

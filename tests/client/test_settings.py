@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from bract.client import settings
 from bract.client.settings import SiteSettings
 from bract.shared.errors import UsageError
-from bract.simulations.federations.loopback import toml
 
 KEY = "a" * 64
 
@@ -40,7 +40,7 @@ def tables(**changes: Any) -> dict[str, Any]:
 def written(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "SITE.toml"
-    path.write_text(toml(tables(**changes)))
+    path.write_text(tomli_w.dumps(tables(**changes)))
     return path
 
 

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sqlite3
 import ssl
 import subprocess
@@ -63,7 +62,7 @@ from bract.shared.incarnation import Incarnation
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.updates import ProtectedUpdate
 from bract.simulations.federations import loopback
-from bract.simulations.federations.loopback import LOOPBACK, Layout, Processes, SitePlan
+from bract.simulations.federations.loopback import LOOPBACK, Layout, Processes, SitePlan, free_port
 
 WAIT_SECONDS = 120.0
 HONEST, HOSTILE = ("alpha", "beta"), "mallory"
@@ -93,12 +92,6 @@ def until(holds: Callable[[], Any], what: str, *, seconds: float = WAIT_SECONDS)
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
         time.sleep(0.05)
     return value
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
 
 
 def lay_out(root: Path, names: Sequence[str], **terms: Any) -> Layout:

@@ -69,7 +69,7 @@ SERVER_KILLS = {
     "while it waits for replies": "kill after bract.server.flower.grid:FleetGrid.push_messages 2",
     "with one reply of two": "kill after bract.server.flower.grid:FleetGrid._take 3",
     "while it aggregates": "kill after bract.server.strategy:PublicFedAvg._sort 4",
-    "after it aggregated": "kill after bract.server.strategy:PublicFedAvg.average 2",
+    "after it aggregated": "kill after bract.server.strategy:PublicFedAvg.aggregate_train 2",
     "while it writes the checkpoint's arrays": "kill before pathlib:Path.replace 3 .weights-",
     "between the checkpoint's two files": (
         "kill before bract.shared.canonical:write_atomically 3 checkpoint/state.json"

@@ -54,7 +54,8 @@ def taken(
 
     grid = LocalGrid(client, [{}], workers=1)  # type: ignore[arg-type]
     strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(key))
-    strategy.average(number, grid.send_and_receive(strategy.orders(number, ArrayRecord(), grid)))
+    sent = strategy.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
+    strategy.aggregate_train(number, grid.send_and_receive(sent))
     return strategy
 
 

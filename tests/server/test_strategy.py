@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from bract.server.strategy import INVALID_UPDATE, PublicFedAvg, from_record, to_record
+from bract.server.strategy import INVALID_UPDATE, PublicFedAvg
 from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays, contract, keys, wire
 from bract.shared.contract import SignedContract, SiteTerms, TrainingTerms
@@ -64,7 +64,7 @@ def carry(signed: SignedContract) -> Callable[[dict[int, RecordDict]], list[Mess
 
         grid = LocalGrid(client, [{}] * len(contents), workers=1)  # type: ignore[arg-type]
         strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
-        sent = strategy.configure_train(1, to_record(values(0.0)), ConfigRecord(), grid)
+        sent = strategy.configure_train(1, wire.pack(values(0.0)), ConfigRecord(), grid)
         return list(grid.send_and_receive(sent))
 
     return run
@@ -89,7 +89,7 @@ def test_weights_are_the_contracts_whatever_order_replies_come_in(
         average, _ = PublicFedAvg(signed, SHAPES, WitnessDesk(None)).aggregate_train(
             1, carry(contents)
         )
-        averages.append(from_record(average))
+        averages.append(wire.unpack(average))
     expected = sum(
         w * s["1.weight"].astype(float) for w, s in zip((0.1, 0.3, 0.6), sent, strict=True)
     )
@@ -136,7 +136,7 @@ def test_a_bad_update_is_left_out_and_the_round_goes_on(
     contents = {1000: wire.encode_reply(good), 1001: wire.encode_reply(bad)}
     strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
     average, _ = strategy.aggregate_train(1, carry(contents))
-    np.testing.assert_array_equal(from_record(average)["1.bias"], np.full(10, 2.0))
+    np.testing.assert_array_equal(wire.unpack(average)["1.bias"], np.full(10, 2.0))
     assert [reason for _, reason in strategy.refused] == [INVALID_UPDATE]
     assert set(strategy.replied) == {"gamma"}
 
@@ -153,13 +153,13 @@ def test_a_final_refusal_is_not_asked_again_and_a_passing_one_is(
     average, _ = strategy.aggregate_train(1, carry(contents))
     assert average is None
     grid = LocalGrid(lambda m, c: m, [{}, {}], workers=1)  # type: ignore[arg-type, return-value]
-    again = strategy.configure_train(1, to_record(values(0.0)), ConfigRecord(), grid)
+    again = strategy.configure_train(1, wire.pack(values(0.0)), ConfigRecord(), grid)
     assert [message.metadata.dst_node_id for message in again] == [1001]
 
 
 def test_a_message_of_another_form_is_a_bad_update(signed: SignedContract, carry: Any) -> None:
     strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
-    contents = {1000: RecordDict({"arrays": to_record(values(1.0))})}
+    contents = {1000: RecordDict({"arrays": wire.pack(values(1.0))})}
     average, _ = strategy.aggregate_train(1, carry(contents))
     assert average is None
     assert strategy.refused == [("node 1000", INVALID_UPDATE)]
@@ -174,7 +174,7 @@ def test_contract_module_is_what_travels(signed: SignedContract, carry: Any) -> 
 
     grid = LocalGrid(client, [{}], workers=1)  # type: ignore[arg-type]
     strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
-    grid.push_messages(strategy.configure_train(1, to_record(values(3.0)), ConfigRecord(), grid))
+    grid.push_messages(strategy.configure_train(1, wire.pack(values(3.0)), ConfigRecord(), grid))
     assert contract.from_bytes(seen[0].contract.to_bytes()) == signed
     assert seen[0].round == 1
     assert arrays.digest(seen[0].weights) == arrays.digest(values(3.0))
@@ -191,7 +191,7 @@ class Town:
 
 
 def orders_of(strategy: PublicFedAvg, grid: Any, number: int = 1) -> dict[int, wire.TrainOrder]:
-    sent = strategy.configure_train(number, to_record(values(0.0)), ConfigRecord(), grid)
+    sent = strategy.configure_train(number, wire.pack(values(0.0)), ConfigRecord(), grid)
     return {m.metadata.dst_node_id: wire.decode_order(m.content) for m in sent}
 
 
@@ -282,7 +282,7 @@ def test_a_site_whose_ledger_was_put_back_is_not_made_to_pay_for_nothing(
     grid = LocalGrid(client, [{}], workers=1)  # type: ignore[arg-type]
     for seen, reason in (({}, []), ({"alpha": head}, [Reason.LEDGER_ROLLED_BACK.value])):
         desk.remember(seen)
-        sent = strategy.configure_train(1, to_record(values(0.0)), ConfigRecord(), grid)
+        sent = strategy.configure_train(1, wire.pack(values(0.0)), ConfigRecord(), grid)
         strategy.aggregate_train(1, grid.send_and_receive(sent))
         assert [reason for _, reason in strategy.refused] == reason
         assert strategy.retired == len(reason)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from bract.shared import federation, keys, pki
 from bract.shared.errors import UsageError
@@ -13,7 +14,6 @@ from bract.shared.federation import Federation
 from bract.shared.policy import DomainPolicy
 from bract.shared.privacy import accounting, entries, events
 from bract.shared.privacy.orders import best_order
-from bract.simulations.federations.loopback import toml
 
 NODE_KEYS = [pki.node_public_line(pki.new_node_key().public_key()) for _ in range(2)]
 SITE_KEYS = [keys.generate().public for _ in range(2)]
@@ -59,7 +59,7 @@ def tables(**changes: Any) -> dict[str, Any]:
 def written(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "FEDERATION.toml"
-    path.write_text(toml(tables(**changes)))
+    path.write_text(tomli_w.dumps(tables(**changes)))
     return path
 
 

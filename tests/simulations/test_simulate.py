@@ -239,11 +239,11 @@ def test_two_runs_on_one_state_do_not_mix(
     common = ("simulate", "digits", *QUICK, "--state", "state")
     assert bract(*common, "--out", "a").returncode == 0
     before = [Path(path).read_bytes() for path in ledgers(tmp_path / "state")]
-    monkeypatch.setattr("bract.simulations.state.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("bract.shared.locks.LOCK_SECONDS", 0.2)
     with State.under(tmp_path / "state").locked():
         done = bract(*common, "--out", "b", "--json")
     assert done.returncode == 1
-    assert "another run is using" in strict(done.stdout)["error"]["message"]
+    assert "another process uses" in strict(done.stdout)["error"]["message"]
     assert [Path(path).read_bytes() for path in ledgers(tmp_path / "state")] == before
 
 

@@ -55,7 +55,7 @@ def test_a_federation_that_cannot_start_says_which_log_to_read(
 ) -> None:
     with socket.socket() as taken:
         taken.bind((stock.HOST, 0))  # and nobody listens there
-        monkeypatch.setattr(stock, "_free_port", lambda: taken.getsockname()[1])
+        monkeypatch.setattr(stock, "free_port", lambda: taken.getsockname()[1])
         with (
             pytest.raises(BractError, match=r"superlink ended with .*superlink\.log"),
             stock_federation(tmp_path / "flower", []),

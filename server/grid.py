@@ -1,0 +1,26 @@
+"""What every grid of ours has in common: one process carries one run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+
+class SingleRunGrid(Grid):
+    """A grid whose run is fixed when it is made."""
+
+    def set_run(self, run: Any) -> None:
+        """Does nothing: the grid lives for one run."""
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Returns a message from the server to a node."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
