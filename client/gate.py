@@ -255,7 +255,7 @@ class Gate:
             terms=terms,
             round=order.round,
             attempt=len(primary.charges[key]),
-            open_examples=lambda: self.holdings.open(terms.domain),
+            open_examples=lambda: self.holdings.open(terms.domain, contract.data),
         )
 
     def _charge(

@@ -27,8 +27,8 @@ class Holdings(Protocol):
             Refusal: otherwise.
         """
 
-    def open(self, domain: str) -> Examples:
-        """Returns the examples of a domain."""
+    def open(self, domain: str, data: DataTerms) -> Examples:
+        """Returns the examples of a domain, prepared as a contract's terms say."""
 
 
 class Roots:
@@ -46,18 +46,17 @@ class Roots:
         root = self._roots.get(domain)
         if root is None or root.name != data.name:
             raise Refusal(Reason.POLICY_DOMAIN, f"domain {domain!r} holds no {data.name!r} data")
-        terms = dataset(root.name).terms
-        if (terms.shape, terms.classes) != (data.shape, data.classes):
+        if not dataset(root.name).fits(data):
             raise Refusal(
                 Reason.POLICY_DOMAIN, f"{data.name!r} has another shape than the contract says"
             )
 
-    def open(self, domain: str) -> Examples:
+    def open(self, domain: str, data: DataTerms) -> Examples:
         """Returns the examples of a domain, read once in a process."""
         root = self._roots[domain]
-        return _open(root.name, root.folder, root.part)
+        return _open(data, root.folder, root.part)
 
-    def problems(self, domain: str, nominal_size: int) -> list[str]:
+    def problems(self, domain: str, data: DataTerms, nominal_size: int) -> list[str]:
         """Returns what an operator should mend, by file, row and column and never by value.
 
         Reads the true data, so it is for the operator's eyes alone, before the site is offered.
@@ -65,7 +64,7 @@ class Roots:
         root = self._roots[domain]
         folder = Path(root.folder) if root.folder else None
         try:
-            return check_part(root.name, folder, root.part, nominal_size)
+            return check_part(data, folder, root.part, nominal_size)
         except BractError as error:
             return [str(error)]
 
@@ -149,5 +148,5 @@ def _shown(root: DataRoot) -> str:
 
 
 @lru_cache(maxsize=4)
-def _open(name: str, folder: str | None, part: str) -> Examples:
-    return load_part(name, Path(folder) if folder else None, part)
+def _open(data: DataTerms, folder: str | None, part: str) -> Examples:
+    return load_part(data, Path(folder) if folder else None, part)

@@ -57,7 +57,7 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
             begun = max((n for name, n in held.charges if name == agreed.sha256), default=0)
             following = min(begun + 1, agreed.rounds)
             budget.check_room(held, agreed, policy.domains[domain], round_number=following)
-        problems = roots.problems(terms.domain, terms.nominal_size)
+        problems = roots.problems(terms.domain, agreed.data, terms.nominal_size)
     except (Refusal, VerificationFailed) as refusal:
         reason = str(refusal)
     return ContractCheck(

@@ -47,8 +47,8 @@ def main(grid: Grid, context: Context) -> None:
         folder=_path(configured.get("data-folder")),
         root=_path(configured.get("data-dir")),
     )
-    validation, test = load_public(agreed.data.name, folder)
-    if agreed.data.public not in (None, public.sha256(agreed.data.name, folder)):
+    validation, test = load_public(agreed.data, folder)
+    if agreed.data.public not in (None, public.sha256(agreed.data, folder)):
         raise VerificationFailed(
             "the public examples here are not those that the contract declares: name their folder "
             "with server.public_data"
@@ -100,8 +100,7 @@ def _initial_model(agreed: contract.Contract, seed: int) -> nn.Module:
     """Returns the model before round 1; its start is public, so its seed needs no secrecy."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        terms, data = agreed.model, agreed.data
-        return models.build(terms.name, data.shape, data.classes, terms.options)
+        return models.of(agreed.model, agreed.data)
 
 
 def _witness_key(agreed: contract.Contract, path: Any) -> keys.SigningKey | None:

@@ -39,7 +39,7 @@ def _serve(federation: Path, log_format: str, as_json: bool) -> None:
         print_json(summary.model_dump(mode="json"))
     elif not as_json:
         click.echo(
-            f"{summary.rounds} rounds, test accuracy {summary.test_accuracy:.4f}, ε of this run at "
+            f"{summary.rounds} rounds, {summary.line}, ε of this run at "
             f"most {shown(summary.epsilon_run)} at δ {summary.delta:g}: {summary.out}"
         )
     if summary.rounds == 0:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
+from bract.shared import tasks
 from bract.shared.arrays import Arrays
 from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, Groups
@@ -20,9 +21,12 @@ BATCH = 1024
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Accuracy in [0, 1] and mean cross-entropy in nats (None where it is not finite)."""
+    """Accuracy in [0, 1], None for the task "value", and the mean loss, None where not finite.
 
-    accuracy: float
+    "next-token": the accuracy and the loss in nats of a token, over all tokens there are.
+    """
+
+    accuracy: float | None
     loss: float | None
 
 
@@ -35,11 +39,21 @@ class Evaluator:
 
     def score(self, weights: Arrays, examples: Examples) -> Score:
         """Returns accuracy and loss on public examples."""
-        logits = self._logits(weights, examples)
-        targets = torch.from_numpy(examples.targets)
-        loss = float(functional.cross_entropy(logits, targets))
-        correct = (logits.argmax(1) == targets).float().mean()
-        return Score(accuracy=float(correct), loss=loss if np.isfinite(loss) else None)
+        total, right, count = 0.0, 0.0, 0
+        for outputs, targets in self._outputs(weights, examples):
+            if self._data.task == "value":
+                total += float(tasks.losses(outputs, targets, "value").sum())
+                count += len(targets)
+                continue
+            outputs, targets = outputs.reshape(-1, self._data.classes), targets.reshape(-1)
+            total += float(tasks.losses(outputs, targets, "classes").sum())
+            right += int((outputs.argmax(1) == targets).sum())
+            count += int((targets != tasks.NO_CLASS).sum())
+        loss, accuracy = total / max(count, 1), right / max(count, 1)
+        return Score(
+            accuracy=None if self._data.task == "value" else accuracy,
+            loss=loss if np.isfinite(loss) else None,
+        )
 
     def report(self, weights: Arrays, examples: Examples) -> dict[str, Any]:
         """Returns macro precision, recall and F1, and the confusion matrix (rows: the truth).
@@ -47,6 +61,8 @@ class Evaluator:
         With two classes the area under the ROC curve too; with groups each one's accuracy and
         their mean, in which a small hospital counts as much as a large one.
         """
+        if self._data.task != "classes":
+            return {}
         from sklearn import metrics  # slow to import
 
         logits = self._logits(weights, examples).numpy()
@@ -65,15 +81,20 @@ class Evaluator:
             **_by_group(guesses == truth, examples.groups),
         }
 
-    @torch.inference_mode()
     def _logits(self, weights: Arrays, examples: Examples) -> torch.Tensor:
+        return torch.cat([outputs for outputs, _ in self._outputs(weights, examples)])
+
+    @torch.inference_mode()
+    def _outputs(
+        self, weights: Arrays, examples: Examples
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields outputs and targets, some examples at a time."""
         for name, parameter in self._parameters.items():
             parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
-        pieces = []
         for start in range(0, len(examples), BATCH):
-            inputs = torch.from_numpy(examples.inputs[start : start + BATCH]).to(torch.float32)
-            pieces.append(self._model((inputs - self._data.offset) / self._data.scale))
-        return torch.cat(pieces)
+            inputs = tasks.inputs_of(examples.inputs[start : start + BATCH], self._data)
+            targets = tasks.targets_of(examples.targets[start : start + BATCH], self._data)
+            yield self._model(inputs), targets
 
 
 def _auc(logits: np.ndarray, truth: np.ndarray) -> float | None:

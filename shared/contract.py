@@ -4,20 +4,47 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from bract.shared import canonical, keys
 from bract.shared.configuration import Frozen, parse
 from bract.shared.errors import UsageError, VerificationFailed
+from bract.shared.preparation import Preparation
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,199}$")]
 Scalar = bool | int | float | str
+Task = Literal["classes", "next-token", "value"]
 
 ADJACENCY: Literal["add-or-remove-one"] = "add-or-remove-one"
 MAX_STEPS = 10_000_000
+
+
+class _Grown(Frozen):
+    """Terms that gained fields: a field of `later` is written only where it says something.
+
+    So a contract that was signed before there was such a field keeps its bytes and its hash, and
+    the ledgers that hold it can be verified for ever.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_what_was_not_asked(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields, values = type(self).model_fields, dump(self)
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in self.later or getattr(self, name) != fields[name].default
+        }
 
 
 class ModelTerms(Frozen):
@@ -27,19 +54,43 @@ class ModelTerms(Frozen):
     options: dict[str, Scalar] = Field(default={})
 
 
-class DataTerms(Frozen):
-    """What an example looks like, and the public constants that normalise it.
+class DataTerms(_Grown):
+    """What an example looks like, what is learned of it, and the public constants for both.
 
-    An input x of `shape` becomes (x − offset) / scale. `public` is the SHA-256 of the validation
-    and test examples that the server holds, which the contract so declares public.
+    An input x of `shape` becomes (x − offset) / scale. With a `vocabulary` it is a row of tokens
+    instead, whole numbers from 0 up to that, and stays as it is. `task` is "classes" (one label of
+    `classes`), "next-token" (the token after each place; `classes` is the vocabulary) or "value" (a
+    number, by its squared error; `classes` is 1). `preparation` says how files become inputs, for
+    data sets that do not know it by themselves. `public` is the SHA-256 of the validation and test
+    examples that the server holds, which the contract so declares public.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"task", "vocabulary", "preparation"})
 
     name: str = Field(min_length=1, max_length=200)
     shape: tuple[Annotated[int, Field(ge=1)], ...]
-    classes: int = Field(ge=2)
+    classes: int = Field(ge=1)
+    task: Task = "classes"
+    vocabulary: int | None = Field(default=None, ge=2, le=10_000_000)
     offset: float = 0.0
     scale: float = Field(default=1.0, gt=0)
+    preparation: Preparation | None = None
     public: Hex32 | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataTerms:
+        if self.task == "classes" and self.classes < 2:
+            raise ValueError(f"classes {self.classes} must be at least 2 to tell apart")
+        if self.task == "value" and self.classes != 1:
+            raise ValueError(f"classes {self.classes} must be 1 where a number is learned")
+        if self.task == "next-token" and self.classes != self.vocabulary:
+            raise ValueError(
+                f"classes {self.classes} must be the vocabulary {self.vocabulary} where the next "
+                "token is learned"
+            )
+        if self.vocabulary is not None and len(self.shape) != 1:
+            raise ValueError(f"shape {list(self.shape)} must be one axis, that of the tokens")
+        return self
 
     def scaled(self, offset: float | None, scale: float | None) -> DataTerms:
         """Returns the terms with other constants, where these are given."""
@@ -155,6 +206,11 @@ class Contract(Frozen):
         if self.max_attempts < self.rounds:
             raise ValueError("max_attempts must be at least rounds")
         check_evaluation(self.evaluation, self.rounds)
+        if self.evaluation is not None and self.data.task != "classes":
+            raise ValueError(
+                f"evaluation counts right labels, and the task {self.data.task!r} has none: leave "
+                "evaluation out"
+            )
         private = self.privacy.mechanism == "dp-sgd" and self.privacy.randomness == "csprng"
         if not self.simulation and not private:
             raise ValueError("only a simulation may be seeded or without noise")

@@ -22,7 +22,8 @@ from bract.shared.contract import (
     SiteTerms,
     TrainingTerms,
 )
-from bract.shared.data import dataset, public
+from bract.shared.data import public
+from bract.shared.data.choice import DataChoice
 from bract.shared.data.locations import folder_of
 from bract.shared.errors import UsageError
 from bract.shared.policy import check_delta
@@ -80,14 +81,6 @@ class Deadlines(Frozen):
     round: Seconds = 1800.0
     reply: Seconds = 900.0
     close: Seconds = 30.0
-
-
-class FederatedData(Frozen):
-    """Which data set each site holds its own part of, and the public constants for it."""
-
-    name: str
-    offset: float | None = None
-    scale: float | None = Field(default=None, gt=0)
 
 
 class FederatedPrivacy(Frozen):
@@ -148,7 +141,7 @@ class Federation(Frozen):
     server: ServerSettings
     deadlines: Deadlines = Deadlines()
     model: ModelTerms
-    data: FederatedData
+    data: DataChoice
     training: TrainingTerms
     privacy: FederatedPrivacy
     evaluation: EvaluationTerms | None = None
@@ -184,8 +177,12 @@ def read(path: Path) -> Federation:
         for name in ("certificate", "key", "witness_key", "state", "out", "public_data")
         if (value := getattr(server, name)) is not None
     }
+    data = federation.data
+    if data.schema_file is not None:
+        data = data.model_copy(update={"schema_file": str(folder / data.schema_file)})
     return federation.model_copy(
         update={
+            "data": data,
             "coordinator_key": str(folder / federation.coordinator_key),
             "contract": str(folder / federation.contract),
             "server": server.model_copy(update=paths),
@@ -240,9 +237,8 @@ def public_folder(federation: Federation) -> Path | None:
 
 
 def _data_terms(federation: Federation) -> DataTerms:
-    settings = federation.data
-    terms = dataset(settings.name).terms.scaled(settings.offset, settings.scale)
-    held = public.sha256(settings.name, public_folder(federation))
+    terms = federation.data.terms()
+    held = public.sha256(terms, public_folder(federation))
     return terms.model_copy(update={"public": held})
 
 

@@ -47,19 +47,30 @@ class SitePrivacy(Frozen):
 class Scores(Frozen):
     """How good the last weights are on public test examples.
 
-    `auc` is null unless there are two classes; the accuracies of groups are null where the data
-    set knows none.
+    Of the task "classes" all but `auc` is there, which is null unless there are two classes; of
+    "next-token" accuracy and loss are those of a token; of "value" there is the loss alone, the
+    mean squared error. The accuracies of groups are null where the data set knows none.
     """
 
-    test_accuracy: float = Probability
+    test_accuracy: Annotated[float, Probability] | None
     test_loss: float | None
-    precision: float = Probability
-    recall: float = Probability
-    f1: float = Probability
-    confusion: list[list[int]]
+    precision: Annotated[float, Probability] | None = None
+    recall: Annotated[float, Probability] | None = None
+    f1: Annotated[float, Probability] | None = None
+    confusion: list[list[int]] | None = None
     auc: Annotated[float, Probability] | None = None
     test_accuracy_by_group: dict[str, Annotated[float, Probability]] | None = None
     test_accuracy_mean_of_groups: Annotated[float, Probability] | None = None
+
+    @property
+    def line(self) -> str:
+        """The scores that there are, in words."""
+        named = {
+            "test accuracy": self.test_accuracy,
+            "macro F1": self.f1,
+            "test loss": self.test_loss if self.test_accuracy is None else None,
+        }
+        return "   ".join(f"{name} {v:.4f}" for name, v in named.items() if v is not None)
 
 
 class RunFacts(Scores):
@@ -104,7 +115,7 @@ class MetricsLine(Frozen):
     """
 
     round: int
-    validation_accuracy: float = Probability
+    validation_accuracy: Annotated[float, Probability] | None
     validation_loss: float | None
     local_accuracy: Annotated[float, Probability] | None = None
     epsilon_run: float | None

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 @click.option("--sites", type=int, metavar="N", help="How many sites share the data.")
 @click.option("--rounds", type=int, metavar="R", help="How many rounds.")
 @click.option("--model", metavar="M", help="linear, mlp, cnn, or module:factory.")
+@click.option("--data", metavar="NAME", help="A data set, or module:factory of your own.")
+@click.option("--data-file", metavar="FILE", help="The one file that holds the data.")
+@click.option("--schema", metavar="FILE", help="A TOML file with the public preparation of it.")
+@click.option("--image-dir", metavar="DIR", help="A folder of images, one folder for each label.")
 @click.option("--device", metavar="D", help="auto, cpu or cuda:N.")
 @click.option("--workers", type=int, metavar="W", help="Processes that train; default: the cores.")
 @click.option("--seed", type=int, metavar="S", help="Repeats partition, start, batches and noise.")
@@ -68,6 +72,10 @@ def simulate(
     sites: int | None,
     rounds: int | None,
     model: str | None,
+    data: str | None,
+    data_file: str | None,
+    schema: str | None,
+    image_dir: str | None,
     device: str | None,
     workers: int | None,
     seed: int | None,
@@ -89,7 +97,8 @@ def simulate(
 
     count, carrier = _workers(workers), _engine(engine, ray_address, workers)
     if resume is not None:
-        named = [*settings, sites, rounds, model, device, seed, data_dir, state, out]
+        of_data = [data, data_file, schema, image_dir, data_dir]
+        named = [*settings, *of_data, sites, rounds, model, device, seed, state, out]
         if any(value is not None for value in named):
             raise UsageError(
                 f"--resume {resume} takes only --workers, --engine, --ray-address and --json"
@@ -103,7 +112,16 @@ def simulate(
         chosen = experiments.load(
             experiment or "digits",
             model=model,
-            overrides={"sites": sites, "rounds": rounds, "device": device, "seed": seed},
+            overrides={
+                "sites": sites,
+                "rounds": rounds,
+                "device": device,
+                "seed": seed,
+                "data.name": data,
+                "data.file": data_file,
+                "data.schema_file": schema,
+                "data.dir": image_dir,
+            },
             settings=settings,
         )
         folder = out or Path("runs") / f"{chosen.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
@@ -154,10 +172,7 @@ def _table(report: Summary) -> None:
         table.add_row(name, shown(site.epsilon_run), shown(site.epsilon), str(site.charges))
     console = Console(stderr=True, soft_wrap=True)
     console.print(table)
-    console.print(
-        f"{report.rounds} rounds in {report.seconds:.1f} s   test accuracy "
-        f"{report.test_accuracy:.4f}   macro F1 {report.f1:.4f}"
-    )
+    console.print(f"{report.rounds} rounds in {report.seconds:.1f} s   {report.line}")
     groups = report.test_accuracy_by_group
     if groups:
         each = "   ".join(f"{name} {accuracy:.4f}" for name, accuracy in list(groups.items())[:20])

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from bract.shared.configuration import Frozen, parse, read_toml
 from bract.shared.contract import EvaluationTerms, ModelTerms, TrainingTerms, check_evaluation
+from bract.shared.data.choice import DataChoice
 from bract.shared.data.partitions import Partition
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.policy import Filter, Menu
@@ -19,14 +20,12 @@ from bract.shared.policy import Filter, Menu
 PACKAGE = "bract.simulations.experiments"
 
 
-class DataSettings(Frozen):
-    """Which data set; `dir` is its folder, where it is not found by itself."""
+class DataSettings(DataChoice):
+    """Which data set; `dir` is its folder or `file` its file, where it is not found by itself."""
 
-    name: str
     dir: str | None = None
+    file: str | None = None
     partition: Partition = Partition()
-    offset: float | None = None
-    scale: float | None = Field(default=None, gt=0)
 
 
 class PrivacySettings(Frozen):

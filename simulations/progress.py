@@ -25,11 +25,16 @@ class _RoundHandler(logging.Handler):
         if getattr(record, "event", None) != "round" or not getattr(record, "completed", False):
             return
         line = getattr(record, "line", {})
-        spent = line.get("epsilon_run")
+        spent, accuracy = line.get("epsilon_run"), line.get("validation_accuracy")
+        what, value = (
+            ("accuracy", accuracy)
+            if accuracy is not None
+            else ("loss", line.get("validation_loss"))
+        )
         self._progress.update(
             self._task,
             completed=line.get("round", 0),
-            accuracy=f"validation accuracy {line.get('validation_accuracy', 0.0):.3f}",
+            accuracy="" if value is None else f"validation {what} {value:.3f}",
             spent="ε unbounded" if spent is None else f"ε {spent:.2f}",
         )
         self._progress.refresh()

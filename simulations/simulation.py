@@ -21,7 +21,7 @@ from bract.shared.contract import (
     SignedContract,
     SiteTerms,
 )
-from bract.shared.data import Splits, dataset, load
+from bract.shared.data import Splits, load
 from bract.shared.data.locations import folder_of
 from bract.shared.data.partitions import group_names, nominal_size, split
 from bract.shared.errors import UsageError
@@ -42,6 +42,7 @@ class Begun(Frozen):
     """What a run was begun with, so that it can be resumed by its folder alone."""
 
     experiment: Experiment
+    data: DataTerms
     data_folder: str | None
     state: str | None
 
@@ -136,7 +137,7 @@ class Simulation:
 
     def _splits(self) -> Splits:
         folder = self.begun.data_folder
-        return load(self.begun.experiment.data.name, Path(folder) if folder else None)
+        return load(self.begun.data, Path(folder) if folder else None)
 
     def _domain(self, state: State) -> str:
         experiment = self.begun.experiment
@@ -148,7 +149,7 @@ class Simulation:
     def _plan(self, state: State, domain: str) -> Plan:
         experiment = self.begun.experiment
         return Plan(
-            data_name=experiment.data.name,
+            data=self.begun.data,
             data_folder=self.begun.data_folder,
             rows=str(self._checkpoint / "rows.npz"),
             ledgers=str(state.ledgers),
@@ -188,7 +189,7 @@ class Simulation:
             rounds=experiment.rounds,
             max_attempts=experiment.rounds + experiment.spare_attempts,
             model=experiment.model,
-            data=_data_terms(experiment),
+            data=self.begun.data,
             training=experiment.training,
             privacy=_privacy_terms(experiment, sizes),
             evaluation=experiment.evaluation,
@@ -207,16 +208,13 @@ def begin(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and isn't empty: name another --out, or --resume {out}")
-    folder = folder_of(
-        experiment.data.name,
-        folder=Path(experiment.data.dir) if experiment.data.dir else None,
-        root=data_dir,
-    )
-    _check(experiment, folder)
+    data, folder = experiment.data.terms(), _where(experiment, data_dir)
+    _check(experiment, data, folder)
     if state is not None:
         State.under(state).check(_domain_facts(experiment))
     begun = Begun(
         experiment=experiment,
+        data=data,
         data_folder=str(folder.resolve()) if folder else None,
         state=str(state.resolve()) if state else None,
     )
@@ -245,14 +243,23 @@ def resume(out: Path, *, workers: int) -> Simulation:
     return Simulation(begun=begun, out=out.resolve(), workers=workers)
 
 
-def _check(experiment: Experiment, folder: Path | None) -> None:
+def _where(experiment: Experiment, root: Path | None) -> Path | None:
+    """Returns the folder or the file that holds the data, None where they are found by name."""
+    settings = experiment.data
+    if settings.file is None:
+        folder = Path(settings.dir) if settings.dir else None
+        return folder_of(settings.name, folder=folder, root=root)
+    if not Path(settings.file).is_file():
+        raise UsageError(f"no data file {settings.file}: correct --data-file")
+    return Path(settings.file)
+
+
+def _check(experiment: Experiment, data: DataTerms, folder: Path | None) -> None:
     """Fails early and cheaply on what would fail later."""
     check_budget(experiment.privacy.epsilon, experiment.privacy.delta)
     devices.resolve(experiment.device)
-    data = _data_terms(experiment)
-    splits = load(data.name, folder)
-    model = models.build(experiment.model.name, data.shape, data.classes, experiment.model.options)
-    admission.admit(model, shape=data.shape, classes=data.classes, name=experiment.model.name)
+    splits = load(data, folder)
+    admission.admit(models.of(experiment.model, data), data=data, name=experiment.model.name)
     if experiment.data.partition.kind == "natural":
         sizes = [nominal_size(len(part)) for part in _parts(experiment, splits)]
     else:
@@ -288,11 +295,6 @@ def _domain_facts(experiment: Experiment) -> dict[str, Any]:
         "seed": experiment.seed,
         "sites": experiment.sites,
     }
-
-
-def _data_terms(experiment: Experiment) -> DataTerms:
-    settings = experiment.data
-    return dataset(settings.name).terms.scaled(settings.offset, settings.scale)
 
 
 def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:

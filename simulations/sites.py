@@ -35,7 +35,7 @@ _OPEN_LEDGERS = 256
 class Plan(Frozen):
     """What workers need to open sites: written by the simulation, read once in each process."""
 
-    data_name: str
+    data: DataTerms
     data_folder: str | None
     rows: str
     ledgers: str
@@ -155,7 +155,7 @@ class _Part:
     def check(self, domain: str, data: DataTerms) -> None:
         """Returns: the simulation wrote contract and plan from the same experiment."""
 
-    def open(self, domain: str) -> Examples:
+    def open(self, domain: str, data: DataTerms) -> Examples:
         """Returns the site's examples."""
         return _examples(self.plan_path, self.index)
 
@@ -185,7 +185,7 @@ def _trainers(plan_path: str) -> Trainers:
 def _examples(plan_path: str, index: int) -> Examples:
     plan = _plan(plan_path)
     folder = Path(plan.data_folder) if plan.data_folder else None
-    return load(plan.data_name, folder).train.take(_rows(plan.rows)[index])
+    return load(plan.data, folder).train.take(_rows(plan.rows)[index])
 
 
 @lru_cache(maxsize=4)

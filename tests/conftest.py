@@ -53,7 +53,7 @@ class Shelf:
     def check(self, domain: str, data: DataTerms) -> None:
         """Takes every kind of data."""
 
-    def open(self, domain: str) -> Examples:
+    def open(self, domain: str, data: DataTerms) -> Examples:
         return self.examples()
 
 

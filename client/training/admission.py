@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
-from torch.nn import functional
 
+from bract.client.training.bookkeeping import Loss
 from bract.client.training.gradients import expected_warnings
+from bract.shared import tasks
+from bract.shared.contract import DataTerms
 from bract.shared.errors import ModelRejected
-from bract.shared.models import Shape, released_parameters
+from bract.shared.models import released_parameters
 
 
-def admit(model: nn.Module, *, shape: Shape, classes: int, name: str) -> None:
+def admit(model: nn.Module, *, data: DataTerms, name: str) -> None:
     """Returns where Opacus accepts the model and no example touches another's gradient.
 
     Args:
         model: on the CPU, as built.
-        shape: of one input, without the batch axis.
-        classes: the number of logits.
+        data: what an example looks like, and what is learned of it.
         name: what to call it in an error.
 
     Raises:
@@ -38,29 +40,30 @@ def admit(model: nn.Module, *, shape: Shape, classes: int, name: str) -> None:
         raise ModelRejected(f"model {name!r} has buffers, which are not released: make them plain")
     if not released_parameters(model):
         raise ModelRejected(f"model {name!r} has no trainable parameter: unfreeze some")
-    _check_independence(model, shape=shape, classes=classes, name=name)
+    _check_independence(model, data=data, name=name)
 
 
-def _check_independence(model: nn.Module, *, shape: Shape, classes: int, name: str) -> None:
-    generator = torch.Generator().manual_seed(1)  # made-up data, no secret
-    inputs = torch.randn((4, *shape), generator=generator)
-    targets = torch.arange(4) % classes
+def _check_independence(model: nn.Module, *, data: DataTerms, name: str) -> None:
+    inputs, targets = tasks.made_up(data, 4, torch.Generator().manual_seed(1))  # no secret
+    loss = partial(tasks.losses, task=data.task)
     model = copy.deepcopy(model).train()
     try:
-        alone = torch.stack([_gradient(model, *pair) for pair in zip(inputs, targets, strict=True)])
+        alone = torch.stack(
+            [_gradient(model, *pair, loss) for pair in zip(inputs, targets, strict=True)]
+        )
         probe = _Probe(model)
-        together = _per_example_gradients(probe, inputs, targets)
+        together = _per_example_gradients(probe, inputs, targets, loss)
         perturbed = []
         for row in range(len(inputs)):
             changed = inputs.clone()
-            changed[row] = 3.0 * changed[row] + 1.0
-            perturbed.append(_per_example_gradients(probe, changed, targets))
+            changed[row] = _another(changed[row], data)
+            perturbed.append(_per_example_gradients(probe, changed, targets, loss))
     except ModelRejected as error:
         raise ModelRejected(f"model {name!r} {error}") from error
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelRejected(
-            f"model {name!r} fails on made-up inputs of shape {shape}: {reason}"
+            f"model {name!r} fails on made-up inputs of shape {data.shape}: {reason}"
         ) from error
     _check_answers(model.eval(), inputs, name=name)
     others = [torch.arange(len(inputs)) != row for row in range(len(inputs))]
@@ -112,10 +115,17 @@ def _check_answers(model: nn.Module, inputs: Tensor, *, name: str) -> None:
         )
 
 
-def _gradient(model: nn.Module, example: Tensor, target: Tensor) -> Tensor:
+def _another(example: Tensor, data: DataTerms) -> Tensor:
+    """Returns an example unlike the given one."""
+    if data.vocabulary is None:
+        return 3.0 * example + 1.0
+    return (example + 1) % data.vocabulary
+
+
+def _gradient(model: nn.Module, example: Tensor, target: Tensor, losses: Loss) -> Tensor:
     """Returns the gradient of one example, alone and by plain autograd, as a row."""
     before = torch.get_rng_state()
-    loss = functional.cross_entropy(model(example[None]), target[None])
+    loss = losses(model(example[None]), target[None]).sum()
     if not torch.equal(before, torch.get_rng_state()):
         # torch's generator starts at a constant: who knows a mask knows which example it hit.
         raise ModelRejected("draws random numbers that are not secret: remove its dropout")
@@ -123,12 +133,13 @@ def _gradient(model: nn.Module, example: Tensor, target: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
 
-def _per_example_gradients(probe: GradSampleModule, inputs: Tensor, targets: Tensor) -> Tensor:
+def _per_example_gradients(
+    probe: GradSampleModule, inputs: Tensor, targets: Tensor, losses: Loss
+) -> Tensor:
     """Returns a row of gradients for each example."""
     probe.zero_grad()
-    losses = functional.cross_entropy(probe(inputs), targets, reduction="none")
     with expected_warnings():
-        torch.autograd.backward([losses.sum()])
+        torch.autograd.backward([losses(probe(inputs), targets).sum()])
     samples = [p.grad_sample for p in probe.parameters() if p.requires_grad]
     return torch.cat([g.reshape(len(inputs), -1) for g in samples], dim=1)
 

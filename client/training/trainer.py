@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bract.client.training import admission, gradients, scoring
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream
-from bract.shared import models
+from bract.shared import models, tasks
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract, SiteTerms
 from bract.shared.data import Examples
 from bract.shared.errors import ModelRejected
 from bract.shared.updates import ProtectedScore, ProtectedUpdate, UnprotectedUpdate, Update
-
-NO_CLASS = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +51,8 @@ class Trainer:
         # TF32 keeps 10 bits of a product: a norm in it could pass the bound.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-        data, terms = contract.data, contract.model
-        model = models.build(terms.name, data.shape, data.classes, terms.options)
-        admission.admit(model, shape=data.shape, classes=data.classes, name=terms.name)
+        model = models.of(contract.model, contract.data)
+        admission.admit(model, data=contract.data, name=contract.model.name)
         self._device = torch.device(execution.device)
         self._model = model.to(self._device).train()
         self._contract, self._pieces = contract, execution.physical_batch
@@ -108,7 +105,8 @@ class Trainer:
     def _rehearse(self) -> None:
         """Runs one sum on zeros: a mode that cannot take the model says so before any charge."""
         data = self._contract.data
-        blank = Examples(inputs=np.zeros((2, *data.shape)), targets=np.zeros(2, dtype=np.int64))
+        targets = (2, *data.shape) if data.task == "next-token" else (2,)
+        blank = Examples(inputs=np.zeros((2, *data.shape)), targets=np.zeros(targets, np.int64))
         try:
             with gradients.expected_warnings():
                 self._sums(blank, np.arange(2))
@@ -133,13 +131,11 @@ class Trainer:
                 self._pieces //= 2
 
     def _batch(self, examples: Examples, piece: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        inputs = torch.from_numpy(examples.inputs[piece]).to(self._device, torch.float32)
-        targets = torch.from_numpy(examples.targets[piece]).to(self._device, torch.int64)
         data = self._contract.data
-        # A label that does not exist adds nothing; to fail on it would tell that it is there.
-        known = (targets >= 0) & (targets < data.classes)
-        targets = torch.where(known, targets, torch.full_like(targets, NO_CLASS))
-        return (inputs - data.offset) / data.scale, targets
+        return (
+            tasks.inputs_of(examples.inputs[piece], data, self._device),
+            tasks.targets_of(examples.targets[piece], data, self._device),
+        )
 
     def _optimizer(self, terms: SiteTerms, stream: RandomStream) -> PrivateOptimizer:
         training, privacy = self._contract.training, self._contract.privacy
@@ -173,14 +169,10 @@ class Trainer:
 
 
 def _summer(contract: Contract, mode: Mode, model: nn.Module) -> ClippedSum:
+    losses = partial(tasks.losses, task=contract.data.task)
     if contract.privacy.mechanism == "dp-sgd":
-        return gradients.clipped_sum(mode, model, _losses, contract.privacy.clip_norm)
-    return PlainSum(model, _losses)
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the cross-entropy of each example; never reduced, so none touches another."""
-    return functional.cross_entropy(logits, targets, reduction="none", ignore_index=NO_CLASS)
+        return gradients.clipped_sum(mode, model, losses, contract.privacy.clip_norm)
+    return PlainSum(model, losses)
 
 
 def _out_of_memory(error: RuntimeError | MemoryError) -> bool:

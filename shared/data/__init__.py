@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from bract.shared.contract import DataTerms
+from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data import heart_disease
 from bract.shared.data.digits import load_digits
 from bract.shared.data.examples import Examples, Groups, Splits
@@ -17,7 +18,8 @@ from bract.shared.data.fashion_mnist import (
     load_training_images,
 )
 from bract.shared.data.shares import faults, share
-from bract.shared.errors import UnknownName
+from bract.shared.errors import UnknownName, UsageError
+from bract.shared.preparation import Preparation
 
 __all__ = [
     "DATASETS",
@@ -27,6 +29,7 @@ __all__ = [
     "Splits",
     "check_part",
     "dataset",
+    "describe",
     "load",
     "load_part",
     "load_public",
@@ -35,10 +38,13 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A data set: its public terms, and how to read it from a folder.
+    """A data set: its public terms, and how to read it from where it lies.
+
+    Every function takes the contract's terms first: they say how files become inputs.
 
     Args:
-        terms: what an example looks like.
+        describe: the terms of an example, by options and by a preparation of the user's own.
+        fits: whether a contract's terms are such as this data set has; reads nothing.
         load: everything, as a simulation holds it.
         load_public: validation and test, as a server holds them; opens no private file that lies
             beside them.
@@ -47,12 +53,31 @@ class Dataset:
         embedded: whether it ships with a library, so that a folder says nothing of where it lies.
     """
 
-    terms: DataTerms
-    load: Callable[[Path | None], Splits]
-    load_public: Callable[[Path | None], tuple[Examples, Examples]]
-    load_part: Callable[[Path | None, str], Examples]
-    check_part: Callable[[Path | None, str], list[str]]
+    describe: Callable[[Mapping[str, Scalar], Preparation | None], DataTerms]
+    fits: Callable[[DataTerms], bool]
+    load: Callable[[DataTerms, Path | None], Splits]
+    load_public: Callable[[DataTerms, Path | None], tuple[Examples, Examples]]
+    load_part: Callable[[DataTerms, Path | None, str], Examples]
+    check_part: Callable[[DataTerms, Path | None, str], list[str]]
     embedded: bool = False
+
+
+def _fixed(terms: DataTerms) -> dict[str, Any]:
+    """Returns how a data set without options describes itself, and what fits it."""
+
+    def describe(options: Mapping[str, Scalar], preparation: Preparation | None) -> DataTerms:
+        if options:
+            raise UnknownName(f"option of the data set {terms.name!r},", min(options), ["(none)"])
+        if preparation is not None:
+            raise UsageError(f"data set {terms.name!r} takes no schema: leave it out")
+        return terms
+
+    def fits(given: DataTerms) -> bool:
+        return given == terms.model_copy(
+            update={"offset": given.offset, "scale": given.scale, "public": given.public}
+        )
+
+    return {"describe": describe, "fits": fits}
 
 
 def _in_shares(
@@ -63,16 +88,23 @@ def _in_shares(
     *,
     embedded: bool = False,
 ) -> Dataset:
-    """Returns a data set without sites of its own: its parts are "i/n"."""
+    """Returns a data set without options and without sites of its own: its parts are "i/n"."""
 
-    def load_part(folder: Path | None, part: str) -> Examples:
+    def load_part(given: DataTerms, folder: Path | None, part: str) -> Examples:
         return share(load_training(folder), part)
 
-    def check_part(folder: Path | None, part: str) -> list[str]:
+    def check_part(given: DataTerms, folder: Path | None, part: str) -> list[str]:
         where = f"{terms.name} {part}"
-        return faults(load_part(folder, part), classes=terms.classes, where=where)
+        return faults(load_part(given, folder, part), classes=terms.classes, where=where)
 
-    return Dataset(terms, load, load_public, load_part, check_part, embedded)
+    return Dataset(
+        **_fixed(terms),
+        load=lambda given, folder: load(folder),
+        load_public=lambda given, folder: load_public(folder),
+        load_part=load_part,
+        check_part=check_part,
+        embedded=embedded,
+    )
 
 
 def _public_digits(folder: Path | None) -> tuple[Examples, Examples]:
@@ -96,11 +128,11 @@ DATASETS: dict[str, Dataset] = {
         load_training_images,
     ),
     "heart-disease": Dataset(
-        DataTerms(name="heart-disease", shape=(heart_disease.INPUTS,), classes=2),
-        heart_disease.load_heart_disease,
-        heart_disease.load_public_patients,
-        heart_disease.load_hospital,
-        heart_disease.check_hospital,
+        **_fixed(DataTerms(name="heart-disease", shape=(heart_disease.INPUTS,), classes=2)),
+        load=lambda given, folder: heart_disease.load_heart_disease(folder),
+        load_public=lambda given, folder: heart_disease.load_public_patients(folder),
+        load_part=lambda given, folder, part: heart_disease.load_hospital(folder, part),
+        check_part=lambda given, folder, part: heart_disease.check_hospital(folder, part),
     ),
 }
 
@@ -116,31 +148,45 @@ def dataset(name: str) -> Dataset:
     return DATASETS[name]
 
 
+def describe(
+    name: str,
+    options: Mapping[str, Scalar] | None = None,
+    preparation: Preparation | None = None,
+) -> DataTerms:
+    """Returns the public terms of a data set, by its options.
+
+    Raises:
+        UnknownName: for an unknown data set or option, naming the nearest.
+        UsageError: where an option's value will not do.
+    """
+    return dataset(name).describe(options or {}, preparation)
+
+
 @lru_cache(maxsize=4)
-def load(name: str, folder: Path | None) -> Splits:
+def load(terms: DataTerms, where: Path | None) -> Splits:
     """Returns a data set, read once in a process."""
-    return dataset(name).load(folder)
+    return dataset(terms.name).load(terms, where)
 
 
-def load_public(name: str, folder: Path | None) -> tuple[Examples, Examples]:
+def load_public(terms: DataTerms, where: Path | None) -> tuple[Examples, Examples]:
     """Returns validation and test, which is all that a server holds.
 
     Args:
-        name: of the data set.
-        folder: found or downloaded where it is None.
+        terms: of the data set, as the contract has them.
+        where: its folder or file; found or downloaded where it is None.
 
     Raises:
         UsageError: where a file is missing.
     """
-    return dataset(name).load_public(folder)
+    return dataset(terms.name).load_public(terms, where)
 
 
-def load_part(name: str, folder: Path | None, part: str) -> Examples:
+def load_part(terms: DataTerms, where: Path | None, part: str) -> Examples:
     """Returns the private examples of one site.
 
     Args:
-        name: of the data set.
-        folder: of this site; found or downloaded where it is None.
+        terms: of the data set, as the contract has them.
+        where: this site's folder or file; found or downloaded where it is None.
         part: the site's own name where the data set knows it ("cleveland" of heart-disease), else
             "i/n", the i-th of n shares of the training examples by a fixed public shuffle.
 
@@ -148,27 +194,29 @@ def load_part(name: str, folder: Path | None, part: str) -> Examples:
         UsageError: where a file is missing or there is no such part; never for what is in a row.
 
     Example:
-        >>> [len(load_part("digits", None, f"{i}/3")) for i in (1, 2, 3)]
+        >>> digits = describe("digits")
+        >>> [len(load_part(digits, None, f"{i}/3")) for i in (1, 2, 3)]
         [434, 433, 433]
     """
-    return dataset(name).load_part(folder, part)
+    return dataset(terms.name).load_part(terms, where, part)
 
 
-def check_part(name: str, folder: Path | None, part: str, nominal_size: int) -> list[str]:
+def check_part(terms: DataTerms, where: Path | None, part: str, nominal_size: int) -> list[str]:
     """Returns what is wrong with a site's true data, for its operator's eyes: empty where nothing.
 
     Offline, before the site is offered: once joined it always trains, and what is named here adds
     nothing or goes to 'other'. Files, rows and columns are named, never a value.
 
     Args:
-        name: of the data set.
-        folder: of this site.
+        terms: of the data set, as the contract has them.
+        where: this site's folder or file.
         part: as `load_part` takes it.
         nominal_size: what the contract says of this site.
     """
-    problems = dataset(name).check_part(folder, part)
-    if len(load_part(name, folder, part)) < nominal_size:
+    problems = dataset(terms.name).check_part(terms, where, part)
+    if len(load_part(terms, where, part)) < nominal_size:
         problems.append(
-            f"{name} {part}: fewer rows than the nominal size {nominal_size}: declare a lower one"
+            f"{terms.name} {part}: fewer rows than the nominal size {nominal_size}: declare a "
+            "lower one"
         )
     return problems

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from typing import Any, Final
 
 from torch import nn
 
-from bract.shared.contract import Scalar
+from bract.shared.contract import DataTerms, ModelTerms, Scalar, Task
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.models.cnn import cnn
 from bract.shared.models.linear import linear
@@ -17,14 +18,37 @@ from bract.shared.models.mlp import mlp
 Shape = tuple[int, ...]
 Factory = Callable[..., nn.Module]
 
+_FROM_DATA: Final = {"vocabulary", "task"}
+
 MODELS: dict[str, Factory] = {"linear": linear, "mlp": mlp, "cnn": cnn}
 
 
-def build(name: str, shape: Shape, classes: int, options: dict[str, Scalar]) -> nn.Module:
-    """Returns a new model for inputs of `shape` (without the batch axis) and `classes` logits.
+def of(model: ModelTerms, data: DataTerms) -> nn.Module:
+    """Returns the model that a contract describes, new; raises as `build` does."""
+    return build(
+        model.name,
+        data.shape,
+        data.classes,
+        model.options,
+        vocabulary=data.vocabulary,
+        task=data.task,
+    )
+
+
+def build(
+    name: str,
+    shape: Shape,
+    classes: int,
+    options: dict[str, Scalar],
+    *,
+    vocabulary: int | None = None,
+    task: Task = "classes",
+) -> nn.Module:
+    """Returns a new model for inputs of `shape` (without the batch axis) and `classes` outputs.
 
     `name` is a registered model, or `module:factory` of installed code; a site takes the latter
-    only where its policy lists it.
+    only where its policy lists it. A factory for tokens takes `vocabulary` by keyword, one that
+    predicts the token after each place `task` too; what takes neither is for numbers.
 
     Raises:
         UnknownName: for an unknown model or option, naming the nearest.
@@ -36,18 +60,43 @@ def build(name: str, shape: Shape, classes: int, options: dict[str, Scalar]) -> 
     """
     factory = _factory(name)
     signature = inspect.signature(factory)
-    known = list(signature.parameters)[2:]
+    given = _of_data(name, signature, vocabulary, task)
+    known = [option for option in list(signature.parameters)[2:] if option not in _FROM_DATA]
     for option, value in options.items():
         if option not in known:
             raise UnknownName(f"option of the model {name!r},", option, known or ["(none)"])
         _check_type(name, option, value, signature.parameters[option].default)
     try:
-        model = factory(shape, classes, **options)
+        model = factory(shape, classes, **given, **options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"model {name!r}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name!r}: the factory returned no torch module")
     return model
+
+
+def _of_data(
+    name: str, signature: inspect.Signature, vocabulary: int | None, task: Task
+) -> dict[str, Any]:
+    """Returns what a factory takes of the data beside shape and classes.
+
+    Raises:
+        UsageError: where the model is for other data.
+    """
+    takes = _FROM_DATA & signature.parameters.keys()
+    needs_tokens = (
+        "vocabulary" in takes
+        and signature.parameters["vocabulary"].default is inspect.Parameter.empty
+    )
+    if vocabulary is not None and "vocabulary" not in takes:
+        raise UsageError(f"model {name!r} takes numbers, and these data are tokens: choose another")
+    if vocabulary is None and needs_tokens:
+        raise UsageError(f"model {name!r} takes tokens, and these data are numbers: choose another")
+    if task == "next-token" and "task" not in takes:
+        raise UsageError(f"model {name!r} gives one answer an input, not one a token")
+    return {
+        key: value for key, value in (("vocabulary", vocabulary), ("task", task)) if key in takes
+    }
 
 
 def released_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -50,7 +50,7 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
     weights = {"1.weight": np.zeros((10, 64), np.float32), "1.bias": np.zeros(10, np.float32)}
     update = Trainer(signed.contract, Execution()).train(
         terms=signed.contract.cohort[0],
-        examples=gate.holdings.open("ward"),
+        examples=gate.holdings.open("ward", signed.contract.data),
         weights=weights,
         stream=SecureRandomness().stream(1),
     )
@@ -123,7 +123,7 @@ class _Empty:
     def check(self, domain: str, data: DataTerms) -> None:
         """Takes every kind of data."""
 
-    def open(self, domain: str) -> Examples:
+    def open(self, domain: str, data: DataTerms) -> Examples:
         """Returns no example."""
         return Examples(inputs=np.zeros((0, 1, 8, 8), np.uint8), targets=np.zeros(0, np.int64))
 

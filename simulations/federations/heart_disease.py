@@ -157,10 +157,11 @@ def lay_out(experiment: Experiment, out: Path, source: Path | None) -> Layout:
     The contract lies beside each SITE.toml, as the coordinator would have sent it.
     """
     split_files(source, out / "sites", out / "public")
+    data = experiment.data.terms()
     plans = [
         SitePlan(
             name=hospital,
-            nominal_size=nominal_size(len(load_part(NAME, out / "sites" / hospital, hospital))),
+            nominal_size=nominal_size(len(load_part(data, out / "sites" / hospital, hospital))),
             data_name=NAME,
             part=hospital,
             data_folder=".",

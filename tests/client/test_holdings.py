@@ -14,7 +14,7 @@ from bract.client import holdings
 from bract.client.holdings import Roots, bind, bindings
 from bract.client.settings import DataRoot
 from bract.shared import canonical
-from bract.shared.data import DATASETS, Examples, load_part
+from bract.shared.data import Examples, describe, load_part
 from bract.shared.data.shares import may_meet, share
 from bract.shared.errors import Reason, Refusal, UsageError
 from bract.shared.policy import DomainPolicy, Policy
@@ -215,12 +215,12 @@ def test_a_contract_for_data_that_the_domain_does_not_hold_is_refused_and_none_r
 ) -> None:
     monkeypatch.setattr(holdings, "load_part", None)  # reading would fail
     roots = Roots({"ward": root(None, "1/2", "digits")})
-    terms = DATASETS["digits"].terms
+    terms = describe("digits")
     roots.check("ward", terms)
     roots.check("ward", terms.model_copy(update={"offset": 3.0, "scale": 2.0}))
     for domain, data in (
         ("clinic", terms),
-        ("ward", DATASETS["heart-disease"].terms),
+        ("ward", describe("heart-disease")),
         ("ward", terms.model_copy(update={"name": "digit"})),
         ("ward", terms.model_copy(update={"shape": (8, 8)})),
         ("ward", terms.model_copy(update={"shape": (1, 8, 9)})),
@@ -233,10 +233,13 @@ def test_a_contract_for_data_that_the_domain_does_not_hold_is_refused_and_none_r
 
 def test_the_data_of_a_domain_are_its_own_part() -> None:
     roots = Roots({"ward": root(None, "2/3", "digits")})
-    found, expected = roots.open("ward"), load_part("digits", None, "2/3")
+    found, expected = (
+        roots.open("ward", describe("digits")),
+        load_part(describe("digits"), None, "2/3"),
+    )
     np.testing.assert_array_equal(found.inputs, expected.inputs)
-    assert roots.problems("ward", 433) == []
-    (short,) = roots.problems("ward", 434)
+    assert roots.problems("ward", describe("digits"), 433) == []
+    (short,) = roots.problems("ward", describe("digits"), 434)
     assert "fewer rows than the nominal size 434" in short
-    (absent,) = Roots({"ward": root("/nowhere")}).problems("ward", 1)
+    (absent,) = Roots({"ward": root("/nowhere")}).problems("ward", describe("heart-disease"), 1)
     assert "nowhere" in absent

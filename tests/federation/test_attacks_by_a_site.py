@@ -54,7 +54,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from bract.client.gate import Permit
 from bract.server.strategy import greatest_norm
 from bract.shared import arrays, canonical, incarnation, keys, wire
-from bract.shared.data import load_part
+from bract.shared.data import describe, load_part
 from bract.shared.errors import Reason
 from bract.shared.privacy import entries, witness
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
@@ -547,7 +547,7 @@ def no_log_holds_a_key_a_true_size_a_loss_or_a_weight(run: Done) -> None:
     layout = run.processes.layout
     secrets = secrets_of(layout)
     assert len(secrets) == 7  # coordinator, witness, server's TLS; ledger and node of each site
-    sizes = [len(load_part("digits", None, f"{place}/2")) for place in (1, 2)]
+    sizes = [len(load_part(describe("digits"), None, f"{place}/2")) for place in (1, 2)]
     assert leaks(run.processes.log(ALPHA), secrets, sizes) == []
     # Its last line is the summary: figures of public examples, and ε from public terms.
     served = "\n".join(run.processes.log("server").splitlines()[:-1])

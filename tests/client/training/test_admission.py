@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from bract.client.training.admission import admit
 from bract.shared import models
+from bract.shared.contract import DataTerms
 from bract.shared.errors import ModelRejected
 
 SHAPE = (1, 8, 8)
@@ -80,7 +81,7 @@ def unused() -> nn.Module:
 
 def check(model: nn.Module, shape: tuple[int, ...] = SHAPE) -> None:
     torch.manual_seed(0)
-    admit(model, shape=shape, classes=10, name="given")
+    admit(model, data=DataTerms(name="made-up", shape=shape, classes=10), name="given")
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -145,4 +146,4 @@ def test_buffers_are_refused_since_they_are_not_released(persistent: bool) -> No
 
 def test_a_model_that_mixes_examples_only_where_it_does_not_train_is_rejected() -> None:
     with pytest.raises(ModelRejected, match="mixes examples of one batch where it does not train"):
-        admit(Standing(), shape=SHAPE, classes=10, name="standing")
+        admit(Standing(), data=DataTerms(name="made-up", shape=SHAPE, classes=10), name="standing")

@@ -62,10 +62,10 @@ def test_unknown_data_set_names_the_nearest() -> None:
 
 
 def test_digits_are_split_once_and_for_all_into_disjoint_parts() -> None:
-    splits = data.load("digits", None)
+    splits = data.load(data.describe("digits"), None)
     parts = [splits.train, splits.validation, splits.test]
     assert [len(part) for part in parts] == [1300, 137, 360]
-    terms = data.dataset("digits").terms
+    terms = data.describe("digits")
     for part in parts:
         assert part.inputs.shape[1:] == terms.shape
         assert part.inputs.dtype == np.uint8
@@ -81,13 +81,15 @@ def test_digits_are_split_once_and_for_all_into_disjoint_parts() -> None:
     )
     published = zip(bundle.images.astype(np.uint8), bundle.target, strict=True)
     assert everything == sorted((image.tobytes(), int(target)) for image, target in published)
-    again = data.dataset("digits").load(None)
+    again = data.dataset("digits").load(data.describe("digits"), None)
     np.testing.assert_array_equal(again.test.inputs, splits.test.inputs)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1300])
 def test_shares_hold_every_training_example_once_and_are_even(count: int) -> None:
-    shares = [data.load_part("digits", None, f"{i}/{count}") for i in range(1, count + 1)]
+    shares = [
+        data.load_part(data.describe("digits"), None, f"{i}/{count}") for i in range(1, count + 1)
+    ]
     assert {len(part) for part in shares} <= {1300 // count, 1300 // count + 1}
 
     def content(examples: Examples) -> list[tuple[bytes, int]]:
@@ -96,20 +98,20 @@ def test_shares_hold_every_training_example_once_and_are_even(count: int) -> Non
         ]
 
     together = sorted(pair for part in shares for pair in content(part))
-    assert together == sorted(content(data.load("digits", None).train))
+    assert together == sorted(content(data.load(data.describe("digits"), None).train))
 
 
 def test_shares_are_shuffled_alike_for_every_site() -> None:
-    one, again = (data.load_part("digits", None, "2/3") for _ in range(2))
+    one, again = (data.load_part(data.describe("digits"), None, "2/3") for _ in range(2))
     np.testing.assert_array_equal(one.inputs, again.inputs)
-    train = data.load("digits", None).train
+    train = data.load(data.describe("digits"), None).train
     assert not np.array_equal(one.targets, train.targets[1::3])
 
 
 @pytest.mark.parametrize("part", ["", "3", "0/3", "4/3", "1/1301", "-1/3", "1/3/4", "a/b", "1/0"])
 def test_part_that_is_no_share_is_an_error(part: str) -> None:
     with pytest.raises(UsageError, match=r"must be i/n, .* n up to 1300"):
-        data.load_part("digits", None, part)
+        data.load_part(data.describe("digits"), None, part)
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion-mnist", "heart-disease"])
@@ -121,8 +123,8 @@ def test_server_and_simulation_hold_the_same_public_examples(
         folder = request.getfixturevalue("data_root") / name
     if name == "heart-disease":
         folder = request.getfixturevalue("hospitals")
-    splits = data.load(name, folder)
-    public = data.load_public(name, folder)
+    splits = data.load(data.describe(name), folder)
+    public = data.load_public(data.describe(name), folder)
     for one, other in zip(public, (splits.validation, splits.test), strict=True):
         np.testing.assert_array_equal(one.inputs, other.inputs)
         np.testing.assert_array_equal(one.targets, other.targets)
@@ -135,15 +137,15 @@ def test_server_and_site_of_fashion_mnist_open_only_their_own_files(
         (tmp_path / part).mkdir()
         for path in (data_root / "fashion-mnist").glob(f"{part}-*"):
             (tmp_path / part / path.name).symlink_to(path)
-    assert len(data.load_public("fashion-mnist", tmp_path / "t10k")[1]) == 8000
-    assert len(data.load_part("fashion-mnist", tmp_path / "train", "3/10")) == 6000
+    assert len(data.load_public(data.describe("fashion-mnist"), tmp_path / "t10k")[1]) == 8000
+    assert len(data.load_part(data.describe("fashion-mnist"), tmp_path / "train", "3/10")) == 6000
     with pytest.raises(UsageError, match="no readable train-images"):
-        data.load_part("fashion-mnist", tmp_path / "t10k", "3/10")
+        data.load_part(data.describe("fashion-mnist"), tmp_path / "t10k", "3/10")
 
 
 def test_check_names_too_few_rows_and_nothing_else() -> None:
-    assert data.check_part("digits", None, "1/5", 260) == []
-    (problem,) = data.check_part("digits", None, "1/5", 270)
+    assert data.check_part(data.describe("digits"), None, "1/5", 260) == []
+    (problem,) = data.check_part(data.describe("digits"), None, "1/5", 270)
     assert "digits 1/5: fewer rows than the nominal size 270" in problem
     assert "260" not in problem
 
@@ -164,7 +166,7 @@ def test_fashion_mnist_is_read_from_a_folder(data_root: Path) -> None:
     assert [len(p) for p in (splits.train, splits.validation, splits.test)] == [60_000, 2000, 8000]
     assert splits.train.inputs.shape[1:] == (1, 28, 28)
     assert np.bincount(splits.train.targets).tolist() == [6000] * 10
-    terms = data.dataset("fashion-mnist").terms
+    terms = data.describe("fashion-mnist")
     assert splits.train.inputs.mean() == pytest.approx(terms.offset, abs=0.01)
     assert splits.train.inputs.std() == pytest.approx(terms.scale, abs=0.01)
 

@@ -25,6 +25,7 @@ from bract.shared.data.heart_disease import (
 from bract.shared.errors import UnknownName, UsageError
 
 NAME = "heart-disease"
+TERMS = data.describe(NAME)
 # age 55 and so on: every measure in the middle of its bounds
 PATIENT = {
     "age": "55", "sex": "1", "cp": "2", "trestbps": "140", "chol": "250", "fbs": "0",
@@ -45,7 +46,7 @@ def written(folder: Path, *lines: str) -> Path:
 
 
 def read(folder: Path, *lines: str) -> Examples:
-    return data.load_part(NAME, written(folder, *lines), "va")
+    return data.load_part(TERMS, written(folder, *lines), "va")
 
 
 def columns(inputs: np.ndarray) -> dict[str, list[float]]:
@@ -57,7 +58,7 @@ def columns(inputs: np.ndarray) -> dict[str, list[float]]:
 def test_a_patient_becomes_scaled_measures_and_one_input_for_each_code(tmp_path: Path) -> None:
     examples = read(tmp_path, line())
     assert examples.inputs.dtype == np.float32
-    assert examples.inputs.shape == (1, INPUTS) == (1, *data.dataset(NAME).terms.shape)
+    assert examples.inputs.shape == (1, INPUTS) == (1, *TERMS.shape)
     assert columns(examples.inputs[0]) == {
         "age": [0, 0], "sex": [0, 1, 0, 0], "cp": [0, 1, 0, 0, 0, 0], "trestbps": [0, 0],
         "chol": [0, 0], "fbs": [1, 0, 0, 0], "restecg": [0, 1, 0, 0, 0], "thalach": [0, 0],
@@ -98,11 +99,11 @@ def test_zero_is_missing_only_where_it_cannot_be_measured(tmp_path: Path, name: 
 @pytest.mark.parametrize("cell", ["5", "0.5", "-1"])
 def test_codes_that_are_not_documented_are_other(tmp_path: Path, name: str, cell: str) -> None:
     folder = written(tmp_path, line(), line(**{name: cell}))
-    examples = data.load_part(NAME, folder, "va")
+    examples = data.load_part(TERMS, folder, "va")
     assert columns(examples.inputs[1])[name][-2:] == [1.0, 0.0]
     assert sum(columns(examples.inputs[1])[name]) == 1.0
     assert examples.targets[1] == 0
-    (problem,) = data.check_part(NAME, folder, "va", 2)
+    (problem,) = data.check_part(TERMS, folder, "va", 2)
     assert problem.endswith(f"train.va.data, row 2, column {name}: unknown category")
 
 
@@ -131,10 +132,10 @@ def test_row_that_cannot_be_read_adds_nothing_and_is_named_without_its_values(
     text, problem = UNREADABLE[fault]
     content = f"{line()}\n\n{text}\n{line(num='1')}\n".encode(errors="surrogateescape")
     (tmp_path / "train.va.data").write_bytes(content)
-    examples = data.load_part(NAME, tmp_path, "va")
+    examples = data.load_part(TERMS, tmp_path, "va")
     assert examples.targets.tolist() == [0, -1, 1]
     assert not examples.inputs[1].any()
-    (found,) = data.check_part(NAME, tmp_path, "va", 3)
+    (found,) = data.check_part(TERMS, tmp_path, "va", 3)
     assert found == f"{tmp_path / 'train.va.data'}, row 3, {problem}"
     assert CELL not in found
 
@@ -144,7 +145,7 @@ def test_no_text_at_all_fails_a_site(tmp_path_factory: pytest.TempPathFactory, t
     folder = tmp_path_factory.getbasetemp() / "any-text"
     folder.mkdir(exist_ok=True)
     (folder / "train.va.data").write_bytes(f"{line()}\n{text}\n".encode())
-    examples = data.load_part(NAME, folder, "va")
+    examples = data.load_part(TERMS, folder, "va")
     assert np.isfinite(examples.inputs).all()
     assert set(examples.targets) <= {-1, 0, 1}
     assert examples.targets[0] == 0
@@ -152,7 +153,9 @@ def test_no_text_at_all_fails_a_site(tmp_path_factory: pytest.TempPathFactory, t
 
 def test_check_names_every_fault_and_too_few_rows(tmp_path: Path) -> None:
     folder = written(tmp_path, line(chol="x", age="y"), line(cp="9", thal="4"))
-    found = [re.sub(r".*, row ", "", problem) for problem in data.check_part(NAME, folder, "va", 3)]
+    found = [
+        re.sub(r".*, row ", "", problem) for problem in data.check_part(TERMS, folder, "va", 3)
+    ]
     assert found == [
         "1, column age: not a number",
         "1, column chol: not a number",
@@ -206,7 +209,7 @@ def test_files_of_sites_and_server_give_the_rows_of_a_simulation(
         [f"sites/{name}/train.{name}.data" for name in HOSPITALS]
         + [f"public/{part}.{name}.data" for part in ("test", "validation") for name in HOSPITALS]
     )
-    public = data.load_public(NAME, tmp_path / "public")
+    public = data.load_public(TERMS, tmp_path / "public")
     for one, other in zip(public, (splits.validation, splits.test), strict=True):
         np.testing.assert_array_equal(one.inputs, other.inputs)
         np.testing.assert_array_equal(one.targets, other.targets)
@@ -214,10 +217,10 @@ def test_files_of_sites_and_server_give_the_rows_of_a_simulation(
     for name, rows in grouped(splits.train).items():
         own = splits.train.take(rows)
         for folder in (tmp_path / "sites" / name, hospitals):
-            part = data.load_part(NAME, folder, name)
+            part = data.load_part(TERMS, folder, name)
             np.testing.assert_array_equal(part.inputs, own.inputs)
             np.testing.assert_array_equal(part.targets, own.targets)
-            assert data.check_part(NAME, folder, name, len(own)) == []
+            assert data.check_part(TERMS, folder, name, len(own)) == []
 
 
 def test_no_patient_lies_both_at_a_site_and_at_the_server(hospitals: Path, tmp_path: Path) -> None:
@@ -236,16 +239,16 @@ def test_a_site_opens_no_other_hospitals_file(hospitals: Path, tmp_path: Path) -
     split_files(hospitals, tmp_path / "sites", tmp_path / "public")
     own = tmp_path / "sites/va"
     with pytest.raises(UsageError, match=r"no readable processed\.cleveland\.data"):
-        data.load_part(NAME, own, "cleveland")
+        data.load_part(TERMS, own, "cleveland")
     with pytest.raises(UnknownName, match="unknown hospital 'vaa': did you mean 'va'"):
-        data.load_part(NAME, own, "vaa")
+        data.load_part(TERMS, own, "vaa")
 
 
 def test_public_files_that_are_not_all_there_are_named(hospitals: Path, tmp_path: Path) -> None:
     split_files(hospitals, tmp_path / "sites", tmp_path / "public")
     (tmp_path / "public/test.switzerland.data").unlink()
     with pytest.raises(UsageError, match=r"cannot read .*test\.switzerland\.data"):
-        data.load_public(NAME, tmp_path / "public")
+        data.load_public(TERMS, tmp_path / "public")
 
 
 def test_file_that_is_not_a_published_one_is_refused(hospitals: Path, tmp_path: Path) -> None:

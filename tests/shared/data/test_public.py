@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bract.shared.data import Examples, public
+from bract.shared.data import Examples, describe, public
 from bract.shared.errors import UsageError
 
 ONE = Examples(inputs=np.arange(8, dtype=np.uint8).reshape(2, 1, 2, 2), targets=np.array([0, 1]))
@@ -15,12 +15,12 @@ ONE = Examples(inputs=np.arange(8, dtype=np.uint8).reshape(2, 1, 2, 2), targets=
 
 def hashed(monkeypatch: pytest.MonkeyPatch, validation: Examples, test: Examples) -> str:
     monkeypatch.setattr(public, "load_public", lambda name, folder: (validation, test))
-    return public.sha256("any", None)
+    return public.sha256(describe("digits"), None)
 
 
 def test_the_hash_of_what_ships_is_the_same_wherever_it_is_taken(tmp_path: Path) -> None:
-    assert public.sha256("digits", None) == public.sha256("digits", tmp_path)
-    assert len(public.sha256("digits", None)) == 64
+    assert public.sha256(describe("digits"), None) == public.sha256(describe("digits"), tmp_path)
+    assert len(public.sha256(describe("digits"), None)) == 64
 
 
 def test_any_other_examples_have_another_hash(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,4 +54,4 @@ def test_the_layout_in_memory_is_not_hashed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_examples_that_are_not_there_have_no_hash(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
-        public.sha256("heart-disease", tmp_path)
+        public.sha256(describe("heart-disease"), tmp_path)

@@ -1,0 +1,51 @@
+"""Which data set, as an experiment or a FEDERATION.toml chooses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from bract.shared.configuration import Frozen, first_fault, read_toml
+from bract.shared.contract import DataTerms, Scalar
+from bract.shared.data import describe
+from bract.shared.errors import UsageError
+from bract.shared.preparation import Preparation
+
+
+class DataChoice(Frozen):
+    """A data set by name, its options, and the public constants that prepare its inputs.
+
+    `schema_file` is a TOML file with the preparation of a table, a text or a folder of images of
+    the user's own. `offset` and `scale` take the place of the data set's.
+    """
+
+    name: str
+    options: dict[str, Scalar] = Field(default={})
+    schema_file: str | None = None
+    offset: float | None = None
+    scale: float | None = Field(default=None, gt=0)
+
+    def terms(self) -> DataTerms:
+        """Returns the terms that a contract holds.
+
+        Raises:
+            UsageError: where the schema or an option will not do.
+        """
+        preparation = None if self.schema_file is None else read_schema(Path(self.schema_file))
+        terms = describe(self.name, self.options, preparation)
+        return terms.scaled(self.offset, self.scale)
+
+
+def read_schema(path: Path) -> Preparation:
+    """Returns the preparation in a TOML file.
+
+    Raises:
+        UsageError: naming the first key that will not do.
+    """
+    adapter: TypeAdapter[Preparation] = TypeAdapter(Preparation)
+    try:
+        return adapter.validate_python(read_toml(path))
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])
+        raise UsageError(f"{path}: {where}: {first_fault(error)}") from error

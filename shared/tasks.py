@@ -1,0 +1,74 @@
+"""What is learned: inputs and targets as tensors, and the loss of each example, by task.
+
+Site and server share this, so that what is trained is what is scored.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bract.shared.contract import DataTerms, Task
+
+NO_CLASS = -100
+
+
+def inputs_of(values: np.ndarray, data: DataTerms, device: torch.device | str = "cpu") -> Tensor:
+    """Returns a batch of model inputs: normalised float32, or int64 tokens within the vocabulary.
+
+    A token that does not exist becomes token 0: to fail on it would tell that it is there.
+    """
+    found = torch.from_numpy(np.ascontiguousarray(values))
+    if data.vocabulary is None:
+        return (found.to(device, torch.float32) - data.offset) / data.scale
+    tokens = found.to(device, torch.int64)
+    return torch.where((tokens >= 0) & (tokens < data.vocabulary), tokens, 0)
+
+
+def targets_of(values: np.ndarray, data: DataTerms, device: torch.device | str = "cpu") -> Tensor:
+    """Returns a batch of targets: labels, rows of labels for "next-token", float32 for "value".
+
+    A label that does not exist becomes NO_CLASS, a value that is not finite NaN: such a target
+    adds nothing, and to fail on it would tell that it is there.
+    """
+    found = torch.from_numpy(np.ascontiguousarray(values))
+    if data.task == "value":
+        numbers = found.to(device, torch.float32)
+        return torch.where(numbers.isfinite(), numbers, torch.nan)
+    labels = found.to(device, torch.int64)
+    return torch.where((labels >= 0) & (labels < data.classes), labels, NO_CLASS)
+
+
+def losses(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
+    """Returns the loss of each example; never reduced over examples, so none touches another.
+
+    "classes": cross-entropy in nats of (examples, classes). "next-token": its mean over the places
+    of (examples, places, classes) that have a target. "value": the squared error of (examples, 1).
+    """
+    if task == "classes":
+        return functional.cross_entropy(outputs, targets, reduction="none", ignore_index=NO_CLASS)
+    if task == "next-token":
+        each = functional.cross_entropy(
+            outputs.transpose(1, 2), targets, reduction="none", ignore_index=NO_CLASS
+        )
+        return each.sum(1) / (targets != NO_CLASS).sum(1).clamp(min=1)
+    known = targets.isfinite()
+    # in both places: the gradient of what is not taken must not be NaN either
+    errors = outputs[:, 0] - torch.where(known, targets, 0.0)
+    return torch.where(known, errors.square(), 0.0)
+
+
+def made_up(data: DataTerms, examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Returns random inputs and targets, to try a model on without any data."""
+    shape = (examples, *data.shape)
+    if data.vocabulary is None:
+        inputs = torch.randn(shape, generator=generator)
+    else:
+        inputs = torch.randint(data.vocabulary, shape, generator=generator)
+    if data.task == "value":
+        return inputs, torch.randn(examples, generator=generator)
+    if data.task == "next-token":
+        return inputs, torch.randint(data.classes, shape, generator=generator)
+    return inputs, torch.arange(examples) % data.classes
