@@ -70,7 +70,7 @@ FLEET = [path for path in ROUTES if path.startswith("/v1/fleet/")]
 OTHERS = [path for path in ROUTES if not path.startswith("/v1/fleet/")]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Logged]:
     """A real server that waits for three sites; at the end they come, and its run completes.
 
