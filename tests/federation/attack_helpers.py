@@ -415,7 +415,7 @@ class NoHoldings:
     def check(self, domain: str, data: Any) -> None:
         """Takes every kind of data."""
 
-    def open(self, domain: str) -> Examples:
+    def open(self, domain: str, data: Any) -> Examples:
         raise AssertionError("the attacker trains on nothing")
 
 

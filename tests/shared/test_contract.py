@@ -22,6 +22,7 @@ from bract.shared.contract import (
     TrainingTerms,
 )
 from bract.shared.errors import UsageError, VerificationFailed
+from bract.shared.preparation import Categorical, Numeric, Table, Target, Text
 
 KEY, OTHER = keys.generate(), keys.generate()
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,9}", fullmatch=True)
@@ -323,3 +324,71 @@ def test_a_contract_without_evaluation_evaluates_nothing() -> None:
     assert not any(map(agreed.evaluates, range(1, 6)))
     assert [n for n in range(1, 6) if TRIAL.evaluates(n)] == [2, 4]
     assert TRIAL.max_evaluations == 2 + 2
+
+
+def test_a_contract_that_asks_nothing_new_keeps_the_hash_it_was_signed_by() -> None:
+    old = trial(
+        coordinator="a" * 64,
+        simulation=False,
+        model=ModelTerms(name="cnn", options={"width": 4}),
+        data=DataTerms(name="digits", shape=(1, 8, 8), classes=10, scale=16.0),
+        cohort=(SiteTerms(name="alpha", key="b" * 64, domain="ward", nominal_size=100),),
+        max_attempts=7,
+    )
+    # As it was computed before contracts knew tasks, vocabularies and preparations.
+    assert old.sha256 == "c42ebab54020d86d9089051471db07630a1c97f89773f0ad2fb5a370b7d4712d"
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        DataTerms(name="d", shape=(8,), classes=256, task="next-token", vocabulary=256),
+        DataTerms(name="d", shape=(8,), classes=1, task="value"),
+        DataTerms(
+            name="d",
+            shape=(4,),
+            classes=2,
+            vocabulary=257,
+            preparation=Text(length=4, labels=("no", "yes")),
+        ),
+        DataTerms(
+            name="d",
+            shape=(5,),
+            classes=2,
+            preparation=Table(
+                columns=(
+                    Numeric(name="age", low=0, high=90),
+                    Categorical(name="sex", categories=("f",)),
+                ),
+                target=Target(name="ill", classes=("no", "yes")),
+            ),
+        ),
+    ],
+)
+def test_what_is_learned_and_how_files_are_read_stand_in_the_contract(terms: DataTerms) -> None:
+    signed = contracts.sign(trial(data=terms), KEY)
+    assert contracts.from_bytes(signed.to_bytes()).contract.data == terms
+    assert signed.contract.sha256 != trial().sha256
+
+
+@pytest.mark.parametrize(
+    ("terms", "fault"),
+    [
+        ({"classes": 1}, "classes 1 must be at least 2"),
+        ({"classes": 2, "task": "value"}, "classes 2 must be 1"),
+        ({"classes": 9, "task": "next-token", "vocabulary": 8}, "must be the vocabulary 8"),
+        ({"classes": 9, "task": "next-token"}, "must be the vocabulary None"),
+        ({"classes": 2, "vocabulary": 8, "shape": (2, 2)}, "must be one axis"),
+    ],
+)
+def test_terms_of_data_that_contradict_themselves_are_refused(
+    terms: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        DataTerms(**{"name": "d", "shape": (2,), **terms})
+
+
+def test_only_labels_are_counted_by_an_evaluation() -> None:
+    terms = DataTerms(name="d", shape=(8,), classes=1, task="value")
+    with pytest.raises(ValidationError, match="leave evaluation out"):
+        trial(data=terms, evaluation=EvaluationTerms(every=1, noise_multiplier=3.0))

@@ -207,7 +207,7 @@ def gate(name):
         ledger=Ledger(folder / "alpha.sqlite"),
         updates=UpdateStore(folder / name),
         holdings=SimpleNamespace(
-            check=lambda domain, data: None, open=lambda domain: opened.append(1)
+            check=lambda domain, data: None, open=lambda domain, data: opened.append(1)
         ),
         simulation=False,
         randomness="csprng",
