@@ -1,0 +1,96 @@
+"""Terms of labelled text: what the data sets `text` and `sst2` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, get_args
+
+from bract.shared.configuration import parse
+from bract.shared.contract import DataTerms, Scalar
+from bract.shared.data import pretrained, tokens
+from bract.shared.errors import UnknownName, UsageError
+from bract.shared.preparation import Text
+
+OPTIONS: Final = ("length", "merges", "source", "tokens")
+
+
+def complete(
+    options: Mapping[str, Scalar],
+    given: Text | None,
+    *,
+    name: str,
+    otherwise: Mapping[str, Any],
+    public_texts: Callable[[], Iterable[str]],
+) -> Text:
+    """Returns the preparation that a contract holds: options, then `given`, then `otherwise`.
+
+    Byte pairs without joins get theirs from public texts, `merges` of them; a pretrained tokenizer
+    gets the hash of its file.
+
+    Args:
+        options: `tokens`, `length`, `source` and `merges`, a number here.
+        given: of the user's own schema.
+        name: of the data set.
+        otherwise: what holds where neither says anything; `merges` is a number here too.
+        public_texts: opened only where joins are to be learned.
+
+    Raises:
+        UnknownName: for another option or another kind of tokens.
+        UsageError: where a value will not do, or the tokenizer is not on this machine.
+    """
+    for option in options:
+        if option not in OPTIONS:
+            raise UnknownName(f"option of the data set {name!r},", option, OPTIONS)
+    said = {} if given is None else given.model_dump(exclude_unset=True)
+    wanted = {**otherwise, **said, **options}
+    kind, count = wanted["tokens"], options.get("merges", otherwise["merges"])
+    kinds = get_args(Text.model_fields["tokens"].annotation)
+    if kind not in kinds:
+        raise UnknownName(f"kind of tokens of the data set {name!r},", str(kind), kinds)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 50_000:
+        raise UsageError(f"data.options.merges {count!r} must be a number from 1 to 50,000")
+    if kind != "pretrained" and "source" not in {**said, **options}:
+        wanted["source"] = None
+    learned = said.get("merges", ())
+    if kind == "byte-pairs" and not learned:
+        learned = tokens.learn_merges(public_texts(), count)
+    text = parse(Text, {**wanted, "merges": learned}, source=f"data set {name!r}")
+    if text.tokens != "pretrained":
+        return text
+    return pretrained.held(text)
+
+
+def terms_of(name: str, text: Text) -> DataTerms:
+    """Returns the terms of a data set of labelled text; raises as `vocabulary` does."""
+    return DataTerms(
+        name=name,
+        shape=(text.length,),
+        classes=len(text.labels),
+        vocabulary=tokens.vocabulary(text),
+        preparation=text,
+    )
+
+
+def of(terms: DataTerms) -> Text:
+    """Returns the preparation of terms that fit.
+
+    Raises:
+        UsageError: where they hold none of text.
+    """
+    if not isinstance(terms.preparation, Text):
+        raise UsageError(f"data set {terms.name!r} needs a preparation of text, and has none")
+    return terms.preparation
+
+
+def fits(given: DataTerms) -> bool:
+    """Returns whether terms are those of labelled text; a tokenizer's file is not opened."""
+    text = given.preparation
+    if not isinstance(text, Text) or (text.tokens == "pretrained" and text.sha256 is None):
+        return False
+    known = given.vocabulary if text.tokens == "pretrained" else tokens.vocabulary(text)
+    return (
+        given.task == "classes"
+        and given.shape == (text.length,)
+        and given.classes == len(text.labels)
+        and given.vocabulary == known
+    )
