@@ -83,14 +83,17 @@ def of(terms: DataTerms) -> Text:
 
 
 def fits(given: DataTerms) -> bool:
-    """Returns whether terms are those of labelled text; a tokenizer's file is not opened."""
-    text = given.preparation
-    if not isinstance(text, Text) or (text.tokens == "pretrained" and text.sha256 is None):
+    """Returns whether terms are those of labelled text, and a pretrained tokenizer is here.
+
+    So a site refuses before it is charged where it could not prepare its data; nothing private is
+    opened.
+    """
+    if not isinstance(given.preparation, Text):
         return False
-    known = given.vocabulary if text.tokens == "pretrained" else tokens.vocabulary(text)
-    return (
-        given.task == "classes"
-        and given.shape == (text.length,)
-        and given.classes == len(text.labels)
-        and given.vocabulary == known
+    try:
+        known = terms_of(given.name, given.preparation)
+    except UsageError:
+        return False
+    return given == known.scaled(given.offset, given.scale).model_copy(
+        update={"public": given.public}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -40,6 +41,7 @@ def folder_of(source: str) -> Path:
     return found
 
 
+@lru_cache(maxsize=4)
 def tokenizer(text: Text) -> Tokenizer:
     """Returns the tokenizer that cuts and fills up to `length`, once its file is the agreed one.
 

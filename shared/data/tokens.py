@@ -9,14 +9,18 @@ import heapq
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from bract.shared.data import pretrained
 from bract.shared.preparation import Text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 ENDED: Final = 0
 OF_BYTES: Final = 257
@@ -132,9 +136,7 @@ class _Neighbours:
 def _encoder(text: Text) -> tuple[Callable[[str], Sequence[int]], int]:
     """Returns what makes tokens of one text, and what fills up where it leaves places."""
     if text.tokens == "pretrained":
-        tokenizer = pretrained.tokenizer(text)
-        # One at a time: its threads would not outlive the fork of a simulation's workers.
-        return lambda found: tokenizer.encode(_bytes(found).decode("utf-8")).ids, ENDED
+        return partial(_by_tokenizer, pretrained.tokenizer(text)), ENDED
     if text.tokens == "bytes":
         return lambda found: [byte + 1 for byte in _bytes(found)[: text.length]], ENDED
     ranks = {pair: place for place, pair in enumerate(text.merges)}
@@ -152,6 +154,17 @@ def _encoder(text: Text) -> tuple[Callable[[str], Sequence[int]], int]:
         return tokens
 
     return joined, ENDED
+
+
+def _by_tokenizer(tokenizer: Tokenizer, found: str) -> Sequence[int]:
+    """Returns the tokens of a text; of the empty one where the tokenizer fails on it.
+
+    One text at a time: the library's threads would not outlive the fork of a simulation's workers.
+    """
+    try:
+        return tokenizer.encode(_bytes(found).decode("utf-8")).ids
+    except Exception:  # a vocabulary may lack a character, and to fail would tell that it is there
+        return tokenizer.encode("").ids
 
 
 def _joined(word: bytes, ranks: Mapping[Pair, int]) -> list[int]:
