@@ -12,6 +12,7 @@ from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Text
 
 OPTIONS: Final = ("length", "merges", "source", "tokens")
+_MERGES: Final = 2_000  # learned where the option says nothing
 
 
 def complete(
@@ -31,33 +32,37 @@ def complete(
         options: `tokens`, `length`, `source` and `merges`, a number here.
         given: of the user's own schema.
         name: of the data set.
-        otherwise: what holds where neither says anything; `merges` is a number here too.
+        otherwise: what holds where neither says anything.
         public_texts: opened only where joins are to be learned.
 
     Raises:
         UnknownName: for another option or another kind of tokens.
         UsageError: where a value will not do, or the tokenizer is not on this machine.
     """
+    said = {} if given is None else given.model_dump(exclude_unset=True)
+    wanted = {**otherwise, **said, **options}
+    count = _checked(options, wanted, name)
+    if wanted["tokens"] != "pretrained" and "source" not in {**said, **options}:
+        wanted["source"] = None  # what else holds may name one, for other tokens
+    merges = said.get("merges", ())
+    if wanted["tokens"] == "byte-pairs" and not merges:
+        merges = tokens.learn_merges(public_texts(), count)
+    text = parse(Text, {**wanted, "merges": merges}, source=f"data set {name!r}")
+    return pretrained.held(text) if text.tokens == "pretrained" else text
+
+
+def _checked(options: Mapping[str, Scalar], wanted: Mapping[str, Any], name: str) -> int:
+    """Returns how many merges to learn, where options and the kind of tokens are known ones."""
     for option in options:
         if option not in OPTIONS:
             raise UnknownName(f"option of the data set {name!r},", option, OPTIONS)
-    said = {} if given is None else given.model_dump(exclude_unset=True)
-    wanted = {**otherwise, **said, **options}
-    kind, count = wanted["tokens"], options.get("merges", otherwise["merges"])
     kinds = get_args(Text.model_fields["tokens"].annotation)
-    if kind not in kinds:
-        raise UnknownName(f"kind of tokens of the data set {name!r},", str(kind), kinds)
+    if wanted["tokens"] not in kinds:
+        raise UnknownName(f"kind of tokens of the data set {name!r},", str(wanted["tokens"]), kinds)
+    count = options.get("merges", _MERGES)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 50_000:
         raise UsageError(f"data.options.merges {count!r} must be a number from 1 to 50,000")
-    if kind != "pretrained" and "source" not in {**said, **options}:
-        wanted["source"] = None
-    learned = said.get("merges", ())
-    if kind == "byte-pairs" and not learned:
-        learned = tokens.learn_merges(public_texts(), count)
-    text = parse(Text, {**wanted, "merges": learned}, source=f"data set {name!r}")
-    if text.tokens != "pretrained":
-        return text
-    return pretrained.held(text)
+    return count
 
 
 def terms_of(name: str, text: Text) -> DataTerms:

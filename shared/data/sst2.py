@@ -26,7 +26,6 @@ OTHERWISE: Final[Mapping[str, Scalar]] = {
     "tokens": "pretrained",
     "source": PACKAGED,
     "length": 64,
-    "merges": 2_000,
 }
 
 SOURCE = Source(

@@ -17,13 +17,14 @@ import numpy as np
 from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data import labelled, tokens
 from bract.shared.data.examples import Examples, Splits
+from bract.shared.data.pretrained import PACKAGED
 from bract.shared.data.shares import rows_of_share
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Preparation, Text
 
 NAME: Final = "text"
 UNREADABLE: Final = -1  # no class: such an example adds nothing
-OTHERWISE: Final[Mapping[str, Scalar]] = {"tokens": "bytes", "length": 256, "merges": 1_000}
+OTHERWISE: Final[Mapping[str, Scalar]] = {"tokens": "bytes", "source": PACKAGED, "length": 256}
 TRAIN, VALIDATION = 0.8, 0.05
 FEWEST: Final = 20
 

@@ -22,7 +22,7 @@ from bract.shared.preparation import Text
 LABELS = ("0", "1")
 PUBLIC = ["the cat sat on the mat", "the hat, the bat; that cat!", "naïve café — naïve"] * 3
 MERGES = tokens.learn_merges(PUBLIC, 60)
-OTHERWISE = {"tokens": "bytes", "length": 8, "merges": 20, "labels": LABELS}
+OTHERWISE = {"tokens": "bytes", "length": 8, "labels": LABELS}
 ANY_TEXT = st.text(st.characters() | st.sampled_from(" thecat"), max_size=80)
 
 
