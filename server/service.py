@@ -142,6 +142,7 @@ def read_contract(chosen: Federation) -> Contract:
 def _departure(chosen: Federation, agreed: Contract) -> str | None:
     """Returns the first key of a federation file that a contract was not signed for, or None."""
     privacy, held = agreed.privacy, agreed.data
+    folder = federation.public_folder(chosen)
     settled = {"offset": held.offset, "scale": held.scale, "public": held.public}
     both: dict[str, tuple[Any, Any]] = {
         "run": (chosen.run, agreed.run),
@@ -153,7 +154,7 @@ def _departure(chosen: Federation, agreed: Contract) -> str | None:
         "data.name": (chosen.data.name, agreed.data.name),
         "data.offset": (chosen.data.offset, agreed.data.offset),
         "data.scale": (chosen.data.scale, agreed.data.scale),
-        "data": (chosen.data.terms().model_copy(update=settled), held),
+        "data": (chosen.data.terms(folder).model_copy(update=settled), held),
         "privacy.clip_norm": (chosen.privacy.clip_norm, privacy.clip_norm),
         "privacy.batch": (federation.sampling_rate(chosen), privacy.sampling_rate),
         "privacy.noise_multiplier": (chosen.privacy.noise_multiplier, privacy.noise_multiplier),

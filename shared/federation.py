@@ -237,8 +237,9 @@ def public_folder(federation: Federation) -> Path | None:
 
 
 def _data_terms(federation: Federation) -> DataTerms:
-    terms = federation.data.terms()
-    held = public.sha256(terms, public_folder(federation))
+    folder = public_folder(federation)
+    terms = federation.data.terms(folder)
+    held = public.sha256(terms, folder)
     return terms.model_copy(update={"public": held})
 
 

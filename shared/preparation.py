@@ -94,9 +94,10 @@ class Text(Frozen):
     """Text as `length` tokens, cut or filled up; labels as the file writes them.
 
     `tokens`: "bytes" are 1 to 256 for the bytes of UTF-8 and 0 where the text has ended.
-    "byte-pairs" are those, joined by `merges` in their order (Sennrich et al. 2016, arXiv
-    1508.07909), which were learned from public text. "pretrained" is the tokenizer that comes with
-    the pretrained model `source`, held to the SHA-256 of its file.
+    "byte-pairs" are those, joined within words by `merges` in their order (Sennrich et al. 2016,
+    arXiv 1508.07909): the i-th joins two earlier tokens into the token 257 + i. They were learned
+    from public text. "pretrained" is the tokenizer that comes with the pretrained model `source`,
+    held to the SHA-256 of its file.
     """
 
     kind: Literal["text"] = "text"
@@ -104,8 +105,31 @@ class Text(Frozen):
     labels: Labels
     tokens: Literal["bytes", "byte-pairs", "pretrained"] = "bytes"
     merges: tuple[tuple[int, int], ...] = Field(default=(), max_length=50_000)
-    source: str | None = Field(default=None, max_length=200)
+    source: str | None = Field(default=None, min_length=1, max_length=200)
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _each_label_once(cls, labels: Labels) -> Labels:
+        if len(set(labels)) < len(labels):
+            twice = next(label for label in labels if labels.count(label) > 1)
+            raise ValueError(f"label {twice!r} is listed twice; list each label once")
+        return labels
+
+    @model_validator(mode="after")
+    def _of_its_tokens(self) -> Text:
+        if self.merges and self.tokens != "byte-pairs":
+            raise ValueError(f"merges are for the tokens 'byte-pairs', not for {self.tokens!r}")
+        if (self.source is not None) != (self.tokens == "pretrained"):
+            raise ValueError("source goes with the tokens 'pretrained': give both or neither")
+        if self.sha256 is not None and self.source is None:
+            raise ValueError("sha256 is of the tokenizer's file: give its source too")
+        for place, pair in enumerate(self.merges):
+            if not all(1 <= token < 257 + place for token in pair):
+                raise ValueError(f"merge {place + 1} joins tokens that are not there yet")
+        if len(set(self.merges)) < len(self.merges):
+            raise ValueError("merges join a pair twice; join each pair once")
+        return self
 
 
 class Images(Frozen):

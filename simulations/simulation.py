@@ -208,7 +208,8 @@ def begin(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and isn't empty: name another --out, or --resume {out}")
-    data, folder = experiment.data.terms(), _where(experiment, data_dir)
+    folder = _where(experiment, data_dir)
+    data = experiment.data.terms(folder)
     _check(experiment, data, folder)
     if state is not None:
         State.under(state).check(_domain_facts(experiment))
@@ -289,9 +290,14 @@ def _group_names(experiment: Experiment, splits: Splits) -> tuple[str, ...]:
 
 def _domain_facts(experiment: Experiment) -> dict[str, Any]:
     """Returns what makes a site's examples what they are: another value is another domain."""
+    partition = experiment.data.partition.model_dump(mode="json")
+    if not partition["drop_small"]:
+        del partition[
+            "drop_small"
+        ]  # domains that were counted before there was one keep their name
     return {
         "data": experiment.data.name,
-        "partition": experiment.data.partition.model_dump(mode="json"),
+        "partition": partition,
         "seed": experiment.seed,
         "sites": experiment.sites,
     }

@@ -192,6 +192,46 @@ def hospitals() -> Path:
 
 
 @pytest.fixture
+def speeches() -> Path:
+    """The folder of shakespeare's published file."""
+    return _root_with("shakespeare") / "shakespeare"
+
+
+@pytest.fixture
+def sentences() -> Path:
+    """The folder of sst2's files."""
+    return _root_with("sst2") / "sst2"
+
+
+@pytest.fixture
+def token_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a model for tokens, as small as can be: an embedding and a dense layer."""
+    (tmp_path / "small_model_for_tokens.py").write_text(_SMALL_MODEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "small_model_for_tokens:small"
+
+
+_SMALL_MODEL = """
+from torch import nn
+
+
+class Small(nn.Module):
+    def __init__(self, classes, vocabulary, task):
+        super().__init__()
+        self.task = task
+        self.tokens, self.out = nn.Embedding(vocabulary, 8), nn.Linear(8, classes)
+
+    def forward(self, tokens):
+        hidden = self.tokens(tokens)
+        return self.out(hidden if self.task == "next-token" else hidden.mean(1))
+
+
+def small(shape, classes, *, vocabulary, task="classes"):
+    return Small(classes, vocabulary, task)
+"""
+
+
+@pytest.fixture
 def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     """A federation of one site, laid out as its coordinator and its operator would."""
     # One process uses a state folder; a test that plays several in one lets go of it.

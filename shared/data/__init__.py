@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bract.shared.contract import DataTerms, Scalar
-from bract.shared.data import heart_disease
+from bract.shared.data import heart_disease, shakespeare, sst2, text
 from bract.shared.data.digits import load_digits
 from bract.shared.data.examples import Examples, Groups, Splits
 from bract.shared.data.fashion_mnist import (
@@ -17,9 +17,10 @@ from bract.shared.data.fashion_mnist import (
     load_public_images,
     load_training_images,
 )
+from bract.shared.data.labelled import fits, terms_of
 from bract.shared.data.shares import faults, share
 from bract.shared.errors import UnknownName, UsageError
-from bract.shared.preparation import Preparation
+from bract.shared.preparation import Preparation, Text
 
 __all__ = [
     "DATASETS",
@@ -36,6 +37,9 @@ __all__ = [
 ]
 
 
+Prepare = Callable[[Mapping[str, Scalar], Preparation | None, Path | None], Preparation]
+
+
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """A data set: its public terms, and how to read it from where it lies.
@@ -50,6 +54,8 @@ class Dataset:
             beside them.
         load_part: the training examples of one site, by the name of its part.
         check_part: what is wrong with them, without naming a value.
+        prepare: the preparation by options, by the user's own where there is one, and by public
+            files where it is learned from them; None where `describe` knows everything.
         embedded: whether it ships with a library, so that a folder says nothing of where it lies.
     """
 
@@ -59,6 +65,7 @@ class Dataset:
     load_public: Callable[[DataTerms, Path | None], tuple[Examples, Examples]]
     load_part: Callable[[DataTerms, Path | None, str], Examples]
     check_part: Callable[[DataTerms, Path | None, str], list[str]]
+    prepare: Prepare | None = None
     embedded: bool = False
 
 
@@ -107,6 +114,16 @@ def _in_shares(
     )
 
 
+def _described_text(name: str) -> Callable[[Mapping[str, Scalar], Preparation | None], DataTerms]:
+    """Returns how a data set of labelled text describes itself, once it is prepared."""
+
+    def describe(options: Mapping[str, Scalar], preparation: Preparation | None) -> DataTerms:
+        assert isinstance(preparation, Text)  # noqa: S101  what its `prepare` returns
+        return terms_of(name, preparation)
+
+    return describe
+
+
 def _public_digits(folder: Path | None) -> tuple[Examples, Examples]:
     splits = load_digits(folder)
     return splits.validation, splits.test
@@ -134,6 +151,31 @@ DATASETS: dict[str, Dataset] = {
         load_part=lambda given, folder, part: heart_disease.load_hospital(folder, part),
         check_part=lambda given, folder, part: heart_disease.check_hospital(folder, part),
     ),
+    "sst2": Dataset(
+        describe=_described_text("sst2"),
+        fits=sst2.fits,
+        load=sst2.load_sst2,
+        load_public=sst2.load_public_sentences,
+        load_part=sst2.load_part,
+        check_part=sst2.check_part,
+        prepare=sst2.prepare,
+    ),
+    "text": Dataset(
+        describe=_described_text("text"),
+        fits=fits,
+        load=text.load_text,
+        load_public=text.load_public_text,
+        load_part=text.load_part,
+        check_part=text.check_part,
+        prepare=text.prepare,
+    ),
+    "shakespeare": Dataset(
+        **_fixed(shakespeare.TERMS),
+        load=lambda given, folder: shakespeare.load_shakespeare(folder),
+        load_public=lambda given, folder: shakespeare.load_public_speeches(folder),
+        load_part=lambda given, folder, part: shakespeare.load_role(folder, part),
+        check_part=lambda given, folder, part: shakespeare.check_role(folder, part),
+    ),
 }
 
 
@@ -152,14 +194,24 @@ def describe(
     name: str,
     options: Mapping[str, Scalar] | None = None,
     preparation: Preparation | None = None,
+    where: Path | None = None,
 ) -> DataTerms:
     """Returns the public terms of a data set, by its options.
 
+    Args:
+        name: of the data set.
+        options: of that data set.
+        preparation: the user's own, as a schema gives it.
+        where: the folder or file whose public part is opened, if anything is learned from it.
+
     Raises:
         UnknownName: for an unknown data set or option, naming the nearest.
-        UsageError: where an option's value will not do.
+        UsageError: where an option's value will not do, or a public file is missing.
     """
-    return dataset(name).describe(options or {}, preparation)
+    chosen = dataset(name)
+    if chosen.prepare is not None:
+        preparation = chosen.prepare(options or {}, preparation, where)
+    return chosen.describe(options or {}, preparation)
 
 
 @lru_cache(maxsize=4)

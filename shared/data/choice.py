@@ -26,14 +26,17 @@ class DataChoice(Frozen):
     offset: float | None = None
     scale: float | None = Field(default=None, gt=0)
 
-    def terms(self) -> DataTerms:
+    def terms(self, where: Path | None = None) -> DataTerms:
         """Returns the terms that a contract holds.
+
+        Args:
+            where: the folder or file whose public part is opened, if anything is learned from it.
 
         Raises:
             UsageError: where the schema or an option will not do.
         """
         preparation = None if self.schema_file is None else read_schema(Path(self.schema_file))
-        terms = describe(self.name, self.options, preparation)
+        terms = describe(self.name, self.options, preparation, where)
         return terms.scaled(self.offset, self.scale)
 
 

@@ -19,7 +19,7 @@ class Partition(Frozen):
     `iid` shuffles and cuts; `dirichlet` draws each label's shares from Dirichlet(`alpha`);
     `label` gives site i the labels i to i + `labels_per_site` − 1, round and round; `sizes` grows
     the sizes linearly; `natural` leaves the data set's own groups, such as hospitals, as they are:
-    all of them, or those that `only` names.
+    all of them, those that `only` names, or with `drop_small` those that have `min_size` examples.
     """
 
     kind: Literal["iid", "dirichlet", "label", "sizes", "natural"] = "iid"
@@ -27,11 +27,14 @@ class Partition(Frozen):
     labels_per_site: int = Field(default=2, ge=1)
     min_size: int = Field(default=10, ge=1)
     only: tuple[str, ...] = ()
+    drop_small: bool = False
 
     @model_validator(mode="after")
     def _only_groups(self) -> Partition:
         if self.only and self.kind != "natural":
             raise ValueError(f"only names groups, which the kind {self.kind!r} has not")
+        if self.drop_small and self.kind != "natural":
+            raise ValueError(f"drop_small leaves out groups, which the kind {self.kind!r} has not")
         if len(set(self.only)) < len(self.only):
             raise ValueError("only names a group twice; name each once")
         return self
@@ -66,6 +69,13 @@ def split(
             f"{sites} sites cannot share {len(targets)} examples with at least "
             f"{partition.min_size} each: use 1 to {len(targets) // partition.min_size} sites"
         )
+    if targets.ndim > 1:
+        if partition.kind in ("dirichlet", "label"):
+            raise UsageError(
+                f"partition {partition.kind!r} goes by labels, and these data have none: choose "
+                "iid, sizes or natural"
+            )
+        targets = np.zeros(len(targets), dtype=np.int64)
     _check_labels(targets, sites=sites, partition=partition)
     order = np.random.default_rng(seed).permutation(len(targets))
     partitioner = _partitioner(sites, partition, seed)
@@ -96,6 +106,9 @@ def group_names(groups: Groups | None, *, sites: int, partition: Partition) -> t
         if name not in groups.names:
             raise UnknownName("group in data.partition.only", name, groups.names)
     chosen = tuple(n for n in groups.names if not partition.only or n in partition.only)
+    if partition.drop_small:
+        rows = groups.rows()
+        chosen = tuple(n for n in chosen if len(rows[n]) >= partition.min_size)
     if sites != len(chosen):
         raise UsageError(
             f"partition 'natural' makes {len(chosen)} sites of these data, not {sites}: set sites "

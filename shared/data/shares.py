@@ -6,6 +6,7 @@ import math
 import re
 
 import numpy as np
+import numpy.typing as npt
 
 from bract.shared.data.examples import Examples
 from bract.shared.errors import UsageError
@@ -21,14 +22,31 @@ def share(train: Examples, part: str) -> Examples:
     Raises:
         UsageError: where `part` is no share that has an example.
     """
-    place, count = _cut(part) or (0, 0)
-    if not 1 <= place <= count <= len(train):
-        raise UsageError(
-            f"part {part!r} must be i/n, the i-th of n shares, as in 2/5: i from 1 to n, n up to "
-            f"{len(train)}"
-        )
-    order = np.random.default_rng(_SEED).permutation(len(train))
-    return train.take(np.sort(order[place - 1 :: count]))
+    cut = _cut(part)
+    if cut is None or cut[1] > len(train):
+        raise _no_share(part, f", n up to {len(train)}")
+    return train.take(rows_of_share(len(train), part))
+
+
+def rows_of_share(count: int, part: str) -> npt.NDArray[np.int64]:
+    """Returns the rows of a share of `count` private examples, none where there are too few.
+
+    How many a site holds is its secret: to fail on it would tell.
+
+    Raises:
+        UsageError: where `part` is no share.
+    """
+    cut = _cut(part)
+    if cut is None:
+        raise _no_share(part, "; 1/1 is the whole")
+    order = np.random.default_rng(_SEED).permutation(count)
+    return np.sort(order[cut[0] - 1 :: cut[1]])
+
+
+def _no_share(part: str, more: str) -> UsageError:
+    return UsageError(
+        f"part {part!r} must be i/n, the i-th of n shares, as in 2/5: i from 1 to n{more}"
+    )
 
 
 def may_meet(part: str, other: str) -> bool:

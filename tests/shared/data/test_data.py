@@ -362,6 +362,24 @@ def test_natural_partition_of_chosen_groups_keeps_their_order() -> None:
     assert [set(GROUPS.index[part]) for part in parts] == [{0}, {2}]
 
 
+def test_natural_partition_leaves_out_small_groups_where_it_is_asked_to() -> None:
+    partition = Partition(kind="natural", min_size=301, drop_small=True)
+    assert group_names(GROUPS, sites=1, partition=partition) == ("north",)
+    (part,) = split(TARGETS, sites=1, partition=partition, seed=1, groups=GROUPS)
+    np.testing.assert_array_equal(part, np.flatnonzero(GROUPS.index == 0))
+    with pytest.raises(UsageError, match="set sites to 1"):
+        group_names(GROUPS, sites=3, partition=partition)
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "label"])
+def test_data_without_labels_are_not_shared_by_labels(kind: Any) -> None:
+    tokens = np.zeros((40, 8), dtype=np.int64)
+    with pytest.raises(UsageError, match="goes by labels, and these data have none"):
+        split(tokens, sites=2, partition=Partition(kind=kind), seed=1)
+    parts = split(tokens, sites=2, partition=Partition(), seed=1)
+    assert sorted(np.concatenate(parts)) == list(range(40))
+
+
 @pytest.mark.parametrize(
     ("changes", "sites", "groups", "remedy"),
     [
@@ -385,8 +403,9 @@ def test_natural_partition_that_cannot_be_made_is_an_error(
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [({"only": ("east",)}, "which the kind 'iid' has not"),
+     ({"drop_small": True}, "which the kind 'iid' has not"),
      ({"kind": "natural", "only": ("east", "east")}, "name each once")],
-    ids=["other-kind", "twice"],
+    ids=["other-kind", "small", "twice"],
 )  # fmt: skip
 def test_only_names_groups_of_a_natural_partition_once(fields: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):

@@ -1,0 +1,233 @@
+"""The user's own labelled text: JSON lines, each {"text": …, "label": …}.
+
+In a folder lie train.jsonl, which is a site's, and validation.jsonl and test.jsonl, which are
+public. One file is for simulations, which split it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from bract.shared.contract import DataTerms, Scalar
+from bract.shared.data import labelled, tokens
+from bract.shared.data.examples import Examples, Splits
+from bract.shared.data.pretrained import PACKAGED
+from bract.shared.data.shares import rows_of_share
+from bract.shared.errors import UsageError
+from bract.shared.preparation import Preparation, Text
+
+NAME: Final = "text"
+UNREADABLE: Final = -1  # no class: such an example adds nothing
+OTHERWISE: Final[Mapping[str, Scalar]] = {"tokens": "bytes", "source": PACKAGED, "length": 256}
+TRAIN, VALIDATION = 0.8, 0.05
+FEWEST: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a file: its number, from 1, its text and label, and what is wrong with it.
+
+    `label` is None where there is none; what is wrong is told by key, never by value.
+    """
+
+    number: int
+    text: str
+    label: str | None
+    problem: str | None = None
+
+
+def prepare(
+    options: Mapping[str, Scalar], preparation: Preparation | None, where: Path | None
+) -> Text:
+    """Returns how texts become tokens, and the labels.
+
+    Where no schema lists them, the labels are those of the public part: of validation.jsonl and
+    test.jsonl, or of what a simulation splits off as validation and test. Joins of bytes are
+    learned from that part too.
+
+    Raises:
+        UsageError: where neither a schema nor public text tells the labels, or a value will not do.
+    """
+    if preparation is not None and not isinstance(preparation, Text):
+        raise UsageError(
+            f"data set {NAME!r} needs a schema of the kind 'text' (got {preparation.kind!r})"
+        )
+    otherwise: dict[str, Any] = dict(OTHERWISE)
+    if preparation is None:
+        otherwise["labels"] = _labels_of(_public(where))
+    return labelled.complete(
+        options,
+        preparation,
+        name=NAME,
+        otherwise=otherwise,
+        public_texts=lambda: [row.text for row in _public(where)],
+    )
+
+
+def load_text(terms: DataTerms, where: Path | None) -> Splits:
+    """Returns the three parts, of a folder as they lie in it, of a file by one fixed shuffle.
+
+    Raises:
+        UsageError: where a file is missing, or one file is too short to be split.
+    """
+    train, validation, test = (_encoded(terms, rows) for rows in _parts(where))
+    return Splits(train=train, validation=validation, test=test)
+
+
+def load_public_text(terms: DataTerms, where: Path | None) -> tuple[Examples, Examples]:
+    """Returns validation and test; of a folder, train.jsonl is not opened."""
+    validation, test = _public_parts(where)
+    return _encoded(terms, validation), _encoded(terms, test)
+
+
+def load_part(terms: DataTerms, folder: Path | None, part: str) -> Examples:
+    """Returns a site's own examples: of its train.jsonl, which it opens alone, the share "i/n".
+
+    "1/1" is all of it. Never fails for what is in a row, or for how many there are.
+
+    Raises:
+        UsageError: where the file is missing, or `part` is no share.
+    """
+    return _encoded(terms, _own(folder, part)[1])
+
+
+def check_part(terms: DataTerms, folder: Path | None, part: str) -> list[str]:
+    """Returns what is wrong with a site's rows: file, row and key, never a value."""
+    path, rows = _own(folder, part)
+    known = labelled.of(terms).labels
+    return [
+        f"{path}, row {row.number}: {problem}"
+        for row in rows
+        for problem in (row.problem, _of_label(row, known))
+        if problem is not None
+    ]
+
+
+def _own(folder: Path | None, part: str) -> tuple[Path, list[Row]]:
+    """Returns a site's file and its rows that are of a part."""
+    path = _somewhere(folder)
+    path = path / "train.jsonl" if path.is_dir() else path
+    rows = _rows(path)
+    return path, [rows[place] for place in rows_of_share(len(rows), part)]
+
+
+def _parts(where: Path | None) -> tuple[list[Row], list[Row], list[Row]]:
+    path = _somewhere(where)
+    if path.is_dir():
+        return _rows(path / "train.jsonl"), *_public_parts(path)
+    rows = _rows(path)
+    if len(rows) < FEWEST:
+        raise UsageError(f"{path} has {len(rows)} rows: to be split it needs {FEWEST} or more")
+    # Looks at nothing but the number of rows.
+    order = np.random.default_rng([805, 15]).permutation(len(rows))
+    train, validation = round(TRAIN * len(rows)), round(VALIDATION * len(rows))
+    one, two, three = (
+        [rows[place] for place in np.sort(cut)]
+        for cut in np.split(order, [train, train + validation])
+    )
+    return one, two, three
+
+
+def _public_parts(where: Path | None) -> tuple[list[Row], list[Row]]:
+    path = _somewhere(where)
+    if path.is_dir():
+        return _rows(path / "validation.jsonl"), _rows(path / "test.jsonl")
+    return _parts(path)[1:]
+
+
+def _public(where: Path | None) -> list[Row]:
+    validation, test = _public_parts(where)
+    return [*validation, *test]
+
+
+def _labels_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Returns the labels that public rows have: numbers by size, else by the alphabet."""
+    found = sorted({row.label for row in rows if row.label is not None})
+    if len(found) < 2:
+        raise UsageError(
+            f"the public part of the data has {len(found)} labels, which is too few to learn: list "
+            "the labels in a schema, and name it with --schema"
+        )
+    if all(label.removeprefix("-").isdecimal() for label in found):
+        found.sort(key=int)
+    return tuple(found)
+
+
+def _somewhere(where: Path | None) -> Path:
+    if where is None:
+        raise UsageError(
+            f"data set {NAME!r} is your own: name its file with --data-file FILE.jsonl, or its "
+            "folder with --set data.dir=FOLDER"
+        )
+    return where
+
+
+def _rows(path: Path) -> list[Row]:
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}; it should hold a JSON object a line"
+        ) from error
+    return [_row(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _row(number: int, line: bytes) -> Row:
+    """Returns a line as it can be understood; whatever it holds is never an error: it would tell.
+
+    Bytes that are not UTF-8 become the mark for that, and the row trains all the same.
+    """
+    try:
+        found = json.loads(line.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return Row(number, "", None, "not JSON")
+    if not isinstance(found, dict):
+        return Row(number, "", None, "not a JSON object")
+    text, label = found.get("text"), found.get("label")
+    if isinstance(label, int) and not isinstance(label, bool):
+        label = _digits(label)
+    problem = "; ".join(_faults(line, found, label)) or None
+    if not isinstance(text, str) or not isinstance(label, str):
+        return Row(number, "", None, problem)
+    return Row(number, text, label, problem)
+
+
+def _digits(label: int) -> str | None:
+    # Python refuses to write out a number of thousands of digits.
+    return str(label) if -(10**200) < label < 10**200 else None
+
+
+def _faults(line: bytes, found: Mapping[str, Any], label: Any) -> Iterator[str]:
+    for key in ("text", "label"):
+        if key not in found:
+            yield f"key {key!r} is missing"
+    if not isinstance(found.get("text", ""), str):
+        yield "key 'text': not a string"
+    if "label" in found and not isinstance(label, str):
+        yield "key 'label': neither a string nor a whole number"
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        yield "not UTF-8"
+
+
+def _of_label(row: Row, known: Sequence[str]) -> str | None:
+    if row.label is None or row.label in known:
+        return None
+    return "key 'label': not a label of the contract"
+
+
+def _encoded(terms: DataTerms, rows: Iterable[Row]) -> Examples:
+    text, rows = labelled.of(terms), list(rows)
+    known = {label: place for place, label in enumerate(text.labels)}
+    targets = [UNREADABLE if r.label is None else known.get(r.label, UNREADABLE) for r in rows]
+    return Examples(
+        inputs=tokens.encode([row.text for row in rows], text),
+        targets=np.array(targets, dtype=np.int64),
+    )
