@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from bract.shared.cli import print_json
+from bract.shared.cli import print_json, shown
 from bract.shared.errors import BractError, UsageError
 from bract.shared.reports import Summary
 
 if TYPE_CHECKING:
     from bract.simulations.engines import Engine
+
+_SHOWN = 20  # sites and groups in a table
 
 
 @click.command(epilog="Example: bract simulate digits --sites 5 --rounds 20 --out runs/mine")
@@ -164,25 +167,39 @@ def _table(report: Summary) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def shown(value: float | None) -> str:
-        return "unbounded" if value is None else f"{value:.4f}"
-
     table = Table("site", "ε of this run", "ε of its ledger", "charges", title=report.run)
-    for name, site in list(report.per_site.items())[:20]:
-        table.add_row(name, shown(site.epsilon_run), shown(site.epsilon), str(site.charges))
+    for name, site in list(report.per_site.items())[:_SHOWN]:
+        table.add_row(name, _spent(site.epsilon_run), _spent(site.epsilon), str(site.charges))
     console = Console(stderr=True, soft_wrap=True)
     console.print(table)
     console.print(f"{report.rounds} rounds in {report.seconds:.1f} s   {report.line}")
-    groups = report.test_accuracy_by_group
-    if groups:
-        each = "   ".join(f"{name} {accuracy:.4f}" for name, accuracy in list(groups.items())[:20])
+    if report.test_accuracy_by_group:
         console.print(
-            f"test accuracy by group: {each}   mean {shown(report.test_accuracy_mean_of_groups)}"
+            f"test accuracy by group: {_each(report.test_accuracy_by_group)}   "
+            f"mean {shown(report.test_accuracy_mean_of_groups)}"
+        )
+    if report.test_auc_by_group:
+        console.print(f"test AUC by group: {_each(report.test_auc_by_group)}")
+    if report.local_accuracy_worst_site is not None:
+        worst = report.local_accuracy_worst_site
+        error = (report.local_accuracy_error_by_site or {})[worst]
+        console.print(
+            f"local accuracy of round {report.local_accuracy_round}: "
+            f"{shown(report.local_accuracy)}, the worst {shown(report.local_accuracy_worst)} "
+            f"± {error:.4f} at {worst}"
         )
     console.print(
-        f"ε {shown(report.epsilon)} at δ {report.delta:g}, {report.adjacency}, per "
+        f"ε {_spent(report.epsilon)} at δ {report.delta:g}, {report.adjacency}, per "
         f"{report.unit}   guarantee: {report.guarantee}"
     )
     if report.refused:
         console.print(f"{len(report.refused)} refusals; the first: {report.refused[0]}")
     console.print(f"{report.out}: contract.json, metrics.jsonl, model.safetensors, ledgers/")
+
+
+def _spent(epsilon: float | None) -> str:
+    return "unbounded" if epsilon is None else shown(epsilon)
+
+
+def _each(figures: Mapping[str, float | None]) -> str:
+    return "   ".join(f"{name} {shown(value)}" for name, value in list(figures.items())[:_SHOWN])
