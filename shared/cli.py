@@ -47,6 +47,13 @@ LOG_FORMAT = click.option(
     help="One line an event on stderr.",
 )
 
+TRACK = click.option(
+    "--track",
+    type=click.Choice(["tensorboard", "mlflow"]),
+    multiple=True,
+    help="Follow the run under its folder's tracking/; may be given twice.",
+)
+
 
 class LazyGroup(click.Group):
     """A group that imports a command when it is asked for."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bract.shared.cli import print_json, shown
+from bract.shared.cli import TRACK, print_json, shown
 from bract.shared.errors import BractError, UsageError
 from bract.shared.reports import Summary
 
@@ -68,6 +68,7 @@ _SHOWN = 20  # sites and groups in a table
     metavar="DIR",
     help="Go on with a run that was stopped.",
 )
+@TRACK
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def simulate(
     experiment: str | None,
@@ -88,6 +89,7 @@ def simulate(
     state: Path | None,
     out: Path | None,
     resume: Path | None,
+    track: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Train a shared model over many sites on this machine.
@@ -95,16 +97,19 @@ def simulate(
     Each site's gate charges its own ledger before any example is read. EXPERIMENT is a name
     (digits, fashion-mnist, heart-disease) or a TOML file; digits where none is given.
     """
+    from bract.shared import tracking
     from bract.simulations import experiment as experiments
     from bract.simulations import simulation
 
+    tracking.check(track)
     count, carrier = _workers(workers), _engine(engine, ray_address, workers)
     if resume is not None:
         of_data = [data, data_file, schema, image_dir, data_dir]
         named = [*settings, *of_data, sites, rounds, model, device, seed, state, out]
         if any(value is not None for value in named):
             raise UsageError(
-                f"--resume {resume} takes only --workers, --engine, --ray-address and --json"
+                f"--resume {resume} takes only --workers, --engine, --ray-address, --track and "
+                "--json"
             )
         run = simulation.resume(resume, workers=count)
         if experiment not in (None, run.begun.experiment.name):
@@ -129,7 +134,7 @@ def simulate(
         )
         folder = out or Path("runs") / f"{chosen.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
         run = simulation.begin(chosen, out=folder, state=state, data_dir=data_dir, workers=count)
-    summary = run.complete(carrier)
+    summary = run.complete(carrier, track)
     _table(summary)
     if as_json and summary.rounds:
         print_json(summary.model_dump(mode="json"))
