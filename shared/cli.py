@@ -33,6 +33,7 @@ COMMANDS = {
     "server": ("bract.server.commands:server", "Serve a federation's run to its end."),
     "client": ("bract.client.commands:client", "Serve a site."),
     "keys": ("bract.shared.commands.keys:keys", "Make and read certificates and keys."),
+    "model": ("bract.shared.commands.model:model", "Use what was trained."),
     "audit": ("bract.shared.commands.audit:audit", "Check ledgers and what was spent."),
 }
 

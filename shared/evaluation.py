@@ -16,7 +16,6 @@ from bract.shared.arrays import Arrays
 from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, Groups
 from bract.shared.models import released_parameters
-from bract.shared.preparation import Table
 
 BATCH = 1024
 
@@ -73,7 +72,7 @@ class Evaluator:
             "test_perplexity": score.perplexity,
         }
         if self._data.task == "value":
-            return {**found, **_of_values(outcome, examples.targets, unit_of(self._data))}
+            return {**found, **_of_values(outcome, examples.targets, tasks.unit_of(self._data))}
         found |= _accuracy_by_group(outcome, examples.groups)
         if self._data.task == "classes":
             found |= _of_classes(outcome, examples.targets, self._data.classes)
@@ -116,17 +115,6 @@ class Evaluator:
         right = (flat.argmax(1) == labels).reshape(rows).sum(1)
         known = (labels != tasks.NO_CLASS).reshape(rows).sum(1)
         return known, right, each, outputs if self._data.task == "classes" else outputs[:, :0, 0]
-
-
-def unit_of(data: DataTerms) -> float:
-    """Returns what an error of 1 in the learned value is in the file's own unit.
-
-    A number y is learned as 2·(y − low) / (high − low) − 1, where a table says low and high.
-    """
-    prepared = data.preparation
-    if not isinstance(prepared, Table) or prepared.target.low is None:
-        return 1.0
-    return ((prepared.target.high or 0.0) - prepared.target.low) / 2
 
 
 def _of_values(outcome: _Outcome, truth: np.ndarray, unit: float) -> dict[str, Any]:

@@ -319,6 +319,41 @@ class ServerStatus(Frozen):
     written: str | None
 
 
+class ModelScores(Scores):
+    """`bract model evaluate --json`: a run's model on public test examples."""
+
+    run: str
+    examples: int
+    contract_sha256: str
+
+
+class ModelPredictions(Frozen):
+    """`bract model predict --json`."""
+
+    run: str
+    output: str
+    rows: int
+    contract_sha256: str
+
+
+class ModelExport(Frozen):
+    """`bract model export --json`.
+
+    `greatest_difference` is of the file's answers from the model's on made-up inputs, relative to
+    the greatest answer where that is over 1; `sha256` and `bytes` are the file's.
+    """
+
+    run: str
+    format: Literal["safetensors", "torch", "onnx"]
+    output: str
+    card: str
+    sha256: str
+    bytes: int
+    greatest_difference: float
+    guarantee: Guarantee
+    contract_sha256: str
+
+
 class CoordinatorKeys(Frozen):
     """`bract keys coordinator --json`: where the files are, and what a SITE.toml pins.
 
@@ -432,6 +467,9 @@ REPORTS: dict[str, type[Frozen]] = {
     "server": ServerSummary,
     "federation": FederationSummary,
     "server-status": ServerStatus,
+    "model-evaluate": ModelScores,
+    "model-predict": ModelPredictions,
+    "model-export": ModelExport,
     "keys-coordinator": CoordinatorKeys,
     "keys-server": ServerKeys,
     "keys-site": SiteKeys,
