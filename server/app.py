@@ -18,8 +18,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
-from bract.server import checkpoint
-from bract.server.evaluation import Evaluator
+from bract.server import checkpoint, fairness
+from bract.server.checkpoint import RoundState
 from bract.server.rounds import Patience, RoundLoop, initial_state
 from bract.server.strategy import PublicFedAvg
 from bract.server.witnesses import WitnessDesk
@@ -27,6 +27,8 @@ from bract.shared import arrays, canonical, contract, keys, models
 from bract.shared.data import load_public, public
 from bract.shared.data.locations import folder_of
 from bract.shared.errors import UsageError, VerificationFailed
+from bract.shared.evaluation import Evaluator
+from bract.shared.reports import Traffic
 
 _WAIT_SECONDS = 60.0
 
@@ -80,20 +82,25 @@ def main(grid: Grid, context: Context) -> None:
         ),
     )
     state = loop.run(grid, state)
-    score = evaluator.score(state.weights, test)
     result = {
         "rounds": state.round,
         "attempts": state.attempts,
         "seconds": state.seconds,
         "heads": state.heads,
         "refused": list(state.refused),
-        "test_accuracy": score.accuracy,
-        "test_loss": score.loss,
+        **fairness.last(state.metrics),
+        **_traffic(state),
         **evaluator.report(state.weights, test),
     }
     model_bytes = arrays.to_bytes({k: np.asarray(v) for k, v in state.weights.items()})
     canonical.write_atomically(out / "model.safetensors", model_bytes)
     canonical.write_atomically(out / "checkpoint" / "result.json", canonical.encode(result))
+
+
+def _traffic(state: RoundState) -> dict[str, Any]:
+    """Returns the bytes of the last round, which are those of every round."""
+    line = state.metrics[-1] if state.metrics else {}
+    return {name: line.get(name) for name in Traffic.model_fields}
 
 
 def _initial_model(agreed: contract.Contract, seed: int) -> nn.Module:

@@ -8,16 +8,19 @@ from types import FrameType
 
 import click
 
-from bract.shared.cli import AS_JSON, LOG_FORMAT, print_json, shown
+from bract.shared.cli import AS_JSON, LOG_FORMAT, TRACK, print_json, shown
 from bract.shared.errors import BractError
 
 
 @click.command(epilog="Example: bract server FEDERATION.toml")
 @click.argument("federation", type=click.Path(path_type=Path), metavar="FEDERATION.toml")
 @click.option("--status", is_flag=True, help="Say who is connected and how far the run is.")
+@TRACK
 @LOG_FORMAT
 @AS_JSON
-def server(federation: Path, status: bool, log_format: str, as_json: bool) -> None:
+def server(
+    federation: Path, status: bool, track: tuple[str, ...], log_format: str, as_json: bool
+) -> None:
     """Serve a federation's run to its end; started again after a kill, it goes on by itself.
 
     Only Flower's fleet routes and /health are on the network, over TLS, for the listed sites.
@@ -25,16 +28,16 @@ def server(federation: Path, status: bool, log_format: str, as_json: bool) -> No
     if status:
         _status(federation, as_json)
     else:
-        _serve(federation, log_format, as_json)
+        _serve(federation, track, log_format, as_json)
 
 
-def _serve(federation: Path, log_format: str, as_json: bool) -> None:
+def _serve(federation: Path, track: tuple[str, ...], log_format: str, as_json: bool) -> None:
     from bract.server import service
     from bract.shared import logs
 
     logs.begin("json" if log_format == "json" else "text")
     signal.signal(signal.SIGTERM, _interrupt)
-    summary = service.serve(federation)
+    summary = service.serve(federation, track)
     if as_json and summary.rounds:
         print_json(summary.model_dump(mode="json"))
     elif not as_json:

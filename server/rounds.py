@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,15 @@ import numpy as np
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
-from bract.server import checkpoint
+from bract.server import checkpoint, fairness
 from bract.server.checkpoint import RoundState
-from bract.server.evaluation import Evaluator
 from bract.server.strategy import PublicFedAvg
 from bract.shared import canonical, wire
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract
 from bract.shared.data import Examples
 from bract.shared.errors import BractError
+from bract.shared.evaluation import Evaluator
 from bract.shared.privacy import accounting, entries
 from bract.shared.reports import MetricsLine
 
@@ -105,9 +104,8 @@ class RoundLoop:
         if not self._wait_for_sites(grid):
             return None
         self.strategy.desk.remember(state.heads)  # what is saved, and nothing newer
-        messages = self.strategy.configure_train(
-            number, wire.pack(state.weights), ConfigRecord(), grid
-        )
+        packed = wire.pack(state.weights)
+        messages = self.strategy.configure_train(number, packed, ConfigRecord(), grid)
         if not messages:
             return None
         replies = grid.send_and_receive(messages, timeout=self.patience.round_seconds)
@@ -121,7 +119,7 @@ class RoundLoop:
         )
         state = replace(state, attempts=state.attempts + 1, refused=(*state.refused, *refused))
         if average is not None:
-            state = self._completed(state, wire.unpack(average))
+            state = self._completed(state, wire.unpack(average), wire.bytes_of(packed))
         state = replace(state, seconds=state.seconds + time.monotonic() - started)
         checkpoint.save(state, self.out / "checkpoint")
         if average is not None:
@@ -158,7 +156,7 @@ class RoundLoop:
             time.sleep(POLL_SECONDS)
         return True
 
-    def _completed(self, state: RoundState, average: Arrays) -> RoundState:
+    def _completed(self, state: RoundState, average: Arrays, weights_bytes: int) -> RoundState:
         weights, velocity = self._step(state, average)
         score = self.evaluator.score(weights, self.validation)
         heads = dict(state.heads)
@@ -172,7 +170,10 @@ class RoundLoop:
             "round": state.round + 1,
             "validation_accuracy": score.accuracy,
             "validation_loss": score.loss,
-            "local_accuracy": _local_accuracy(self.strategy.replied.values()),
+            "validation_perplexity": score.perplexity,
+            **fairness.of_round(self.strategy.replied, self.contract).model_dump(),
+            "weights_bytes": weights_bytes,
+            "update_bytes": self.strategy.update_bytes,
             "epsilon_run": self._epsilon(state.attempts, state.round + 1),
             "replied": len(self.strategy.replied),
             "refused": len(self.strategy.refused),
@@ -218,13 +219,6 @@ class RoundLoop:
             "completed" if completed else "void",
             extra={"event": "round", "completed": completed, "line": line},
         )
-
-
-def _local_accuracy(receipts: Iterable[wire.Receipt]) -> float | None:
-    """Returns Σ correct / Σ total of the noised pairs, within [0, 1]; None where there is none."""
-    pairs = [receipt.evaluation for receipt in receipts if receipt.evaluation is not None]
-    correct, total = (math.fsum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
-    return min(max(correct / total, 0.0), 1.0) if total > 0 else None
 
 
 def initial_state(contract: Contract, weights: Arrays) -> RoundState:

@@ -8,6 +8,7 @@ import ssl
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from bract.server import checkpoint, memory
 from bract.server.app import app
 from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
-from bract.shared import canonical, contract, federation, keys, locks
+from bract.shared import canonical, contract, federation, keys, locks, tracking
 from bract.shared.contract import Contract
 from bract.shared.errors import UsageError
 from bract.shared.federation import Federation
@@ -29,15 +30,17 @@ logger = logging.getLogger("bract.server")
 STATUS_SECONDS = 1.0
 
 
-def serve(path: Path) -> ServerSummary:
+def serve(path: Path, trackers: Sequence[str] = ()) -> ServerSummary:
     """Runs a federation file's contract to its end and returns what the server knows of it.
 
-    Started again after a kill, it goes on from the last whole round.
+    Started again after a kill, it goes on from the last whole round. `trackers` follow the run
+    (`tracking.TRACKERS`).
 
     Raises:
         UsageError: where contract and federation file do not fit together.
         BractError: where another process serves it, the port cannot be had, or too few sites come.
     """
+    tracking.check(trackers)
     chosen = federation.read(path)
     agreed = read_contract(chosen)
     listener = _listener(chosen)
@@ -53,7 +56,8 @@ def serve(path: Path) -> ServerSummary:
         for folder in (state, out, out / "checkpoint"):
             canonical.remove_leftovers(folder)
         canonical.write_atomically(out / "contract.json", Path(chosen.contract).read_bytes())
-        return _serve(chosen, agreed, listener)
+        with tracking.following(out, trackers):
+            return _serve(chosen, agreed, listener)
 
 
 def _serve(chosen: Federation, agreed: Contract, listener: Listener) -> ServerSummary:

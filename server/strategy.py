@@ -55,6 +55,7 @@ class PublicFedAvg(FedAvg):
         self._retired: set[int] = set()
         self.replied: dict[str, wire.Receipt] = {}
         self.refused: list[tuple[str, str]] = []
+        self.update_bytes: int | None = None
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -111,9 +112,9 @@ class PublicFedAvg(FedAvg):
         """Returns the mean of the valid updates by public weight, None where there is none.
 
         Flower's own average holds two more copies of every update. `replied` and `refused` then
-        say who answered what.
+        say who answered what, and `update_bytes` how large the largest accepted update was.
         """
-        self.replied, self.refused = {}, []
+        self.replied, self.refused, self.update_bytes = {}, [], None
         updates: dict[str, Arrays] = {}
         for message in list(replies):
             reply = self._sort(message, server_round)
@@ -149,6 +150,7 @@ class PublicFedAvg(FedAvg):
                     self._retired.add(node)
                 return None
             self._accept(reply, server_round, node)
+            self.update_bytes = max(self.update_bytes or 0, wire.update_bytes(message.content))
             return reply
         except RolledBack as error:
             self._refuse(self._name(node), Reason.LEDGER_ROLLED_BACK.value, str(error))

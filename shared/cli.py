@@ -33,6 +33,7 @@ COMMANDS = {
     "server": ("bract.server.commands:server", "Serve a federation's run to its end."),
     "client": ("bract.client.commands:client", "Serve a site."),
     "keys": ("bract.shared.commands.keys:keys", "Make and read certificates and keys."),
+    "model": ("bract.shared.commands.model:model", "Use what was trained."),
     "audit": ("bract.shared.commands.audit:audit", "Check ledgers and what was spent."),
 }
 
@@ -45,6 +46,13 @@ LOG_FORMAT = click.option(
     default="text",
     show_default=True,
     help="One line an event on stderr.",
+)
+
+TRACK = click.option(
+    "--track",
+    type=click.Choice(["tensorboard", "mlflow"]),
+    multiple=True,
+    help="Follow the run under its folder's tracking/; may be given twice.",
 )
 
 

@@ -47,13 +47,20 @@ class SitePrivacy(Frozen):
 class Scores(Frozen):
     """How good the last weights are on public test examples.
 
-    Of the task "classes" all but `auc` is there, which is null unless there are two classes; of
-    "next-token" accuracy and loss are those of a token; of "value" there is the loss alone, the
-    mean squared error. The accuracies of groups are null where the data set knows none.
+    Of the task "classes" there is what tells classes apart; `auc` is the area under the ROC curve,
+    the mean of each class against the rest where there are more than two, and null where one of
+    them is missing. Of "next-token" accuracy and loss are those of a token, and the perplexity is
+    exp(loss). Of "value" the loss is the mean squared error as the model learns it; the errors
+    below are in the file's own unit, where a table's target says its bounds. What the task has not
+    is null, and so are the figures of groups where the data set knows none.
     """
 
     test_accuracy: Annotated[float, Probability] | None
     test_loss: float | None
+    test_perplexity: float | None = None
+    test_mean_squared_error: float | None = None
+    test_mean_absolute_error: float | None = None
+    test_r2: float | None = None
     precision: Annotated[float, Probability] | None = None
     recall: Annotated[float, Probability] | None = None
     f1: Annotated[float, Probability] | None = None
@@ -61,6 +68,7 @@ class Scores(Frozen):
     auc: Annotated[float, Probability] | None = None
     test_accuracy_by_group: dict[str, Annotated[float, Probability]] | None = None
     test_accuracy_mean_of_groups: Annotated[float, Probability] | None = None
+    test_auc_by_group: dict[str, Annotated[float, Probability] | None] | None = None
 
     @property
     def line(self) -> str:
@@ -68,13 +76,47 @@ class Scores(Frozen):
         named = {
             "test accuracy": self.test_accuracy,
             "macro F1": self.f1,
+            "AUC": self.auc,
+            "perplexity": self.test_perplexity,
             "test loss": self.test_loss if self.test_accuracy is None else None,
+            "mean absolute error": self.test_mean_absolute_error,
+            "R²": self.test_r2,
         }
         return "   ".join(f"{name} {v:.4f}" for name, v in named.items() if v is not None)
 
 
-class RunFacts(Scores):
-    """What is known of a run on either side of the network."""
+class LocalAccuracy(Frozen):
+    """How right the weights that a round began with are on the sites' own examples.
+
+    From counts that each site noised and charged, so that all of it may be known; `local_accuracy`
+    is over all sites that replied, the others are each site's own, within [0, 1]. The
+    errors are the standard errors that the noise gives, at the most: among many sites the worst
+    looks worse than it is by a few of them. A site is null where noise left it no examples; all
+    is null where the contract asks for none.
+    """
+
+    local_accuracy: Annotated[float, Probability] | None = None
+    local_accuracy_worst: Annotated[float, Probability] | None = None
+    local_accuracy_worst_site: str | None = None
+    local_accuracy_by_site: dict[str, Annotated[float, Probability] | None] | None = None
+    local_accuracy_error_by_site: dict[str, float] | None = None
+
+
+class Traffic(Frozen):
+    """Bytes of arrays as they travel, without headers: what a site is sent, and what it sends."""
+
+    weights_bytes: int | None = None
+    update_bytes: int | None = None
+
+
+class RunFacts(Scores, LocalAccuracy, Traffic):
+    """What is known of a run on either side of the network.
+
+    Local accuracy is that of the last round which asked for it, `local_accuracy_round`; bytes are
+    those of one site in one round.
+    """
+
+    local_accuracy_round: int | None = None
 
     run: str
     epsilon_run: float | None
@@ -107,17 +149,13 @@ class Summary(RunFacts):
     workers: int
 
 
-class MetricsLine(Frozen):
-    """A line of metrics.jsonl: one completed round, scored on public validation examples.
-
-    `local_accuracy` is of the weights that the round began with, on the sites' own examples, from
-    counts that each site noised; null where the contract asks for none.
-    """
+class MetricsLine(LocalAccuracy, Traffic):
+    """A line of metrics.jsonl: one completed round, scored on public validation examples."""
 
     round: int
     validation_accuracy: Annotated[float, Probability] | None
     validation_loss: float | None
-    local_accuracy: Annotated[float, Probability] | None = None
+    validation_perplexity: float | None = None
     epsilon_run: float | None
     replied: int
     refused: int
@@ -281,6 +319,41 @@ class ServerStatus(Frozen):
     written: str | None
 
 
+class ModelScores(Scores):
+    """`bract model evaluate --json`: a run's model on public test examples."""
+
+    run: str
+    examples: int
+    contract_sha256: str
+
+
+class ModelPredictions(Frozen):
+    """`bract model predict --json`."""
+
+    run: str
+    output: str
+    rows: int
+    contract_sha256: str
+
+
+class ModelExport(Frozen):
+    """`bract model export --json`.
+
+    `greatest_difference` is of the file's answers from the model's on made-up inputs, relative to
+    the greatest answer where that is over 1; `sha256` and `bytes` are the file's.
+    """
+
+    run: str
+    format: Literal["safetensors", "torch", "onnx"]
+    output: str
+    card: str
+    sha256: str
+    bytes: int
+    greatest_difference: float
+    guarantee: Guarantee
+    contract_sha256: str
+
+
 class CoordinatorKeys(Frozen):
     """`bract keys coordinator --json`: where the files are, and what a SITE.toml pins.
 
@@ -394,6 +467,9 @@ REPORTS: dict[str, type[Frozen]] = {
     "server": ServerSummary,
     "federation": FederationSummary,
     "server-status": ServerStatus,
+    "model-evaluate": ModelScores,
+    "model-predict": ModelPredictions,
+    "model-export": ModelExport,
     "keys-coordinator": CoordinatorKeys,
     "keys-server": ServerKeys,
     "keys-site": SiteKeys,

@@ -11,19 +11,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from bract.shared.contract import DataTerms, Task
+from bract.shared.preparation import Table
 
 NO_CLASS = -100
 
 
 def inputs_of(values: np.ndarray, data: DataTerms, device: torch.device | str = "cpu") -> Tensor:
-    """Returns a batch of model inputs: normalised float32, or int64 tokens within the vocabulary.
+    """Returns a batch of model inputs on a device, from values as they were read."""
+    return prepared(torch.from_numpy(np.ascontiguousarray(values)).to(device), data)
+
+
+def prepared(raw: Tensor, data: DataTerms) -> Tensor:
+    """Returns model inputs: normalised float32, or int64 tokens within the vocabulary.
 
     A token that does not exist becomes token 0: to fail on it would tell that it is there.
     """
-    found = torch.from_numpy(np.ascontiguousarray(values))
     if data.vocabulary is None:
-        return (found.to(device, torch.float32) - data.offset) / data.scale
-    tokens = found.to(device, torch.int64)
+        return (raw.to(torch.float32) - data.offset) / data.scale
+    tokens = raw.to(torch.int64)
     return torch.where((tokens >= 0) & (tokens < data.vocabulary), tokens, 0)
 
 
@@ -39,6 +44,29 @@ def targets_of(values: np.ndarray, data: DataTerms, device: torch.device | str =
         return torch.where(numbers.isfinite(), numbers, torch.nan)
     labels = found.to(device, torch.int64)
     return torch.where((labels >= 0) & (labels < data.classes), labels, NO_CLASS)
+
+
+def unit_of(data: DataTerms) -> float:
+    """Returns what a difference of 1 in the learned value is in the file's own unit.
+
+    A number y is learned as 2·(y − low) / (high − low) − 1, where a table says low and high.
+    """
+    low, high = _bounds(data)
+    return (high - low) / 2
+
+
+def values_of(learned: Tensor, data: DataTerms) -> Tensor:
+    """Returns learned values in the file's own unit."""
+    low, high = _bounds(data)
+    return (learned + 1) * ((high - low) / 2) + low
+
+
+def _bounds(data: DataTerms) -> tuple[float, float]:
+    """Returns what -1 and 1 stand for: themselves, where no table says."""
+    target = data.preparation.target if isinstance(data.preparation, Table) else None
+    if target is None or target.low is None or target.high is None:
+        return -1.0, 1.0
+    return target.low, target.high
 
 
 def losses(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:

@@ -116,6 +116,20 @@ def pack(arrays: Arrays) -> ArrayRecord:
     )
 
 
+def bytes_of(record: ArrayRecord) -> int:
+    """Returns the bytes of a record's arrays as they travel, without names and headers."""
+    return sum(len(array.data) for array in record.values())
+
+
+def update_bytes(content: RecordDict) -> int:
+    """Returns the bytes of the update in a reply, as they travelled."""
+    return sum(
+        bytes_of(content.array_records[name])
+        for name in (_UPDATE, _UNPROTECTED)
+        if name in content.array_records
+    )
+
+
 def encode_order(order: TrainOrder, *, packed: ArrayRecord | None = None) -> RecordDict:
     """Returns the content of a train message.
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from bract.shared.cli import print_json
+from bract.shared.cli import TRACK, print_json, shown
 from bract.shared.errors import BractError, UsageError
 from bract.shared.reports import Summary
 
 if TYPE_CHECKING:
     from bract.simulations.engines import Engine
+
+_SHOWN = 20  # sites and groups in a table
 
 
 @click.command(epilog="Example: bract simulate digits --sites 5 --rounds 20 --out runs/mine")
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Go on with a run that was stopped.",
 )
+@TRACK
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def simulate(
     experiment: str | None,
@@ -85,6 +89,7 @@ def simulate(
     state: Path | None,
     out: Path | None,
     resume: Path | None,
+    track: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Train a shared model over many sites on this machine.
@@ -92,16 +97,19 @@ def simulate(
     Each site's gate charges its own ledger before any example is read. EXPERIMENT is a name
     (digits, fashion-mnist, heart-disease) or a TOML file; digits where none is given.
     """
+    from bract.shared import tracking
     from bract.simulations import experiment as experiments
     from bract.simulations import simulation
 
+    tracking.check(track)
     count, carrier = _workers(workers), _engine(engine, ray_address, workers)
     if resume is not None:
         of_data = [data, data_file, schema, image_dir, data_dir]
         named = [*settings, *of_data, sites, rounds, model, device, seed, state, out]
         if any(value is not None for value in named):
             raise UsageError(
-                f"--resume {resume} takes only --workers, --engine, --ray-address and --json"
+                f"--resume {resume} takes only --workers, --engine, --ray-address, --track and "
+                "--json"
             )
         run = simulation.resume(resume, workers=count)
         if experiment not in (None, run.begun.experiment.name):
@@ -126,7 +134,7 @@ def simulate(
         )
         folder = out or Path("runs") / f"{chosen.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
         run = simulation.begin(chosen, out=folder, state=state, data_dir=data_dir, workers=count)
-    summary = run.complete(carrier)
+    summary = run.complete(carrier, track)
     _table(summary)
     if as_json and summary.rounds:
         print_json(summary.model_dump(mode="json"))
@@ -164,25 +172,39 @@ def _table(report: Summary) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def shown(value: float | None) -> str:
-        return "unbounded" if value is None else f"{value:.4f}"
-
     table = Table("site", "ε of this run", "ε of its ledger", "charges", title=report.run)
-    for name, site in list(report.per_site.items())[:20]:
-        table.add_row(name, shown(site.epsilon_run), shown(site.epsilon), str(site.charges))
+    for name, site in list(report.per_site.items())[:_SHOWN]:
+        table.add_row(name, _spent(site.epsilon_run), _spent(site.epsilon), str(site.charges))
     console = Console(stderr=True, soft_wrap=True)
     console.print(table)
     console.print(f"{report.rounds} rounds in {report.seconds:.1f} s   {report.line}")
-    groups = report.test_accuracy_by_group
-    if groups:
-        each = "   ".join(f"{name} {accuracy:.4f}" for name, accuracy in list(groups.items())[:20])
+    if report.test_accuracy_by_group:
         console.print(
-            f"test accuracy by group: {each}   mean {shown(report.test_accuracy_mean_of_groups)}"
+            f"test accuracy by group: {_each(report.test_accuracy_by_group)}   "
+            f"mean {shown(report.test_accuracy_mean_of_groups)}"
+        )
+    if report.test_auc_by_group:
+        console.print(f"test AUC by group: {_each(report.test_auc_by_group)}")
+    if report.local_accuracy_worst_site is not None:
+        worst = report.local_accuracy_worst_site
+        error = (report.local_accuracy_error_by_site or {})[worst]
+        console.print(
+            f"local accuracy of round {report.local_accuracy_round}: "
+            f"{shown(report.local_accuracy)}, the worst {shown(report.local_accuracy_worst)} "
+            f"± {error:.4f} at {worst}"
         )
     console.print(
-        f"ε {shown(report.epsilon)} at δ {report.delta:g}, {report.adjacency}, per "
+        f"ε {_spent(report.epsilon)} at δ {report.delta:g}, {report.adjacency}, per "
         f"{report.unit}   guarantee: {report.guarantee}"
     )
     if report.refused:
         console.print(f"{len(report.refused)} refusals; the first: {report.refused[0]}")
     console.print(f"{report.out}: contract.json, metrics.jsonl, model.safetensors, ledgers/")
+
+
+def _spent(epsilon: float | None) -> str:
+    return "unbounded" if epsilon is None else shown(epsilon)
+
+
+def _each(figures: Mapping[str, float | None]) -> str:
+    return "   ".join(f"{name} {shown(value)}" for name, value in list(figures.items())[:_SHOWN])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bract.client.training import admission, devices
-from bract.shared import canonical, contract, keys, models
+from bract.shared import canonical, contract, keys, models, tracking
 from bract.shared.configuration import Frozen, parse
 from bract.shared.contract import (
     Contract,
@@ -88,9 +88,14 @@ class Simulation:
             run_config=self.run_config,
         )
 
-    def complete(self, engine: Engine) -> Summary:
-        """Returns the summary of the run, which lies in its folder too, when it has ended."""
-        with self.prepared() as (plan, signed):
+    def complete(self, engine: Engine, trackers: Sequence[str] = ()) -> Summary:
+        """Returns the summary of the run, which lies in its folder too, when it has ended.
+
+        Args:
+            engine: carries the messages.
+            trackers: which follow the run (`tracking.TRACKERS`).
+        """
+        with self.prepared() as (plan, signed), tracking.following(self.out, trackers):
             agreed = signed.contract
             with showing(agreed, self.out):
                 workers = self.run(engine)

@@ -168,7 +168,7 @@ def synopsis() -> dict[str, set[str]]:
     return {
         match[1].strip(): set(re.findall(r"--[a-z-]+", line))
         for line in text.splitlines()
-        if (match := re.match(r"bract ((?:(?:audit|contract|keys) )?[a-z]+)", line))
+        if (match := re.match(r"bract ((?:(?:audit|contract|keys|model) )?[a-z]+)", line))
     }
 
 

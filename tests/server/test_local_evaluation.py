@@ -11,13 +11,14 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from bract.client.gate import Gate
-from bract.server.rounds import _local_accuracy
+from bract.server import fairness
 from bract.server.strategy import INVALID_UPDATE, PublicFedAvg
 from bract.server.witnesses import WitnessDesk
 from bract.shared import keys, wire
-from bract.shared.contract import EvaluationTerms, SignedContract
+from bract.shared.contract import Contract, EvaluationTerms, SignedContract, SiteTerms
 from bract.shared.errors import VerificationFailed
 from bract.shared.privacy import entries
+from bract.shared.reports import LocalAccuracy
 from bract.shared.wire import Receipt, TrainReply
 from bract.simulations.grid import LocalGrid
 
@@ -135,7 +136,9 @@ def test_a_release_counts_only_where_its_evaluation_was_charged(
         WitnessDesk(WITNESS).check(hidden, "ward", cost=entries.event_for(signed.contract))
 
 
-def receipts(*pairs: tuple[float, float] | None) -> list[Receipt]:
+def receipts(*pairs: tuple[float, float] | None) -> dict[str, Receipt]:
+    """Returns the receipts of site-0, site-1 and on."""
+    names = [f"site-{place}" for place in range(len(pairs))]
     facts: Callable[[Any], Receipt] = lambda pair: Receipt(  # noqa: E731
         contract="c" * 64,
         site="alpha",
@@ -147,7 +150,18 @@ def receipts(*pairs: tuple[float, float] | None) -> list[Receipt]:
         head_hash="0" * 64,
         evaluation=pair,
     )
-    return [facts(pair) for pair in pairs]
+    return {name: facts(pair) for name, pair in zip(names, pairs, strict=True)}
+
+
+def agreed(world: Any, *sizes: int) -> Contract:
+    """Returns a contract of σ 4 with site-0, site-1 and on, of these nominal sizes."""
+    cohort = tuple(
+        SiteTerms(name=f"site-{place}", key=world.key.public, domain="ward", nominal_size=size)
+        for place, size in enumerate(sizes)
+    )
+    asked = EvaluationTerms(every=2, noise_multiplier=4.0)
+    made: Contract = world.contract(evaluation=asked, cohort=cohort)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -165,6 +179,36 @@ def receipts(*pairs: tuple[float, float] | None) -> list[Receipt]:
     ],
 )
 def test_local_accuracy_is_the_ratio_of_the_sums_within_0_and_1(
-    pairs: Any, accuracy: float | None
+    world: Any, pairs: Any, accuracy: float | None
 ) -> None:
-    assert _local_accuracy(receipts(*pairs)) == accuracy
+    found = fairness.of_round(receipts(*pairs), agreed(world, *[100] * max(len(pairs), 1)))
+    assert found.local_accuracy == accuracy
+
+
+def test_the_worst_site_is_named_with_the_error_that_its_noise_gives(world: Any) -> None:
+    pairs = [(90.0, 100.0), (130.0, 200.0), (9.0, -3.0), (60.0, 50.0), None]
+    found = fairness.of_round(receipts(*pairs), agreed(world, 100, 200, 10, 50, 100))
+    assert (found.local_accuracy_worst_site, found.local_accuracy_worst) == ("site-1", 0.65)
+    by_site = {"site-0": 0.9, "site-1": 0.65, "site-2": None, "site-3": 1.0}
+    assert found.local_accuracy_by_site == by_site
+    assert found.local_accuracy_error_by_site == {
+        "site-0": 0.08,
+        "site-1": 0.04,
+        "site-2": 0.8,
+        "site-3": 0.16,
+    }
+
+
+@pytest.mark.parametrize("pairs", [[(9.0, -3.0), (1.0, 0.0)], [None, None]])
+def test_no_site_is_the_worst_where_noise_or_contract_left_none(world: Any, pairs: Any) -> None:
+    found = fairness.of_round(receipts(*pairs), agreed(world, 100, 100))
+    assert found.local_accuracy_worst is None
+    assert found.local_accuracy_worst_site is None
+
+
+def test_a_summary_takes_the_last_round_that_asked() -> None:
+    nothing: dict[str, Any] = LocalAccuracy().model_dump()
+    asked = {**nothing, "local_accuracy": 0.5, "local_accuracy_by_site": {"alpha": 0.5}}
+    lines = [{"round": 1, **asked}, {"round": 2, **asked}, {"round": 3, **nothing}, {"round": 4}]
+    assert fairness.last(lines) == {**asked, "local_accuracy_round": 2}
+    assert fairness.last(lines[2:]) == {}

@@ -12,12 +12,12 @@ from flwr.app import Message, MessageType, RecordDict
 
 from bract.client.gate import Permit
 from bract.server import checkpoint
-from bract.server.evaluation import Evaluator
 from bract.server.rounds import CohortTooSmall, Patience, RoundLoop, initial_state
 from bract.server.strategy import PublicFedAvg
 from bract.server.witnesses import WitnessDesk
 from bract.shared import keys, models, wire
 from bract.shared.contract import SiteTerms
+from bract.shared.evaluation import Evaluator
 from bract.shared.privacy import ledger
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.witness import Witness

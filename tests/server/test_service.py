@@ -275,7 +275,7 @@ def test_a_run_without_a_round_fails_and_prints_one_object(
         refused = ()
         test_accuracy, epsilon_run, delta, out = 0.1, 0.0, 1e-5, "run"
 
-    monkeypatch.setattr(service, "serve", lambda path: Summary())
+    monkeypatch.setattr(service, "serve", lambda path, trackers: Summary())
     done = bract("server", str(layout.federation), "--json")
     assert (done.returncode, done.stdout.count("\n")) == (1, 1)
     assert "no round was completed" in json.loads(done.stdout)["error"]["message"]

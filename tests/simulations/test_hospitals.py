@@ -42,6 +42,8 @@ def test_the_experiment_reaches_its_accuracy_within_every_hospitals_budget(
     jsonschema.validate(summary, json.loads(text))
     assert tuple(summary["per_site"]) == HOSPITALS
     assert tuple(summary["test_accuracy_by_group"]) == HOSPITALS
+    assert tuple(summary["test_auc_by_group"]) == HOSPITALS
+    assert all(area > 0.5 for area in summary["test_auc_by_group"].values())
     assert summary["test_accuracy_mean_of_groups"] >= 0.78
     assert summary["auc"] >= 0.85
     assert all(site["epsilon"] <= 3.0 for site in summary["per_site"].values())

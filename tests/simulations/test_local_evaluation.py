@@ -17,6 +17,7 @@ from bract.shared.commands.contract import _shown
 from bract.shared.errors import UsageError
 from bract.shared.privacy import accounting, forecast, verification
 from bract.shared.privacy.events import PoissonGaussian
+from bract.shared.reports import LocalAccuracy
 from bract.simulations import experiment
 from bract.simulations.federations.loopback import SitePlan, lay_out
 
@@ -41,6 +42,14 @@ def test_a_simulated_run_shows_local_accuracy_and_pays_for_it(bract: Bract, tmp_
     assert [value is None for value in seen] == [True, False, True, False]
     # of the weights that the round began with, as the line before scored them
     assert seen[3] == pytest.approx(lines[2]["validation_accuracy"], abs=0.15)
+    assert summary["local_accuracy_round"] == 4
+    for name in LocalAccuracy.model_fields:
+        assert summary[name] == lines[3][name]
+    by_site = summary["local_accuracy_by_site"]
+    assert set(by_site) == set(summary["per_site"])
+    assert summary["local_accuracy_worst"] == min(by_site.values())
+    assert by_site[summary["local_accuracy_worst_site"]] == summary["local_accuracy_worst"]
+    assert all(0 < error < 0.1 for error in summary["local_accuracy_error_by_site"].values())
     step = PoissonGaussian(summary["sampling_rate"], summary["noise_multiplier"], 4)
     score = PoissonGaussian(1.0, 8.0, 2)
     assert summary["epsilon"] == accounting.epsilon([step, score], 1e-5)

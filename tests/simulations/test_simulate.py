@@ -55,6 +55,9 @@ def test_a_run_leaves_everything_an_auditor_needs(bract: Bract, tmp_path: Path) 
     assert [line["round"] for line in lines] == [1, 2, 3]
     for line in lines:
         jsonschema.validate(line, schema("metrics"))
+        assert line["weights_bytes"] == line["update_bytes"] == 4 * (64 * 10 + 10)
+    assert summary["update_bytes"] == 2600
+    assert 0.9 < summary["auc"] < 1
     assert summary["guarantee"] == "none: simulation"
     assert summary["epsilon"] == summary["epsilon_run"] <= 4.0
     assert 0 <= summary["epsilon_prv"] - summary["epsilon"] <= 0.02

@@ -1,0 +1,184 @@
+"""A model card: what a trained model is, what it was trained on, and what may be claimed of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from bract.shared.contract import Contract
+from bract.shared.reports import (
+    GUARANTEE_PRIVATE,
+    GUARANTEE_SIMULATION,
+    GUARANTEE_UNPROTECTED,
+    Guarantee,
+    ServerSummary,
+    Summary,
+)
+from bract.shared.trained import labels_of
+
+_LOADING: Final = {
+    "safetensors": (
+        "from safetensors.numpy import load_file",
+        'weights = load_file("{name}")  # of the model `{model}` of bract.shared.models',
+    ),
+    "torch": (
+        "import torch",
+        'model = torch.export.load("{name}").module()',
+        "outputs = model(inputs)",
+    ),
+    "onnx": (
+        "import onnxruntime",
+        'session = onnxruntime.InferenceSession("{name}")',
+        '(outputs,) = session.run(None, {{"inputs": inputs}})',
+    ),
+}
+_SITES: Final = 100  # of them a card lists
+_FIGURES: Final = {
+    "test_accuracy": "accuracy",
+    "test_accuracy_mean_of_groups": "accuracy, mean of the groups",
+    "precision": "precision, macro",
+    "recall": "recall, macro",
+    "f1": "F1, macro",
+    "auc": "area under the ROC curve",
+    "test_perplexity": "perplexity of a token",
+    "test_loss": "loss",
+    "test_mean_squared_error": "mean squared error",
+    "test_mean_absolute_error": "mean absolute error",
+    "test_r2": "R²",
+}
+
+
+def card(agreed: Contract, summary: Summary | ServerSummary, *, file: Path, form: str) -> str:
+    """Returns the card as Markdown.
+
+    Args:
+        agreed: the run's contract.
+        summary: what is known of the run; the privacy that it claims is the card's.
+        file: the exported model, which lies beside the card.
+        form: its format, one of `exports.FORMATS`.
+    """
+    model, training = agreed.model, agreed.training
+    options = "".join(f", {name} {value}" for name, value in sorted(model.options.items()))
+    loading = [line.format(name=file.name, model=model.name) for line in _LOADING[form]]
+    lines = [
+        f"# {agreed.run}",
+        "",
+        f"Model `{model.name}`{options}, trained by bract over {len(agreed.cohort)} sites in "
+        f"{summary.rounds} rounds of {training.local_steps} steps. This file: `{file.name}`.",
+        "",
+        "## Privacy",
+        "",
+        claim(agreed, summary),
+        "",
+        "## Data",
+        "",
+        f"Data set `{agreed.data.name}`; contract `{agreed.sha256}`.",
+        "",
+        "| site | domain | nominal size |",
+        "|---|---|---|",
+        *_sites(agreed),
+        "",
+        "## Scores",
+        "",
+        "On public test examples that no site trained on.",
+        "",
+        "| what | value |",
+        "|---|---|",
+        *_figures(summary),
+        "",
+        "## Use",
+        "",
+        "```python",
+        *loading,
+        "```",
+        "",
+        *_interface(agreed, form),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def guarantee(agreed: Contract, summary: Summary | ServerSummary) -> Guarantee:
+    """Returns what may be claimed: nothing where the noise was seeded, whatever a summary says."""
+    if agreed.privacy.mechanism == "none":
+        return GUARANTEE_UNPROTECTED
+    if agreed.simulation or agreed.privacy.randomness == "seeded":
+        return GUARANTEE_SIMULATION
+    return summary.guarantee
+
+
+def claim(agreed: Contract, summary: Summary | ServerSummary) -> str:
+    """Returns the privacy of a run in one sentence."""
+    claimed = guarantee(agreed, summary)
+    epsilon = summary.epsilon if isinstance(summary, Summary) else summary.epsilon_run
+    if claimed == GUARANTEE_UNPROTECTED:
+        return f"{claimed}: nothing was clipped or noised."
+    spent = "unbounded" if epsilon is None else f"{epsilon:.4f}"
+    cost = (
+        f"ε = {spent} at δ = {summary.delta:g}, {summary.adjacency} adjacency, per {summary.unit}"
+    )
+    if claimed != GUARANTEE_PRIVATE:
+        return (
+            f"{claimed}; the noise came from a seed, and kept secret it would have cost each site "
+            f"at most {cost}."
+        )
+    counted = (
+        "the worst site's ledger" if isinstance(summary, Summary) else "every attempt of this run"
+    )
+    return (
+        f"{claimed}: {cost}, counted over {counted}, for each site's examples against anyone who "
+        "sees every update that the site released and all other sites' data."
+    )
+
+
+def _sites(agreed: Contract) -> Iterator[str]:
+    for site in agreed.cohort[:_SITES]:
+        yield f"| {site.name} | {site.domain} | {site.nominal_size} |"
+    if len(agreed.cohort) > _SITES:
+        yield f"| and {len(agreed.cohort) - _SITES} more, in contract.json | | |"
+
+
+def _figures(summary: Summary | ServerSummary) -> Iterator[str]:
+    for name, words in _FIGURES.items():
+        value = getattr(summary, name)
+        if value is not None:
+            yield f"| {words} | {value:.4f} |"
+    for group, accuracy in (summary.test_accuracy_by_group or {}).items():
+        yield f"| accuracy, {group} | {accuracy:.4f} |"
+    if summary.local_accuracy_worst is not None:
+        yield (
+            f"| local accuracy of the worst site, {summary.local_accuracy_worst_site}, noised "
+            f"| {summary.local_accuracy_worst:.4f} |"
+        )
+
+
+def _interface(agreed: Contract, form: str) -> Iterator[str]:
+    """Yields what goes in and what comes out."""
+    data = agreed.data
+    shape = ", ".join(["examples", *map(str, data.shape)])
+    if data.vocabulary is not None:
+        yield f"- Inputs: int64 of ({shape}), tokens from 0 below {data.vocabulary}."
+    else:
+        done = "is part of this file" if form != "safetensors" else "is yours to do first"
+        yield (
+            f"- Inputs: float32 of ({shape}), as they stand in the data; "
+            f"(x − {data.offset:g}) / {data.scale:g} {done}."
+        )
+    if data.preparation is not None:
+        yield (
+            f"- A {data.preparation.kind} becomes inputs by the preparation in contract.json: "
+            "`bract model predict` does that."
+        )
+    if data.task == "value":
+        unit = "in the file's own unit" if form != "safetensors" else "between −1 and 1"
+        yield f"- Outputs: float32 of (examples, 1), the value {unit}."
+    elif data.task == "next-token":
+        yield "- Outputs: float32 scores of the token after each place; softmax gives odds."
+    else:
+        names = labels_of(data)
+        shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+        yield (
+            f"- Outputs: float32 of (examples, {data.classes}), a score for each of {shown}; their "
+            "softmax are the probabilities."
+        )

@@ -1,0 +1,219 @@
+"""How good a model is on public examples: those that a server holds, or a user names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bract.shared import tasks
+from bract.shared.arrays import Arrays
+from bract.shared.contract import DataTerms
+from bract.shared.data import Examples, Groups
+from bract.shared.models import released_parameters
+
+BATCH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Accuracy in [0, 1], None for the task "value", and the mean loss, None where not finite.
+
+    "next-token": the accuracy and the loss in nats of a token, over all tokens there are, and the
+    perplexity, exp(loss); None for other tasks.
+    """
+
+    accuracy: float | None
+    loss: float | None
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outcome:
+    """What a pass over examples found of each: how many targets, right ones, and their loss.
+
+    `outputs` are the scores of classes, or the one value; none are kept of tokens.
+    """
+
+    known: np.ndarray
+    right: np.ndarray
+    losses: np.ndarray
+    outputs: np.ndarray
+
+
+class Evaluator:
+    """A model kept warm to be scored with changing weights."""
+
+    def __init__(self, model: nn.Module, data: DataTerms) -> None:
+        self._model, self._data = model.eval(), data
+        self._parameters = released_parameters(model)
+
+    def score(self, weights: Arrays, examples: Examples) -> Score:
+        """Returns accuracy and loss on public examples."""
+        return self._score(self._outcome(weights, examples))
+
+    def report(self, weights: Arrays, examples: Examples) -> dict[str, Any]:
+        """Returns the fields of `reports.Scores` that the task has, from one pass.
+
+        Precision, recall, F1 and area under the ROC curve are macro; a row of the confusion matrix
+        is of one true class. With groups each one's figures, and the mean of their accuracies, in
+        which a small hospital counts as much as a large one.
+        """
+        outcome = self._outcome(weights, examples)
+        score = self._score(outcome)
+        found: dict[str, Any] = {
+            "test_accuracy": score.accuracy,
+            "test_loss": score.loss,
+            "test_perplexity": score.perplexity,
+        }
+        if self._data.task == "value":
+            return {**found, **_of_values(outcome, examples.targets, tasks.unit_of(self._data))}
+        found |= _accuracy_by_group(outcome, examples.groups)
+        if self._data.task == "classes":
+            found |= _of_classes(outcome, examples.targets, self._data.classes)
+            found["test_auc_by_group"] = _auc_by_group(outcome, examples)
+        return found
+
+    def _score(self, outcome: _Outcome) -> Score:
+        count = max(int(outcome.known.sum()), 1)
+        loss = _finite(float(outcome.losses.sum()) / count)
+        return Score(
+            accuracy=None if self._data.task == "value" else int(outcome.right.sum()) / count,
+            loss=loss,
+            perplexity=_exponential(loss) if self._data.task == "next-token" else None,
+        )
+
+    @torch.inference_mode()
+    def _outcome(self, weights: Arrays, examples: Examples) -> _Outcome:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
+        parts = [self._part(*pair) for pair in self._batches(examples)]
+        columns = zip(*parts, strict=True)
+        return _Outcome(*(torch.cat(column).numpy() for column in columns))
+
+    def _batches(self, examples: Examples) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields outputs and targets, some examples at a time; one pair at the least."""
+        for start in range(0, max(len(examples), 1), BATCH):
+            inputs = tasks.inputs_of(examples.inputs[start : start + BATCH], self._data)
+            targets = tasks.targets_of(examples.targets[start : start + BATCH], self._data)
+            yield self._model(inputs), targets
+
+    def _part(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns the columns of `_Outcome` for some examples; losses are summed in float64."""
+        if self._data.task == "value":
+            known = targets.isfinite()
+            losses = tasks.losses(outputs, targets, "value").double()
+            return known.long(), torch.zeros_like(known).long(), losses, outputs
+        flat, labels = outputs.reshape(-1, self._data.classes), targets.reshape(-1)
+        rows = (len(targets), -1) if len(targets) else (0, 1)
+        each = tasks.losses(flat, labels, "classes").double().reshape(rows).sum(1)
+        right = (flat.argmax(1) == labels).reshape(rows).sum(1)
+        known = (labels != tasks.NO_CLASS).reshape(rows).sum(1)
+        return known, right, each, outputs if self._data.task == "classes" else outputs[:, :0, 0]
+
+
+def _of_values(outcome: _Outcome, truth: np.ndarray, unit: float) -> dict[str, Any]:
+    """Returns squared and absolute error in the file's unit, and R² = 1 − residual / total."""
+    rows = np.flatnonzero(outcome.known)
+    wanted = np.asarray(truth, dtype=np.float64)[rows]
+    errors = np.asarray(outcome.outputs, dtype=np.float64)[rows, 0] - wanted
+    if not len(rows) or not np.isfinite(errors).all():
+        return {}
+    squared, spread = float(np.square(errors).sum()), np.square(wanted - wanted.mean()).sum()
+    return {
+        "test_mean_squared_error": squared / len(rows) * unit**2,
+        "test_mean_absolute_error": float(np.abs(errors).mean()) * unit,
+        "test_r2": 1 - squared / float(spread) if spread > 0 else None,
+    }
+
+
+def _of_classes(outcome: _Outcome, targets: np.ndarray, classes: int) -> dict[str, Any]:
+    from sklearn import metrics  # slow to import
+
+    rows, labels = np.flatnonzero(outcome.known), list(range(classes))
+    truth, scores = targets[rows], outcome.outputs[rows]
+    guesses = scores.argmax(1) if len(rows) else truth
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        truth, guesses, labels=labels, average="macro", zero_division=0
+    )
+    return {
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+        "confusion": _confusion(truth, guesses, classes),
+        "auc": _auc(scores, truth),
+    }
+
+
+def _confusion(truth: np.ndarray, guesses: np.ndarray, classes: int) -> list[list[int]]:
+    counts = np.bincount(truth.astype(np.int64) * classes + guesses, minlength=classes**2)
+    table: list[list[int]] = counts.reshape(classes, classes).tolist()
+    return table
+
+
+def _auc(scores: np.ndarray, truth: np.ndarray) -> float | None:
+    """Returns the area under the ROC curve: of two classes, else the mean of each against the rest.
+
+    None where a class is missing, or a score is not finite. The mean is Provost & Domingos' 2000
+    without their weights: each class counts alike.
+    """
+    from sklearn import metrics  # slow to import
+
+    classes = scores.shape[1]
+    if len(np.unique(truth)) != classes or not np.isfinite(scores).all():
+        return None
+    if classes == 2:
+        return float(metrics.roc_auc_score(truth, scores[:, 1] - scores[:, 0]))
+    probabilities = softmax(scores)
+    areas = [metrics.roc_auc_score(truth == one, probabilities[:, one]) for one in range(classes)]
+    return float(np.mean(areas))
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Returns the probabilities of classes, the last axis, in float64."""
+    shifted = np.asarray(scores, dtype=np.float64)
+    raised = np.exp(shifted - shifted.max(-1, keepdims=True))
+    probabilities: np.ndarray = raised / raised.sum(-1, keepdims=True)
+    return probabilities
+
+
+def _accuracy_by_group(outcome: _Outcome, groups: Groups | None) -> dict[str, Any]:
+    def accuracy(rows: np.ndarray) -> float:
+        return float(outcome.right[rows].sum() / outcome.known[rows].sum())
+
+    found = _by_group(accuracy, outcome, groups)
+    mean = float(np.mean(list(found.values()))) if found else None
+    return {"test_accuracy_by_group": found, "test_accuracy_mean_of_groups": mean}
+
+
+def _auc_by_group(outcome: _Outcome, examples: Examples) -> dict[str, float | None] | None:
+    def area(rows: np.ndarray) -> float | None:
+        readable = rows[outcome.known[rows] > 0]
+        return _auc(outcome.outputs[readable], examples.targets[readable])
+
+    return _by_group(area, outcome, examples.groups)
+
+
+def _by_group(
+    figure: Callable[[np.ndarray], Any], outcome: _Outcome, groups: Groups | None
+) -> dict[str, Any] | None:
+    """Returns a figure of each group that has targets at all, None where none are known."""
+    if groups is None:
+        return None
+    return {n: figure(rows) for n, rows in groups.rows().items() if outcome.known[rows].any()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _exponential(loss: float | None) -> float | None:
+    try:
+        return None if loss is None else math.exp(loss)
+    except OverflowError:
+        return None

@@ -1,0 +1,124 @@
+"""What a run has trained: contract, weights and summary of its folder, held to each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bract.shared import arrays, contract, models, tasks
+from bract.shared.arrays import Arrays
+from bract.shared.configuration import parse
+from bract.shared.contract import Contract, DataTerms
+from bract.shared.errors import UsageError, VerificationFailed
+from bract.shared.reports import ServerSummary, Summary
+
+
+class RawModel(nn.Module):
+    """A model from raw inputs, as they are read, to answers in the file's own unit.
+
+    Inputs: (examples, *shape), numbers as they stand in the data or tokens. The contract's offset
+    and scale are part of it, and so are the bounds of a value that is learned; scores of classes
+    stay scores.
+    """
+
+    def __init__(self, model: nn.Module, data: DataTerms) -> None:
+        super().__init__()
+        self.model, self._data = model, data
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Returns scores of (examples, classes), of each place for tokens, or (examples, 1)."""
+        outputs: Tensor = self.model(tasks.prepared(inputs, self._data))
+        return tasks.values_of(outputs, self._data) if self._data.task == "value" else outputs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """A trained model beside the contract that says what it is; `model` has the weights in it."""
+
+    folder: Path
+    contract: Contract
+    weights: Arrays
+    model: nn.Module
+
+    def raw_model(self) -> RawModel:
+        """Returns the model with its weights, for inputs as they are read."""
+        return RawModel(self.model, self.contract.data).eval()
+
+    def summary(self) -> Summary | ServerSummary:
+        """Returns what is known of the run.
+
+        Raises:
+            UsageError: where the run has not come to its end.
+            VerificationFailed: where the summary is of another run.
+        """
+        path = self.folder / "summary.json"
+        found = _json(path)
+        read: Summary | ServerSummary = (
+            parse(Summary, found, source=str(path))
+            if "per_site" in found
+            else parse(ServerSummary, found, source=str(path))
+        )
+        if read.contract_sha256 != self.contract.sha256:
+            raise VerificationFailed(f"{path} is of another contract than contract.json beside it")
+        return read
+
+
+def read(folder: Path) -> Trained:
+    """Returns the model in a run folder.
+
+    Raises:
+        UsageError: where there is none.
+        VerificationFailed: where the contract is not its coordinator's, or the weights do not fit.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"no run folder {folder}: name the one that --out or server.out named")
+    signed = contract.read(folder / "contract.json")
+    agreed = signed.verify(signed.contract.coordinator)
+    path = folder / "model.safetensors"
+    try:
+        weights = arrays.from_bytes(path.read_bytes())
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the model {path}: {error.strerror}; it is written when a run ends"
+        ) from error
+    except VerificationFailed as error:
+        raise VerificationFailed(f"{path} is damaged: copy it again") from error
+    model = models.of(agreed.model, agreed.data)
+    fault = arrays.fault(weights, models.released_shapes(model))
+    if fault is not None:
+        raise VerificationFailed(f"{path} does not fit contract.json beside it: {fault}")
+    return Trained(folder=folder, contract=agreed, weights=weights, model=_filled(model, weights))
+
+
+def _filled(model: nn.Module, weights: Arrays) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in models.released_parameters(model).items():
+            parameter.copy_(torch.tensor(weights[name]))
+    return model.eval()
+
+
+def labels_of(data: DataTerms) -> tuple[str, ...]:
+    """Returns the names of the classes, numbers from 0 where the contract names none."""
+    prepared = data.preparation
+    if prepared is None:
+        return tuple(map(str, range(data.classes)))
+    named = prepared.target.classes if prepared.kind == "table" else prepared.labels
+    return named if named is not None else ()
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        found: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}; it is written when a run ends"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: copy it again") from error
+    return found if isinstance(found, dict) else {}
