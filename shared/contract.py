@@ -61,11 +61,12 @@ class DataTerms(_Grown):
     instead, whole numbers from 0 up to that, and stays as it is. `task` is "classes" (one label of
     `classes`), "next-token" (the token after each place; `classes` is the vocabulary) or "value" (a
     number, by its squared error; `classes` is 1). `preparation` says how files become inputs, for
-    data sets that do not know it by themselves. `public` is the SHA-256 of the validation and test
+    data sets that do not know it by themselves, and `options` are those of data sets that take
+    some. `public` is the SHA-256 of the validation and test
     examples that the server holds, which the contract so declares public.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"task", "vocabulary", "preparation"})
+    later: ClassVar[frozenset[str]] = frozenset({"task", "vocabulary", "preparation", "options"})
 
     name: str = Field(min_length=1, max_length=200)
     shape: tuple[Annotated[int, Field(ge=1)], ...]
@@ -75,6 +76,7 @@ class DataTerms(_Grown):
     offset: float = 0.0
     scale: float = Field(default=1.0, gt=0)
     preparation: Preparation | None = None
+    options: dict[str, Scalar] = Field(default={})
     public: Hex32 | None = None
 
     @model_validator(mode="after")
@@ -91,6 +93,10 @@ class DataTerms(_Grown):
         if self.vocabulary is not None and len(self.shape) != 1:
             raise ValueError(f"shape {list(self.shape)} must be one axis, that of the tokens")
         return self
+
+    def __hash__(self) -> int:
+        """Returns a hash of all terms; the options, a dict, have none of their own."""
+        return hash(self.model_dump_json())
 
     def scaled(self, offset: float | None, scale: float | None) -> DataTerms:
         """Returns the terms with other constants, where these are given."""

@@ -39,7 +39,7 @@ def folder_of(name: str, *, folder: Path | None, root: Path | None) -> Path | No
 
     Args:
         name: of the data set: its folder's name under a root.
-        folder: the folder itself, as `data.dir` gives it.
+        folder: the folder itself, as `data.dir` gives it, or the one file that holds the data.
         root: a folder of data sets, as `--data-dir` or `$BRACT_DATA` gives it.
 
     Raises:
@@ -47,7 +47,7 @@ def folder_of(name: str, *, folder: Path | None, root: Path | None) -> Path | No
     """
     environment = os.environ.get("BRACT_DATA")
     if folder is not None:
-        if not folder.is_dir():
+        if not folder.exists():
             raise UsageError(f"no data folder {folder}: correct data.dir")
         return folder
     if root is not None:
