@@ -104,14 +104,28 @@ class DataTerms(_Grown):
         return self.model_copy(update={k: v for k, v in given.items() if v is not None})
 
 
-class TrainingTerms(Frozen):
-    """How weights move: everything here is post-processing of protected sums, and free."""
+class TrainingTerms(_Grown):
+    """How weights move: everything here but the views is post-processing of protected sums.
+
+    Each step sees `views` random views of every image that it samples, moved by up to an eighth of
+    a side, or mirrored too. Their mean loss is one example's, clipped as one: free of charge too.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"views", "augmentation"})
 
     local_steps: int = Field(ge=1, le=MAX_STEPS)
     learning_rate: float = Field(gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     server_learning_rate: float = Field(default=1.0, gt=0)
     server_momentum: float = Field(default=0.0, ge=0, lt=1)
+    views: int = Field(default=1, ge=1, le=64)
+    augmentation: Literal["none", "shift", "shift-flip"] = "none"
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> TrainingTerms:
+        if self.views > 1 and self.augmentation == "none":
+            raise ValueError(f"views {self.views} would be equal: set augmentation to shift")
+        return self
 
 
 class PrivacyTerms(Frozen):
@@ -216,6 +230,13 @@ class Contract(Frozen):
             raise ValueError(
                 f"evaluation counts right labels, and the task {self.data.task!r} has none: leave "
                 "evaluation out"
+            )
+        if self.training.augmentation != "none" and (
+            self.data.vocabulary is not None or len(self.data.shape) != 3
+        ):
+            raise ValueError(
+                f"augmentation {self.training.augmentation!r} is for images, and an example has "
+                f"the shape {list(self.data.shape)}: leave it out"
             )
         private = self.privacy.mechanism == "dp-sgd" and self.privacy.randomness == "csprng"
         if not self.simulation and not private:
