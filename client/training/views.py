@@ -70,7 +70,9 @@ def moved(images: np.ndarray, moves: Moves) -> np.ndarray:
     examples = np.arange(len(images))[:, None, None, None]
     found = images[examples, :, rows[..., :, None], columns[..., None, :]]
     kept = right[..., :, None, None] & inside[..., None, :, None]
-    return np.moveaxis(np.where(kept, found, np.zeros((), images.dtype)), -1, 2)
+    views = np.moveaxis(np.where(kept, found, np.zeros((), images.dtype)), -1, 2)
+    # Axes in memory in their order, an axis of one channel too: Opacus' samplers rely on it.
+    return np.array(views, order="C")
 
 
 def _places(
@@ -94,7 +96,7 @@ class Viewed(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Returns the answers, (examples, views, …)."""
-        return torch.stack([self.model(view) for view in inputs.unbind(1)], 1)
+        return torch.stack([self.model(view.contiguous()) for view in inputs.unbind(1)], 1)
 
 
 def mean_loss(loss: Loss) -> Loss:

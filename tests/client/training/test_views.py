@@ -111,7 +111,11 @@ def test_book_keeping_and_hooks_give_one_update(world: Any) -> None:
     for mode in TWO_MODES:
         agreed = world.contract(model=ModelTerms(name="cnn"), training=terms())
         trainer = Trainer(agreed, Execution(mode=mode, physical_batch=16))
-        weights = {name: np.full(shape, 0.01, np.float32) for name, shape in trainer.shapes.items()}
+        made_up = np.random.default_rng(4)
+        weights = {
+            name: 0.3 * made_up.standard_normal(shape).astype(np.float32)
+            for name, shape in trainer.shapes.items()
+        }
         update = trainer.train(
             terms=agreed.cohort[0],
             examples=world.examples(),
