@@ -161,10 +161,11 @@ class BookKeepingSum:
         if not self._channels_last:
             outputs = self._module(inputs)
             return outputs
-        if inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        lying = inputs
+        if inputs.dim() == 4:  # and not views of images, which have an axis of their own
+            lying = inputs.contiguous(memory_format=torch.channels_last)
         try:
-            outputs = self._module(inputs)
+            outputs = self._module(lying)
             return outputs
         except RuntimeError as error:
             if "view size is not compatible" not in str(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 from typing import Any
@@ -125,6 +126,25 @@ def test_book_keeping_and_hooks_give_one_update(world: Any) -> None:
         updates.append(update.arrays)
     for name, one in updates[0].items():
         np.testing.assert_allclose(one, updates[1][name], atol=1e-5)
+
+
+class Viewing(nn.Module):
+    """Views a convolution's output as if its channels came first, as many models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.out = nn.Conv2d(1, 3, 3), nn.Linear(108, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.patch(x)).view(-1, 108))
+
+
+def test_views_of_a_model_that_views_its_images_are_taken() -> None:
+    torch.manual_seed(3)
+    model, inputs = Viewing(), torch.randn(2, 3, 1, 8, 8)
+    found = [summed(mode, copy.deepcopy(model), inputs, 0.5) for mode in TWO_MODES]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 def test_ghost_norms_refuse_views_before_anything_is_charged(world: Any) -> None:
