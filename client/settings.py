@@ -11,7 +11,7 @@ from bract.client.training import devices
 from bract.shared.configuration import Frozen, first_fault, parse, read_toml
 from bract.shared.contract import Hex32, Name
 from bract.shared.data import dataset
-from bract.shared.errors import UnknownName
+from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, Policy
 
 
@@ -35,7 +35,7 @@ class DataRoot(Frozen):
     def _is_known(cls, name: str) -> str:
         try:
             dataset(name)
-        except UnknownName as error:
+        except UsageError as error:
             raise ValueError(str(error)) from error
         return name
 

@@ -61,11 +61,12 @@ class DataTerms(_Grown):
     instead, whole numbers from 0 up to that, and stays as it is. `task` is "classes" (one label of
     `classes`), "next-token" (the token after each place; `classes` is the vocabulary) or "value" (a
     number, by its squared error; `classes` is 1). `preparation` says how files become inputs, for
-    data sets that do not know it by themselves. `public` is the SHA-256 of the validation and test
+    data sets that do not know it by themselves, and `options` are those of data sets that take
+    some. `public` is the SHA-256 of the validation and test
     examples that the server holds, which the contract so declares public.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"task", "vocabulary", "preparation"})
+    later: ClassVar[frozenset[str]] = frozenset({"task", "vocabulary", "preparation", "options"})
 
     name: str = Field(min_length=1, max_length=200)
     shape: tuple[Annotated[int, Field(ge=1)], ...]
@@ -75,6 +76,7 @@ class DataTerms(_Grown):
     offset: float = 0.0
     scale: float = Field(default=1.0, gt=0)
     preparation: Preparation | None = None
+    options: dict[str, Scalar] = Field(default={})
     public: Hex32 | None = None
 
     @model_validator(mode="after")
@@ -92,20 +94,38 @@ class DataTerms(_Grown):
             raise ValueError(f"shape {list(self.shape)} must be one axis, that of the tokens")
         return self
 
+    def __hash__(self) -> int:
+        """Returns a hash of all terms; the options, a dict, have none of their own."""
+        return hash(self.model_dump_json())
+
     def scaled(self, offset: float | None, scale: float | None) -> DataTerms:
         """Returns the terms with other constants, where these are given."""
         given = {"offset": offset, "scale": scale}
         return self.model_copy(update={k: v for k, v in given.items() if v is not None})
 
 
-class TrainingTerms(Frozen):
-    """How weights move: everything here is post-processing of protected sums, and free."""
+class TrainingTerms(_Grown):
+    """How weights move: everything here but the views is post-processing of protected sums.
+
+    Each step sees `views` random views of every image that it samples, moved by up to an eighth of
+    a side, or mirrored too. Their mean loss is one example's, clipped as one: free of charge too.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"views", "augmentation"})
 
     local_steps: int = Field(ge=1, le=MAX_STEPS)
     learning_rate: float = Field(gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     server_learning_rate: float = Field(default=1.0, gt=0)
     server_momentum: float = Field(default=0.0, ge=0, lt=1)
+    views: int = Field(default=1, ge=1, le=64)
+    augmentation: Literal["none", "shift", "shift-flip"] = "none"
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> TrainingTerms:
+        if self.views > 1 and self.augmentation == "none":
+            raise ValueError(f"views {self.views} would be equal: set augmentation to shift")
+        return self
 
 
 class PrivacyTerms(Frozen):
@@ -210,6 +230,13 @@ class Contract(Frozen):
             raise ValueError(
                 f"evaluation counts right labels, and the task {self.data.task!r} has none: leave "
                 "evaluation out"
+            )
+        if self.training.augmentation != "none" and (
+            self.data.vocabulary is not None or len(self.data.shape) != 3
+        ):
+            raise ValueError(
+                f"augmentation {self.training.augmentation!r} is for images, and an example has "
+                f"the shape {list(self.data.shape)}: leave it out"
             )
         private = self.privacy.mechanism == "dp-sgd" and self.privacy.randomness == "csprng"
         if not self.simulation and not private:

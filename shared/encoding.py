@@ -21,6 +21,9 @@ import numpy as np
 
 from bract.shared import canonical
 from bract.shared.contract import DataTerms
+from bract.shared.data import tokens
+from bract.shared.data.images import decoded
+from bract.shared.data.table import Encoder
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Table, Text
 
@@ -78,22 +81,39 @@ def write(content: bytes, output: Path) -> None:
 
 
 def table_inputs(table: Table, rows: Sequence[Mapping[str, str]]) -> np.ndarray:
-    """Returns the inputs of a table's rows, given as cells by column."""
-    raise _not_prepared(table.kind)
+    """Returns the inputs of a table's rows, given as cells by column.
+
+    Raises:
+        UsageError: for a cell that should be a number and is none.
+    """
+    target = table.target  # not looked at: any readable one will do
+    blank = target.classes[0] if target.classes else str(target.low)
+    cells = [[*(row[column.name] for column in table.columns), blank] for row in rows]
+    encoder = Encoder(table)
+    for place, row in enumerate(cells, 1):
+        for problem in encoder.problems(row):
+            if problem.endswith("not a number"):
+                raise UsageError(f"row {place}, {problem}: mend it, or leave the cell empty")
+    return encoder.examples(cells).inputs
 
 
 def text_inputs(text: Text, texts: Sequence[str]) -> np.ndarray:
     """Returns the tokens of texts."""
-    raise _not_prepared(text.kind)
+    return tokens.encode(texts, text)
 
 
 def image_inputs(images: Images, data: DataTerms, paths: Sequence[Path]) -> np.ndarray:
-    """Returns the pixels of image files."""
-    raise _not_prepared(images.kind)
+    """Returns the pixels of image files, uint8 of (images, *shape).
 
-
-def _not_prepared(kind: str) -> UsageError:
-    return UsageError(f"this bract prepares no {kind} for prediction: give .npz of inputs")
+    Raises:
+        UsageError: for a file that is no image.
+    """
+    found = [decoded(path, images) for path in paths]
+    for path, one in zip(paths, found, strict=True):
+        if one is None:
+            raise UsageError(f"{path} is no image that can be read: leave it out")
+    pixels = [one[0] for one in found if one is not None]
+    return np.stack(pixels) if pixels else np.zeros((0, *data.shape), dtype=np.uint8)
 
 
 def _reader(data: DataTerms, paths: Sequence[Path]) -> Callable[[], Rows]:

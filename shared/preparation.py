@@ -8,37 +8,70 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from bract.shared.configuration import Frozen
 
 Label = Annotated[str, Field(min_length=1, max_length=200)]
-Labels = Annotated[tuple[Label, ...], Field(min_length=2, max_length=10_000)]
+
+
+def _each_once(labels: tuple[str, ...]) -> tuple[str, ...]:
+    seen: set[str] = set()
+    for label in labels:
+        if label in seen:
+            raise ValueError(f"{label!r} is listed twice; list each once")
+        seen.add(label)
+    return labels
+
+
+Labels = Annotated[
+    tuple[Label, ...], Field(min_length=2, max_length=10_000), AfterValidator(_each_once)
+]
 
 
 class Numeric(Frozen):
-    """A number, clipped to public bounds and scaled to [-1, 1]; two inputs: it, and 'missing'."""
+    """A number, clipped to public bounds and scaled to [-1, 1]; two inputs: it, and 'missing'.
+
+    A missing one is 0, the middle. `missing` are cells that mean so in this column alone.
+    """
 
     kind: Literal["numeric"] = "numeric"
     name: Label
-    low: float = Field(allow_inf_nan=False)
-    high: float = Field(allow_inf_nan=False)
+    low: float
+    high: float
     missing: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _some_width(self) -> Numeric:
-        if self.low >= self.high:
-            raise ValueError(f"column {self.name!r}: low {self.low} must be below high {self.high}")
+        _check_bounds(f"column {self.name!r}", self.low, self.high)
         return self
+
+    @property
+    def width(self) -> int:
+        """How many inputs it becomes."""
+        return 2
 
 
 class Categorical(Frozen):
-    """One of public categories: an input for each, then 'other' and 'missing'."""
+    """One of public categories: an input for each, then 'other' and 'missing'.
+
+    A category that is a number is met by any cell of that number: '1.0' is the category 1.
+    """
 
     kind: Literal["categorical"] = "categorical"
     name: Label
-    categories: Annotated[tuple[Label, ...], Field(min_length=1, max_length=10_000)]
+    categories: Annotated[
+        tuple[Label, ...], Field(min_length=1, max_length=10_000), AfterValidator(_each_once)
+    ]
     missing: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """How many inputs it becomes."""
+        return len(self.categories) + 2
+
+
+Column = Annotated[Numeric | Categorical, Field(discriminator="kind")]
 
 
 class Target(Frozen):
@@ -49,45 +82,62 @@ class Target(Frozen):
 
     name: Label
     classes: Labels | None = None
-    low: float | None = Field(default=None, allow_inf_nan=False)
-    high: float | None = Field(default=None, allow_inf_nan=False)
+    low: float | None = None
+    high: float | None = None
 
     @model_validator(mode="after")
     def _classes_or_bounds(self) -> Target:
-        bounds = self.low is not None and self.high is not None and self.low < self.high
-        if (self.classes is None) != bounds:
-            raise ValueError(f"target {self.name!r} needs either classes or low < high")
+        given = [bound for bound in (self.low, self.high) if bound is not None]
+        if len(given) != (2 if self.classes is None else 0):
+            raise ValueError(f"target {self.name!r} needs either classes or both low and high")
+        if given:
+            _check_bounds(f"target {self.name!r}", *given)
         return self
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The least and the greatest number, None where classes are learned."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+
+def _check_bounds(what: str, low: float, high: float) -> None:
+    if low >= high:
+        raise ValueError(f"{what}: low {low} must be below high {high}")
+    if max(-low, high) > 1e300:
+        raise ValueError(f"{what}: bounds must lie within ±1e300")
 
 
 class Table(Frozen):
-    """A table with named columns; `missing` are the cells that mean 'not there' in any column."""
+    """A table with named columns; `missing` are the cells that mean 'not there' in any column.
+
+    What is missing where is said by text or by number: '-9.0' is the missing word -9.
+    """
 
     kind: Literal["table"] = "table"
-    columns: tuple[Annotated[Numeric | Categorical, Field(discriminator="kind")], ...] = Field(
-        min_length=1, max_length=10_000
-    )
+    columns: tuple[Column, ...] = Field(min_length=1, max_length=10_000)
     target: Target
     missing: tuple[str, ...] = ("", "?", "NA")
 
-    @field_validator("columns")
-    @classmethod
-    def _each_column_once(
-        cls, columns: tuple[Numeric | Categorical, ...]
-    ) -> tuple[Numeric | Categorical, ...]:
-        names = [column.name for column in columns]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"column {twice!r} is listed twice; list each column once")
-        return columns
+    @model_validator(mode="after")
+    def _each_column_says_one_thing(self) -> Table:
+        names = {self.target.name}
+        for column in self.columns:
+            if column.name in names:
+                raise ValueError(f"column {column.name!r} is listed twice; list each column once")
+            names.add(column.name)
+            if isinstance(column, Categorical):
+                absent = {*self.missing, *column.missing}.intersection(column.categories)
+                if absent:
+                    raise ValueError(
+                        f"column {column.name!r}: {min(absent)!r} is a category and means missing "
+                        "too; set missing"
+                    )
+        return self
 
     @property
     def width(self) -> int:
         """How many inputs a row becomes."""
-        return sum(
-            2 if isinstance(column, Numeric) else len(column.categories) + 2
-            for column in self.columns
-        )
+        return sum(column.width for column in self.columns)
 
 
 class Text(Frozen):
@@ -133,10 +183,15 @@ class Text(Frozen):
 
 
 class Images(Frozen):
-    """A folder of images, one folder for each label; `colour` keeps red, green and blue."""
+    """Images of one size, one folder for each label; `colour` keeps red, green and blue.
+
+    An image of another size is resized to `height` and `width` pixels.
+    """
 
     kind: Literal["images"] = "images"
     labels: Labels
+    height: int = Field(default=32, ge=1, le=4096)
+    width: int = Field(default=32, ge=1, le=4096)
     colour: bool = True
 
 

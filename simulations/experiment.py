@@ -13,9 +13,11 @@ from pydantic import Field, model_validator
 from bract.shared.configuration import Frozen, parse, read_toml
 from bract.shared.contract import EvaluationTerms, ModelTerms, TrainingTerms, check_evaluation
 from bract.shared.data.choice import DataChoice
+from bract.shared.data.images import schema_of
 from bract.shared.data.partitions import Partition
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.policy import Filter, Menu
+from bract.shared.preparation import Preparation
 
 PACKAGE = "bract.simulations.experiments"
 
@@ -26,6 +28,15 @@ class DataSettings(DataChoice):
     dir: str | None = None
     file: str | None = None
     partition: Partition = Partition()
+
+    def preparation(self) -> Preparation | None:
+        """Returns what the schema says; without one the labels of images are their folders' names.
+
+        These are the researcher's own to tell. No site's are read so.
+        """
+        if self.name == "images" and self.schema_file is None and self.dir is not None:
+            return schema_of(Path(self.dir), self.options)
+        return super().preparation()
 
 
 class PrivacySettings(Frozen):
@@ -103,6 +114,7 @@ def load(
 ) -> Experiment:
     """Returns an experiment by name or file, with options and `key=value` settings applied.
 
+    Other data than the experiment's come without its options and constants; the partition stays.
     Later wins: the file, its `variants.MODEL` table where `--model` names one, its `unprotected`
     table where `--set privacy.mechanism=none` asks for it, options, `--set`.
 
@@ -113,6 +125,7 @@ def load(
     table = _read(name)
     variants, unprotected = table.pop("variants", {}), table.pop("unprotected", {})
     assignments = [_assignment(setting) for setting in settings]
+    _set_data_(table, dict(assignments).get("data.name", overrides.get("data.name")))
     chosen = dict(assignments).get("model.name", model)
     if chosen is not None and chosen != table.get("model", {}).get("name"):
         table["model"] = {"name": chosen}
@@ -123,6 +136,14 @@ def load(
         if value is not None:
             _put_(table, key, value)
     return parse(Experiment, table, source=f"experiment {name!r}")
+
+
+def _set_data_(table: dict[str, Any], name: str | None) -> None:
+    """Leaves nothing of the experiment's own data where others are chosen."""
+    data = table.get("data", {})
+    if name not in (None, data.get("name")):
+        kept = {key: value for key, value in data.items() if key == "partition"}
+        table["data"] = {"name": name, **kept}
 
 
 def _read(name: str) -> dict[str, Any]:

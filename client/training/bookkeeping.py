@@ -158,11 +158,14 @@ class BookKeepingSum:
         """
         self._module.clear()
         outputs: Tensor
-        if not (self._channels_last and inputs.dim() == 4):
+        if not self._channels_last:
             outputs = self._module(inputs)
             return outputs
+        lying = inputs
+        if inputs.dim() == 4:  # and not views of images, which have an axis of their own
+            lying = inputs.contiguous(memory_format=torch.channels_last)
         try:
-            outputs = self._module(inputs.contiguous(memory_format=torch.channels_last))
+            outputs = self._module(lying)
             return outputs
         except RuntimeError as error:
             if "view size is not compatible" not in str(error):

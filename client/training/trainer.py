@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bract.client.training import admission, gradients, scoring
+from bract.client.training import admission, gradients, scoring, views
+from bract.client.training.bookkeeping import Loss
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream
+from bract.client.training.views import Moves
 from bract.shared import models, tasks
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract, SiteTerms
@@ -55,10 +57,11 @@ class Trainer:
         admission.admit(model, data=contract.data, name=contract.model.name)
         self._device = torch.device(execution.device)
         self._model = model.to(self._device).train()
-        self._contract, self._pieces = contract, execution.physical_batch
+        self._contract = contract
+        self._pieces = max(1, execution.physical_batch // contract.training.views)
         self.parameters = models.released_parameters(self._model)
         self.shapes = models.released_shapes(self._model)
-        self._summer = _summer(contract, execution.mode, self._model)
+        self._summer, self._summed = _summer(contract, execution.mode, self._model)
         self._rehearse()
 
     def train(
@@ -80,7 +83,8 @@ class Trainer:
         with gradients.expected_warnings():
             for _ in range(self._contract.training.local_steps):
                 batch = stream.poisson_sample(len(examples), rate)
-                optimizer.put(list(self._sums(examples, batch).values()))
+                moves = self._moves(len(batch), stream)
+                optimizer.put(list(self._sums(examples, batch, moves).values()))
                 optimizer.step()
                 optimizer.zero_grad()
         return self._update(weights)
@@ -109,20 +113,27 @@ class Trainer:
         blank = Examples(inputs=np.zeros((2, *data.shape)), targets=np.zeros(targets, np.int64))
         try:
             with gradients.expected_warnings():
-                self._sums(blank, np.arange(2))
+                moves = self._moves(2, RandomStream(bytes(32)))  # no secret: of zeros
+                self._sums(blank, np.arange(2), moves)
         except NotImplementedError as error:
             raise ModelRejected(f"model {self._contract.model.name!r}: {error}") from error
 
-    def _sums(self, examples: Examples, batch: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    def _moves(self, count: int, stream: RandomStream) -> Moves | None:
+        """Returns the views of a logical batch, drawn once: smaller pieces see the same."""
+        return views.draw(self._contract.training, self._contract.data.shape, count, stream)
+
+    def _sums(
+        self, examples: Examples, batch: npt.NDArray[np.int64], moves: Moves | None
+    ) -> dict[str, Tensor]:
         """Returns the summed (clipped) gradients of a logical batch, piece by piece."""
         while True:
             sums = {
-                name: torch.zeros_like(p, dtype=torch.float64)
-                for name, p in self.parameters.items()
+                name: torch.zeros_like(p, dtype=torch.float64) for name, p in self._summed.items()
             }
             try:
-                for piece in _pieces(batch, self._pieces):
-                    self._summer.add_(sums, *self._batch(examples, piece))
+                for part in _parts(len(batch), self._pieces):
+                    seen = None if moves is None else moves.take(part)
+                    self._summer.add_(sums, *self._batch(examples, batch[part], seen))
                 return sums
             except (RuntimeError, MemoryError) as error:
                 # The same batch again in smaller pieces: no new sample, no new charge.
@@ -130,10 +141,15 @@ class Trainer:
                     raise
                 self._pieces //= 2
 
-    def _batch(self, examples: Examples, piece: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        data = self._contract.data
+    def _batch(
+        self, examples: Examples, piece: npt.NDArray[np.int64], moves: Moves | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns inputs and targets of some examples; with moves the views come second."""
+        data, inputs = self._contract.data, examples.inputs[piece]
         return (
-            tasks.inputs_of(examples.inputs[piece], data, self._device),
+            tasks.inputs_of(
+                inputs if moves is None else views.moved(inputs, moves), data, self._device
+            ),
             tasks.targets_of(examples.targets[piece], data, self._device),
         )
 
@@ -168,11 +184,18 @@ class Trainer:
         return UnprotectedUpdate(arrays)
 
 
-def _summer(contract: Contract, mode: Mode, model: nn.Module) -> ClippedSum:
-    losses = partial(tasks.losses, task=contract.data.task)
+def _summer(
+    contract: Contract, mode: Mode, model: nn.Module
+) -> tuple[ClippedSum, dict[str, nn.Parameter]]:
+    """Returns the way to sum, and the parameters by the names that it gives them, in one order."""
+    losses: Loss = partial(tasks.losses, task=contract.data.task)
+    if contract.training.augmentation != "none":
+        model, losses = views.Viewed(model), views.mean_loss(losses)
+    parameters = models.released_parameters(model)
     if contract.privacy.mechanism == "dp-sgd":
-        return gradients.clipped_sum(mode, model, losses, contract.privacy.clip_norm)
-    return PlainSum(model, losses)
+        clip_norm = contract.privacy.clip_norm
+        return gradients.clipped_sum(mode, model, losses, clip_norm), parameters
+    return PlainSum(model, losses), parameters
 
 
 def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -181,6 +204,5 @@ def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
-def _pieces(batch: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
-    for start in range(0, len(batch), size):
-        yield batch[start : start + size]
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from bract.shared.contract import DataTerms, Scalar
-from bract.shared.data import heart_disease, shakespeare, sst2, text
+from bract.shared.data import arrays, heart_disease, images, shakespeare, sst2, table, text
+from bract.shared.data.dataset import Dataset, Describe
 from bract.shared.data.digits import load_digits
 from bract.shared.data.examples import Examples, Groups, Splits
 from bract.shared.data.fashion_mnist import (
@@ -17,7 +16,10 @@ from bract.shared.data.fashion_mnist import (
     load_public_images,
     load_training_images,
 )
-from bract.shared.data.labelled import fits, terms_of
+from bract.shared.data.labelled import terms_of
+from bract.shared.data.options import Options
+from bract.shared.data.own import own
+from bract.shared.data.parts import Reader
 from bract.shared.data.shares import faults, share
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Preparation, Text
@@ -37,54 +39,14 @@ __all__ = [
 ]
 
 
-Prepare = Callable[[Mapping[str, Scalar], Preparation | None, Path | None], Preparation]
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """A data set: its public terms, and how to read it from where it lies.
-
-    Every function takes the contract's terms first: they say how files become inputs.
-
-    Args:
-        describe: the terms of an example, by options and by a preparation of the user's own.
-        fits: whether a contract's terms are such as this data set has; reads nothing.
-        load: everything, as a simulation holds it.
-        load_public: validation and test, as a server holds them; opens no private file that lies
-            beside them.
-        load_part: the training examples of one site, by the name of its part.
-        check_part: what is wrong with them, without naming a value.
-        prepare: the preparation by options, by the user's own where there is one, and by public
-            files where it is learned from them; None where `describe` knows everything.
-        embedded: whether it ships with a library, so that a folder says nothing of where it lies.
-    """
-
-    describe: Callable[[Mapping[str, Scalar], Preparation | None], DataTerms]
-    fits: Callable[[DataTerms], bool]
-    load: Callable[[DataTerms, Path | None], Splits]
-    load_public: Callable[[DataTerms, Path | None], tuple[Examples, Examples]]
-    load_part: Callable[[DataTerms, Path | None, str], Examples]
-    check_part: Callable[[DataTerms, Path | None, str], list[str]]
-    prepare: Prepare | None = None
-    embedded: bool = False
-
-
-def _fixed(terms: DataTerms) -> dict[str, Any]:
-    """Returns how a data set without options describes itself, and what fits it."""
+def _fixed(terms: DataTerms) -> Describe:
+    """Returns how a data set without options describes itself."""
 
     def describe(options: Mapping[str, Scalar], preparation: Preparation | None) -> DataTerms:
-        if options:
-            raise UnknownName(f"option of the data set {terms.name!r},", min(options), ["(none)"])
-        if preparation is not None:
-            raise UsageError(f"data set {terms.name!r} takes no schema: leave it out")
+        Options(terms.name, options, {}).refuse(preparation)
         return terms
 
-    def fits(given: DataTerms) -> bool:
-        return given == terms.model_copy(
-            update={"offset": given.offset, "scale": given.scale, "public": given.public}
-        )
-
-    return {"describe": describe, "fits": fits}
+    return describe
 
 
 def _in_shares(
@@ -105,7 +67,7 @@ def _in_shares(
         return faults(load_part(given, folder, part), classes=terms.classes, where=where)
 
     return Dataset(
-        **_fixed(terms),
+        _fixed(terms),
         load=lambda given, folder: load(folder),
         load_public=lambda given, folder: load_public(folder),
         load_part=load_part,
@@ -114,14 +76,26 @@ def _in_shares(
     )
 
 
-def _described_text(name: str) -> Callable[[Mapping[str, Scalar], Preparation | None], DataTerms]:
+def _described_text(name: str, labels: tuple[str, ...] | None = None) -> Describe:
     """Returns how a data set of labelled text describes itself, once it is prepared."""
 
     def describe(options: Mapping[str, Scalar], preparation: Preparation | None) -> DataTerms:
-        assert isinstance(preparation, Text)  # noqa: S101  what its `prepare` returns
+        if not isinstance(preparation, Text) or labels not in (None, preparation.labels):
+            raise UsageError(f"data set {name!r} is text with its own labels: drop the schema")
         return terms_of(name, preparation)
 
     return describe
+
+
+def _in_files(describe: Describe, reader: Reader) -> Dataset:
+    """Returns a data set of the user's own files."""
+    return Dataset(
+        describe,
+        load=reader.load,
+        load_public=reader.load_public,
+        load_part=reader.load_part,
+        check_part=reader.check_part,
+    )
 
 
 def _public_digits(folder: Path | None) -> tuple[Examples, Examples]:
@@ -145,15 +119,14 @@ DATASETS: dict[str, Dataset] = {
         load_training_images,
     ),
     "heart-disease": Dataset(
-        **_fixed(DataTerms(name="heart-disease", shape=(heart_disease.INPUTS,), classes=2)),
+        _fixed(DataTerms(name="heart-disease", shape=(heart_disease.TABLE.width,), classes=2)),
         load=lambda given, folder: heart_disease.load_heart_disease(folder),
         load_public=lambda given, folder: heart_disease.load_public_patients(folder),
         load_part=lambda given, folder, part: heart_disease.load_hospital(folder, part),
         check_part=lambda given, folder, part: heart_disease.check_hospital(folder, part),
     ),
     "sst2": Dataset(
-        describe=_described_text("sst2"),
-        fits=sst2.fits,
+        _described_text("sst2", sst2.LABELS),
         load=sst2.load_sst2,
         load_public=sst2.load_public_sentences,
         load_part=sst2.load_part,
@@ -161,8 +134,7 @@ DATASETS: dict[str, Dataset] = {
         prepare=sst2.prepare,
     ),
     "text": Dataset(
-        describe=_described_text("text"),
-        fits=fits,
+        _described_text("text"),
         load=text.load_text,
         load_public=text.load_public_text,
         load_part=text.load_part,
@@ -170,21 +142,31 @@ DATASETS: dict[str, Dataset] = {
         prepare=text.prepare,
     ),
     "shakespeare": Dataset(
-        **_fixed(shakespeare.TERMS),
+        _fixed(shakespeare.TERMS),
         load=lambda given, folder: shakespeare.load_shakespeare(folder),
         load_public=lambda given, folder: shakespeare.load_public_speeches(folder),
         load_part=lambda given, folder, part: shakespeare.load_role(folder, part),
         check_part=lambda given, folder, part: shakespeare.check_role(folder, part),
     ),
+    "table": _in_files(
+        table.describe, Reader(".csv", "--data-file FILE.csv", table.read, table.check)
+    ),
+    "images": _in_files(images.describe, Reader("", "--image-dir DIR", images.read, images.check)),
+    "arrays": _in_files(
+        arrays.describe, Reader(".npz", "--data-file FILE.npz", arrays.read, arrays.check)
+    ),
 }
 
 
 def dataset(name: str) -> Dataset:
-    """Returns a registered data set.
+    """Returns a registered data set, or one of the user's own, `module:factory`.
 
     Raises:
         UnknownName: naming the nearest.
+        UsageError: where the module or the factory will not do.
     """
+    if ":" in name:
+        return own(name)
     if name not in DATASETS:
         raise UnknownName("data set", name, DATASETS)
     return DATASETS[name]

@@ -35,9 +35,15 @@ class DataChoice(Frozen):
         Raises:
             UsageError: where the schema or an option will not do.
         """
-        preparation = None if self.schema_file is None else read_schema(Path(self.schema_file))
-        terms = describe(self.name, self.options, preparation, where)
+        preparation, options = self.preparation(), self.options
+        if preparation is not None and self.schema_file is None:
+            options = {}  # which the preparation was made of
+        terms = describe(self.name, options, preparation, where)
         return terms.scaled(self.offset, self.scale)
+
+    def preparation(self) -> Preparation | None:
+        """Returns what the schema says, None where there is none."""
+        return None if self.schema_file is None else read_schema(Path(self.schema_file))
 
 
 def read_schema(path: Path) -> Preparation:

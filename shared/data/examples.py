@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+UNREADABLE = -1  # a target that is no class
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
@@ -32,20 +34,33 @@ class Examples:
     """Inputs with their targets; the first axis is the example's.
 
     `inputs` are as read (bytes or floats): the contract's constants normalise them batch by batch.
-    A target that is no class marks an example that could not be read: it adds nothing.
+    `targets` are labels as int64, or numbers as floats where a value is learned. UNREADABLE, or
+    NaN, marks an example that could not be read: it adds nothing. `persons` tells, where the data
+    say so, whose an example is: equal numbers are one person.
     """
 
     inputs: np.ndarray
-    targets: npt.NDArray[np.int64]
+    targets: np.ndarray
     groups: Groups | None = None
+    persons: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Examples:
         """Returns the examples at some rows."""
-        groups = None if self.groups is None else self.groups.take(rows)
-        return Examples(inputs=self.inputs[rows], targets=self.targets[rows], groups=groups)
+        return Examples(
+            inputs=self.inputs[rows],
+            targets=self.targets[rows],
+            groups=None if self.groups is None else self.groups.take(rows),
+            persons=None if self.persons is None else self.persons[rows],
+        )
+
+    def readable(self) -> Examples:
+        """Returns the examples that could be read; for public ones alone."""
+        if np.issubdtype(self.targets.dtype, np.floating):
+            return self.take(np.flatnonzero(np.isfinite(self.targets)))
+        return self.take(np.flatnonzero(self.targets != UNREADABLE))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from bract.shared import canonical
 from bract.shared.data.examples import Examples, Groups, Splits
 from bract.shared.data.locations import Source, content, located
+from bract.shared.data.table import Encoder, Words, number
 from bract.shared.errors import UnknownName, UsageError
+from bract.shared.preparation import Categorical, Numeric, Table, Target
 
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 # Of each hospital's patients two thirds train; of the public third a fifth is validation.
 TRAIN, VALIDATION = 2 / 3, 1 / 15
-UNREADABLE = -1  # no class: such an example adds nothing
 
 SOURCE = Source(
     name="heart-disease",
@@ -56,73 +56,29 @@ SOURCE = Source(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """A number, clipped to public bounds and scaled to [-1, 1]; 0, the middle, where missing."""
-
-    low: float
-    high: float
-    zero_is_missing: bool = False
-
-    @property
-    def width(self) -> int:
-        """How many inputs it becomes: the value, and whether it is missing."""
-        return 2
-
-    def encode(self, value: float | None) -> list[float]:
-        """Returns the inputs of a value, None being a missing one."""
-        if value is None:
-            return [0.0, 1.0]
-        clipped = min(max(value, self.low), self.high)
-        return [2.0 * (clipped - self.low) / (self.high - self.low) - 1.0, 0.0]
-
-    def knows(self, value: float | None) -> bool:
-        """Whether a value has a place of its own: any number has."""
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class Category:
-    """A code, one input for each documented one, then 'other' and 'missing'."""
-
-    codes: tuple[int, ...]
-    zero_is_missing: bool = False
-
-    @property
-    def width(self) -> int:
-        """How many inputs it becomes."""
-        return len(self.codes) + 2
-
-    def encode(self, value: float | None) -> list[float]:
-        """Returns the inputs of a code, None being a missing one."""
-        other = value is not None and value not in self.codes
-        return [*(float(value == code) for code in self.codes), float(other), float(value is None)]
-
-    def knows(self, value: float | None) -> bool:
-        """Whether a code is missing or documented."""
-        return value is None or value in self.codes
-
-
 # In the file's order. Blood pressure and cholesterol of 0 are how these files write 'not taken',
 # and so is 0 for thal, whose codes are 3 (normal), 6 (fixed defect) and 7 (reversible defect).
-COLUMNS: dict[str, Measure | Category] = {
-    "age": Measure(20, 90),  # years
-    "sex": Category((0, 1)),
-    "cp": Category((1, 2, 3, 4)),  # chest pain: typical, atypical, not anginal, none
-    "trestbps": Measure(80, 200, zero_is_missing=True),  # mmHg at rest
-    "chol": Measure(100, 400, zero_is_missing=True),  # mg/dl
-    "fbs": Category((0, 1)),  # fasting blood sugar over 120 mg/dl
-    "restecg": Category((0, 1, 2)),
-    "thalach": Measure(60, 220),  # highest heart rate, per minute
-    "exang": Category((0, 1)),  # angina when exercising
-    "oldpeak": Measure(-2, 5),  # ST depression, mm
-    "slope": Category((1, 2, 3)),
-    "ca": Measure(0, 3),  # vessels coloured by fluoroscopy
-    "thal": Category((3, 6, 7), zero_is_missing=True),
-}
-DIAGNOSIS = "num"
-DIAGNOSES = (0, 1, 2, 3, 4)  # 0: no vessel narrowed by half
-INPUTS = sum(column.width for column in COLUMNS.values())
+TABLE = Table(
+    columns=(
+        Numeric(name="age", low=20, high=90),  # years
+        Categorical(name="sex", categories=("0", "1")),
+        # chest pain: typical, atypical, not anginal, none
+        Categorical(name="cp", categories=("1", "2", "3", "4")),
+        Numeric(name="trestbps", low=80, high=200, missing=("0",)),  # mmHg at rest
+        Numeric(name="chol", low=100, high=400, missing=("0",)),  # mg/dl
+        Categorical(name="fbs", categories=("0", "1")),  # fasting blood sugar over 120 mg/dl
+        Categorical(name="restecg", categories=("0", "1", "2")),
+        Numeric(name="thalach", low=60, high=220),  # highest heart rate, per minute
+        Categorical(name="exang", categories=("0", "1")),  # angina when exercising
+        Numeric(name="oldpeak", low=-2, high=5),  # ST depression, mm
+        Categorical(name="slope", categories=("1", "2", "3")),
+        Numeric(name="ca", low=0, high=3),  # vessels coloured by fluoroscopy
+        Categorical(name="thal", categories=("3", "6", "7"), missing=("0",)),
+    ),
+    target=Target(name="num", classes=("0", "1", "2", "3", "4")),  # 0: no vessel narrowed by half
+    missing=("", "?", "-9"),
+)
+ENCODER = Encoder(TABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,68 +216,33 @@ def _together(parts: Sequence[Sequence[Row]]) -> Examples:
 
 
 def _examples(rows: Sequence[Row], hospital: int) -> Examples:
-    inputs = np.zeros((len(rows), INPUTS), dtype=np.float32)
-    targets = np.full(len(rows), UNREADABLE, dtype=np.int64)
-    for place, row in enumerate(rows):
-        values = _decoded(row.text)
-        if values is not None:
-            inputs[place], targets[place] = values
+    """Returns the examples of one hospital, whose classes are healthy and sick."""
+    read = ENCODER.examples([None if any(_unreadable(r.text)) else r.text.split(",") for r in rows])
     index = np.full(len(rows), hospital, dtype=np.int64)
-    return Examples(inputs=inputs, targets=targets, groups=Groups(HOSPITALS, index))
-
-
-def _decoded(text: str) -> tuple[npt.NDArray[np.float32], int] | None:
-    """Returns the inputs and the target of a row, None where it cannot be decoded."""
-    if any(_unreadable(text)):
-        return None
-    *findings, diagnosis = (_value(cell) for cell in text.split(","))
-    encoded = [
-        number
-        for column, value in zip(COLUMNS.values(), findings, strict=True)
-        for number in column.encode(_present(column, value))
-    ]
-    return np.array(encoded, dtype=np.float32), int(diagnosis is not None and diagnosis > 0)
+    return Examples(
+        inputs=read.inputs,
+        targets=np.minimum(read.targets, 1),
+        groups=Groups(HOSPITALS, index),
+    )
 
 
 def _problems(text: str) -> Iterator[str]:
     """Yields what an operator should know of a row, by column."""
     unreadable = list(_unreadable(text))
-    yield from unreadable
-    if unreadable:
-        return
-    for (name, column), cell in zip(COLUMNS.items(), text.split(","), strict=False):
-        if not column.knows(_present(column, _value(cell))):
-            yield f"column {name}: unknown category"
+    yield from unreadable or ENCODER.problems(text.split(","))
 
 
 def _unreadable(text: str) -> Iterator[str]:
-    """Yields why a row cannot be decoded, by column; nothing where it can."""
+    """Yields why the cells of a row are not the numbers they must be, by column."""
     cells = text.split(",")
-    if len(cells) != len(COLUMNS) + 1:
-        yield f"column {min(len(cells), len(COLUMNS) + 2)}: not {len(COLUMNS) + 1} columns"
+    if len(cells) != len(ENCODER.names):
+        place = min(len(cells), len(ENCODER.names) + 1)
+        yield f"column {place}: not {len(ENCODER.names)} columns"
         return
-    for name, cell in zip([*COLUMNS, DIAGNOSIS], cells, strict=True):
-        value = _value(cell)
-        if value is not None and not math.isfinite(value):
+    absent = Words.of(TABLE.missing)
+    for name, cell in zip(ENCODER.names, cells, strict=True):
+        if math.isnan(number(cell)) and absent.place(cell.strip()) is None:
             yield f"column {name}: not a number"
-        elif name == DIAGNOSIS and value not in DIAGNOSES:
-            yield f"column {name}: not a diagnosis"
-
-
-def _value(cell: str) -> float | None:
-    """Returns a cell's number: None where it is missing, NaN where it is not a number."""
-    cell = cell.strip()
-    if cell in ("", "?"):
-        return None
-    try:
-        value = float(cell)
-    except ValueError:
-        return math.nan
-    return None if value == -9 else value
-
-
-def _present(column: Measure | Category, value: float | None) -> float | None:
-    return None if column.zero_is_missing and value == 0 else value
 
 
 def _place(hospital: str) -> int:

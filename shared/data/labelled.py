@@ -85,20 +85,3 @@ def of(terms: DataTerms) -> Text:
     if not isinstance(terms.preparation, Text):
         raise UsageError(f"data set {terms.name!r} needs a preparation of text, and has none")
     return terms.preparation
-
-
-def fits(given: DataTerms) -> bool:
-    """Returns whether terms are those of labelled text, and a pretrained tokenizer is here.
-
-    So a site refuses before it is charged where it could not prepare its data; nothing private is
-    opened.
-    """
-    if not isinstance(given.preparation, Text):
-        return False
-    try:
-        known = terms_of(given.name, given.preparation)
-    except UsageError:
-        return False
-    return given == known.scaled(given.offset, given.scale).model_copy(
-        update={"public": given.public}
-    )

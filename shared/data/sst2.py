@@ -63,12 +63,6 @@ def prepare(
     )
 
 
-def fits(given: DataTerms) -> bool:
-    """Returns whether terms are of this data set, whatever its tokens are."""
-    text = given.preparation
-    return isinstance(text, Text) and text.labels == LABELS and labelled.fits(given)
-
-
 def load_sst2(terms: DataTerms, folder: Path | None) -> Splits:
     """Returns the three published parts.
 

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from bract.shared import data
 from bract.shared.data import Examples
 from bract.shared.data.heart_disease import (
-    COLUMNS,
     HOSPITALS,
-    INPUTS,
     SOURCE,
-    Measure,
+    TABLE,
     load_heart_disease,
     split_files,
 )
 from bract.shared.errors import UnknownName, UsageError
+from bract.shared.preparation import Numeric
 
+COLUMNS = {column.name: column for column in TABLE.columns}
 NAME = "heart-disease"
 TERMS = data.describe(NAME)
 # age 55 and so on: every measure in the middle of its bounds
@@ -32,7 +32,7 @@ PATIENT = {
     "restecg": "1", "thalach": "140", "exang": "0", "oldpeak": "1.5", "slope": "3", "ca": "1.5",
     "thal": "7", "num": "0",
 }  # fmt: skip
-MEASURES = [name for name, column in COLUMNS.items() if isinstance(column, Measure)]
+MEASURES = [name for name, column in COLUMNS.items() if isinstance(column, Numeric)]
 CATEGORIES = [name for name in COLUMNS if name not in MEASURES]
 
 
@@ -58,7 +58,7 @@ def columns(inputs: np.ndarray) -> dict[str, list[float]]:
 def test_a_patient_becomes_scaled_measures_and_one_input_for_each_code(tmp_path: Path) -> None:
     examples = read(tmp_path, line())
     assert examples.inputs.dtype == np.float32
-    assert examples.inputs.shape == (1, INPUTS) == (1, *TERMS.shape)
+    assert examples.inputs.shape == (1, TABLE.width) == (1, *TERMS.shape)
     assert columns(examples.inputs[0]) == {
         "age": [0, 0], "sex": [0, 1, 0, 0], "cp": [0, 1, 0, 0, 0, 0], "trestbps": [0, 0],
         "chol": [0, 0], "fbs": [1, 0, 0, 0], "restecg": [0, 1, 0, 0, 0], "thalach": [0, 0],
@@ -70,7 +70,7 @@ def test_a_patient_becomes_scaled_measures_and_one_input_for_each_code(tmp_path:
 @pytest.mark.parametrize("name", MEASURES)
 def test_measures_are_clipped_to_public_bounds(tmp_path: Path, name: str) -> None:
     column = COLUMNS[name]
-    assert isinstance(column, Measure)
+    assert isinstance(column, Numeric)
     quarter = (3 * column.low + column.high) / 4
     cells = [str(column.low), str(column.high), "-1e30", "1e30", str(quarter)]
     examples = read(tmp_path, *(line(**{name: cell}) for cell in cells))
@@ -117,8 +117,8 @@ UNREADABLE = {
     "word": (line(chol=f"x{CELL}"), "column chol: not a number"),
     "nan": (line(age="nan"), "column age: not a number"),
     "infinite": (line(sex="1e999"), "column sex: not a number"),
-    "diagnosis": (line(num=CELL), "column num: not a diagnosis"),
-    "no-diagnosis": (line(num="?"), "column num: not a diagnosis"),
+    "diagnosis": (line(num=CELL), "column num: not a class"),
+    "no-diagnosis": (line(num="?"), "column num: not a class"),
     "short": (line().rsplit(",", 1)[0], "column 13: not 14 columns"),
     "long": (f"{line()},{CELL}", "column 15: not 14 columns"),
     "binary": ("\udcff\x00", "column 1: not 14 columns"),

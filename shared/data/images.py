@@ -1,0 +1,149 @@
+"""Images of the user's own: a folder with one folder of image files for each label."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from bract.shared.contract import DataTerms, Scalar
+from bract.shared.data.examples import UNREADABLE, Examples
+from bract.shared.data.options import Options
+from bract.shared.errors import UsageError
+from bract.shared.preparation import Images, Preparation
+
+# Formats that Pillow reads by itself: none of them starts another program.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+SIDE = 32
+_KNOWN: dict[str, Scalar] = {"height": SIDE, "width": SIDE, "colour": True}
+
+
+def describe(options: Mapping[str, Scalar], preparation: Preparation | None) -> DataTerms:
+    """Returns the terms of images by their schema; the bytes 0 to 255 become [-1, 1].
+
+    Raises:
+        UsageError: where there is no schema of images, or options beside it.
+    """
+    Options("images", options, _KNOWN)
+    if not isinstance(preparation, Images):
+        raise UsageError(
+            "data set 'images' needs --schema FILE.toml, as in: "
+            'kind = "images", labels = ["cat", "dog"], height = 32, width = 32'
+        )
+    if options:
+        raise UsageError("data set 'images' has a schema: say height, width and colour in it")
+    return DataTerms(
+        name="images",
+        shape=(3 if preparation.colour else 1, preparation.height, preparation.width),
+        classes=len(preparation.labels),
+        offset=127.5,
+        scale=127.5,
+        preparation=preparation,
+    )
+
+
+def schema_of(folder: Path, options: Mapping[str, Scalar]) -> Images:
+    """Returns the schema of a folder of images: the names of its folders are the labels.
+
+    For a simulation alone, whose images are the researcher's own. A site's labels come from the
+    contract.
+
+    Raises:
+        UsageError: where there are not two labels, or an option will not do.
+    """
+    given = Options("images", {**_KNOWN, **options}, _KNOWN)
+    train = folder / "train"
+    inside = train if train.is_dir() else folder
+    if not inside.is_dir():
+        raise UsageError(f"no folder {inside}: correct --image-dir")
+    labels = [path.name for path in _shown(inside) if path.is_dir()]
+    if len(labels) < 2:
+        raise UsageError(f"{inside} needs a folder for each label, two at least: it has {labels}")
+    colour = given.given["colour"]
+    if not isinstance(colour, bool):
+        raise UsageError(f"data set 'images': option colour must be true or false (got {colour!r})")
+    height, width = (given.whole(side, least=1) for side in ("height", "width"))
+    return Images(labels=tuple(labels), colour=colour, height=height, width=width)
+
+
+def read(terms: DataTerms, folder: Path) -> Examples:
+    """Returns a folder's images, uint8 of (images, channels, height, width), label by label.
+
+    An image of another size is resized without regard to its proportions. A file that is no image,
+    or that lies under a label which the terms do not know, cannot be read.
+
+    Raises:
+        UsageError: where there is no such folder.
+    """
+    schema = _schema(terms)
+    files = _files(folder)
+    inputs = np.zeros((len(files), *terms.shape), dtype=np.uint8)
+    targets = np.full(len(files), UNREADABLE, dtype=np.int64)
+    for place, path in enumerate(files):
+        found = decoded(path, schema) if path.parent.name in schema.labels else None
+        if found is not None:
+            inputs[place], targets[place] = found[0], schema.labels.index(path.parent.name)
+    return Examples(inputs=inputs, targets=targets)
+
+
+def check(terms: DataTerms, folder: Path) -> list[str]:
+    """Returns what is wrong with a folder's images, by file."""
+    schema, problems = _schema(terms), []
+    for path in _files(folder):
+        if path.parent.name not in schema.labels:
+            problems.append(f"{path}: its folder is no label of the contract")
+            continue
+        found = decoded(path, schema)
+        if found is None:
+            problems.append(f"{path}: not an image")
+        elif found[1] != (schema.width, schema.height):
+            problems.append(f"{path}: not {schema.width}x{schema.height}, will be resized")
+    return problems
+
+
+def decoded(source: object, schema: Images) -> tuple[np.ndarray, tuple[int, int]] | None:
+    """Returns an image, (channels, height, width) bytes, and the (width, height) it had.
+
+    None where it cannot be decoded.
+
+    Args:
+        source: a path, an open file, or an image of Pillow's.
+        schema: says what size and colours it gets.
+    """
+    from PIL import Image  # slow to import
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd files, by their content
+            image = (
+                source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)  # type: ignore[arg-type]  # Pillow says so
+            )
+            size = image.size
+            pixels = image.convert("RGB" if schema.colour else "L")
+            if size != (schema.width, schema.height):
+                pixels = pixels.resize((schema.width, schema.height), Image.Resampling.BILINEAR)
+    except Exception:
+        # Whatever a decoder makes of a file, a joined site does not fail on it: it would tell.
+        return None
+    return np.asarray(pixels).reshape(schema.height, schema.width, -1).transpose(2, 0, 1), size
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns the files within the folders of a folder, in the order of their names."""
+    if not folder.is_dir():
+        raise UsageError(f"no folder {folder}: name the one that holds a folder for each label")
+    labels = [path for path in _shown(folder) if path.is_dir()]
+    return [path for label in labels for path in _shown(label) if path.is_file()]
+
+
+def _shown(folder: Path) -> list[Path]:
+    """Returns what lies in a folder but hidden files, which systems leave behind."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _schema(terms: DataTerms) -> Images:
+    if not isinstance(terms.preparation, Images):
+        raise UsageError(f"data set {terms.name!r} has no schema of images in its contract")
+    return terms.preparation

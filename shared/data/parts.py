@@ -1,0 +1,127 @@
+"""The user's own files, whole or in parts: who opens which of them, and how a whole one is cut.
+
+A file or folder named `train`, `validation` or `test` (with its suffix) within a folder is a part:
+a site holds its own `train`, the server's public folder the other two, a simulation all three.
+Anything else is whole, and for a simulation alone: it is cut by one public shuffle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from bract.shared.contract import DataTerms
+from bract.shared.data.examples import Examples, Splits
+from bract.shared.data.shares import share
+from bract.shared.errors import UsageError
+
+TRAIN, VALIDATION = 0.8, 0.05
+_SEED = 80_515  # public: nothing but the number of examples is looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How files of one kind are read by a contract's terms.
+
+    Args:
+        suffix: of a part's file; empty where it is a folder.
+        option: names the whole to `bract simulate`.
+        read: a part's examples; fails where it is not there, never for what is in it.
+        check: what is wrong with a part, by file, row and column and never by value.
+    """
+
+    suffix: str
+    option: str
+    read: Callable[[DataTerms, Path], Examples]
+    check: Callable[[DataTerms, Path], list[str]]
+
+    def load(self, terms: DataTerms, where: Path | None) -> Splits:
+        """Returns everything, as a simulation holds it.
+
+        Raises:
+            UsageError: where nothing is named, or nothing in it can be read.
+        """
+        if where is None:
+            raise UsageError(
+                f"data set {terms.name!r} has no place of its own: name it with {self.option}"
+            )
+        if not self._in_parts(where):
+            return self._cut(terms, where)
+        train = self._own(terms, self._part(where, "train"))
+        validation, test = self.load_public(terms, where)
+        return Splits(train=train, validation=validation, test=test)
+
+    def load_public(self, terms: DataTerms, where: Path | None) -> tuple[Examples, Examples]:
+        """Returns validation and test, without what cannot be read; opens no `train`."""
+        folder = self._folder(terms, where)
+        if not self._in_parts(folder):
+            cut = self._cut(terms, folder)
+            return cut.validation, cut.test
+        parts = (self._part(folder, name) for name in ("validation", "test"))
+        validation, test = (self._own(terms, part).readable() for part in parts)
+        return validation, test
+
+    def load_part(self, terms: DataTerms, where: Path | None, part: str) -> Examples:
+        """Returns a site's `train`, or the i-th of n shares of it."""
+        train = self.read(terms, self._part(self._folder(terms, where), "train"))
+        return train if part == "1/1" else share(train, part)
+
+    def check_part(self, terms: DataTerms, where: Path | None, part: str) -> list[str]:
+        """Returns what is wrong with a site's `train`."""
+        return self.check(terms, self._part(self._folder(terms, where), "train"))
+
+    def _own(self, terms: DataTerms, path: Path) -> Examples:
+        """Returns the examples of who reads: to him an error may say what is in them."""
+        found = self.read(terms, path)
+        if len(found.readable()) == 0:
+            first = next(iter(self.check(terms, path)), f"{path} is empty")
+            raise UsageError(f"{path} has no example that can be read: {first}")
+        return found
+
+    def _cut(self, terms: DataTerms, path: Path) -> Splits:
+        cut = whole(self._own(terms, path), path)
+        return Splits(cut.train, cut.validation.readable(), cut.test.readable())
+
+    def _in_parts(self, where: Path) -> bool:
+        return any(self._part(where, name).exists() for name in ("train", "validation", "test"))
+
+    def _part(self, folder: Path, name: str) -> Path:
+        return folder / f"{name}{self.suffix}"
+
+    def _folder(self, terms: DataTerms, where: Path | None) -> Path:
+        if where is None:
+            raise UsageError(
+                f"data set {terms.name!r} has no place of its own: name the folder that holds "
+                f"train{self.suffix}, or validation{self.suffix} and test{self.suffix}"
+            )
+        return where
+
+
+def whole(everything: Examples, where: Path) -> Splits:
+    """Returns 80 % for training, 5 % for validation and 15 % for the test, by one public shuffle.
+
+    All examples of a person fall into one part.
+
+    Raises:
+        UsageError: where there are too few for three parts.
+    """
+    persons = everything.persons
+    units, of = (len(everything), None) if persons is None else _units(persons)
+    ends = [round(TRAIN * units), round((TRAIN + VALIDATION) * units)]
+    if not 0 < ends[0] < ends[1] < units:
+        raise UsageError(f"{where} has too few examples ({units}) to train, validate and test")
+    order = np.random.default_rng(_SEED).permutation(units)
+    cuts = [np.sort(cut) for cut in np.split(order, ends)]
+    if of is not None:
+        cuts = [np.flatnonzero(np.isin(of, cut)) for cut in cuts]
+    train, validation, test = (everything.take(cut) for cut in cuts)
+    return Splits(train=train, validation=validation, test=test)
+
+
+def _units(persons: npt.NDArray[np.int64]) -> tuple[int, npt.NDArray[np.int64]]:
+    names, of = np.unique(persons, return_inverse=True)
+    return len(names), of

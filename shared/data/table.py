@@ -1,0 +1,263 @@
+"""Tables with named columns: cells become inputs by the public terms of a contract."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bract.shared.contract import DataTerms, Scalar
+from bract.shared.data.examples import UNREADABLE, Examples
+from bract.shared.errors import UnknownName, UsageError
+from bract.shared.preparation import Categorical, Column, Numeric, Preparation, Table
+
+FORM = (
+    'kind = "table", columns = [{kind = "numeric", name = "age", low = 0, high = 100}, '
+    '{kind = "categorical", name = "ward", categories = ["a", "b"]}], '
+    'target = {name = "ill", classes = ["no", "yes"]}'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Known words, each at its place; numbers are also met by other ways to write them.
+
+    Example:
+        >>> words = Words.of(["1", "2", "x"])
+        >>> [words.place(cell) for cell in ("2", "1.0", "x", "y")]
+        [1, 0, 2, None]
+    """
+
+    texts: Mapping[str, int]
+    numbers: Mapping[float, int]
+
+    @classmethod
+    def of(cls, words: Iterable[str]) -> Words:
+        """Returns words at the places in which they come."""
+        texts = {word: place for place, word in reversed(list(enumerate(words)))}
+        values = ((number(word), place) for word, place in texts.items())
+        return cls(texts, {value: place for value, place in values if math.isfinite(value)})
+
+    def place(self, cell: str) -> int | None:
+        """Returns the place of a cell's word, None where it is none."""
+        found = self.texts.get(cell)
+        return self.numbers.get(number(cell)) if found is None and self.numbers else found
+
+
+def number(cell: str) -> float:
+    """Returns a cell's number, NaN where it is none that is finite."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+class Encoder:
+    """What a table's terms make of its rows; it takes whatever stands in a cell.
+
+    Args:
+        table: the public terms.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.names = [*(column.name for column in table.columns), table.target.name]
+        self._missing = [Words.of([*table.missing, *c.missing]) for c in table.columns]
+        self._known = [
+            Words.of(c.categories if isinstance(c, Categorical) else ()) for c in table.columns
+        ]
+        self._classes = None if table.target.classes is None else Words.of(table.target.classes)
+        self._no_value = Words.of(table.missing)
+
+    def examples(self, rows: Sequence[Sequence[str] | None]) -> Examples:
+        """Returns an example for each row of cells in the order of `names`; None cannot be read.
+
+        Inputs: float32 of (rows, width) within [-1, 1]. Targets: int64 places among the classes,
+        UNREADABLE where the row cannot be read; or float32 within [-1, 1], then NaN.
+        """
+        inputs = np.zeros((len(rows), self.table.width), dtype=np.float32)
+        kind, nothing = (np.float32, np.nan) if self._classes is None else (np.int64, UNREADABLE)
+        targets = np.full(len(rows), nothing, dtype=kind)
+        for place, row in enumerate(rows):
+            found = None if row is None else self._encoded(row)
+            if found is not None:
+                inputs[place], targets[place] = found
+        return Examples(inputs=inputs, targets=targets)
+
+    def problems(self, row: Sequence[str]) -> Iterator[str]:
+        """Yields what an operator should know of a row's cells, by column and never by value."""
+        *cells, last = (cell.strip() for cell in row)
+        for place, (column, cell) in enumerate(zip(self.table.columns, cells, strict=True)):
+            if fault := _not_text(cell) or self._fault(place, column, cell):
+                yield f"column {column.name}: {fault}"
+        if self._target(last) is None:
+            fault = "not a number" if self._classes is None else "not a class"
+            yield f"column {self.table.target.name}: {_not_text(last) or fault}"
+
+    def _fault(self, place: int, column: Column, cell: str) -> str | None:
+        if self._missing[place].place(cell) is not None:
+            return None
+        if isinstance(column, Numeric):
+            return "not a number" if math.isnan(number(cell)) else None
+        return "unknown category" if self._known[place].place(cell) is None else None
+
+    def _encoded(self, row: Sequence[str]) -> tuple[list[float], float] | None:
+        """Returns the inputs and the target of a row, None where it cannot be read."""
+        *cells, last = (cell.strip() for cell in row)
+        target = self._target(last)
+        if target is None:
+            return None
+        inputs: list[float] = []
+        for place, (column, cell) in enumerate(zip(self.table.columns, cells, strict=True)):
+            missing = self._missing[place].place(cell) is not None
+            if isinstance(column, Categorical):
+                inputs += _one_hot(column, self._known[place].place(cell), missing)
+                continue
+            value = number(cell)
+            if not missing and math.isnan(value):
+                return None
+            scaled = 0.0 if missing else _scaled(value, column.low, column.high)
+            inputs += [scaled, float(missing)]
+        return inputs, target
+
+    def _target(self, cell: str) -> float | None:
+        """Returns what is to be learned, None where it cannot be read."""
+        bounds = self.table.target.bounds
+        if self._classes is not None or bounds is None:
+            return None if self._classes is None else self._classes.place(cell)
+        value = number(cell)
+        if math.isnan(value) or self._no_value.place(cell) is not None:
+            return None
+        return _scaled(value, *bounds)
+
+
+def _one_hot(column: Categorical, place: int | None, missing: bool) -> list[float]:
+    inputs = [0.0] * column.width
+    inputs[-1 if missing else -2 if place is None else place] = 1.0
+    return inputs
+
+
+def _scaled(value: float, low: float, high: float) -> float:
+    clipped = min(max(value, low), high)
+    return 2.0 * (clipped - low) / (high - low) - 1.0
+
+
+def _not_text(cell: str) -> str | None:
+    # what is no UTF-8 was read as lone surrogates
+    return "not UTF-8" if any("\ud800" <= letter <= "\udfff" for letter in cell) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A row of a file: the line on which it begins, from 1, and its cells; None: not to be read."""
+
+    number: int
+    cells: list[str] | None
+
+
+def lines(path: Path) -> list[Line]:
+    """Returns the rows of a CSV file, its header first, blank lines left out.
+
+    Raises:
+        UsageError: where the file cannot be opened; never for what is in it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}; name the folder that holds it"
+        ) from error
+    text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
+    reader = csv.reader(io.StringIO(text, newline=""))
+    found: list[Line] = []
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells: list[str] | None = next(reader)
+        except StopIteration:
+            return found
+        except csv.Error:  # a cell of over 131,072 letters
+            cells = None
+        if cells != []:
+            found.append(Line(start, cells))
+
+
+def describe(options: Mapping[str, Scalar], preparation: Preparation | None) -> DataTerms:
+    """Returns the terms of a table by its schema.
+
+    Raises:
+        UsageError: where there is no schema of a table.
+        UnknownName: for an option.
+    """
+    if options:
+        raise UnknownName("option of the data set 'table',", min(options), ["(none)"])
+    if not isinstance(preparation, Table):
+        raise UsageError(f"data set 'table' needs --schema FILE.toml, as in: {FORM}")
+    classes = preparation.target.classes
+    return DataTerms(
+        name="table",
+        shape=(preparation.width,),
+        classes=1 if classes is None else len(classes),
+        task="value" if classes is None else "classes",
+        preparation=preparation,
+    )
+
+
+def read(terms: DataTerms, path: Path) -> Examples:
+    """Returns the rows of a CSV file as examples; what cannot be read adds nothing.
+
+    Raises:
+        UsageError: where the file cannot be opened; never for what is in it.
+    """
+    encoder = Encoder(_table(terms))
+    header, rows = _header_and_rows(path)
+    places = _places(encoder, header)
+    return encoder.examples([_chosen(row, header, places) for row in rows])
+
+
+def check(terms: DataTerms, path: Path) -> list[str]:
+    """Returns what is wrong with a CSV file: by row and column, and no cell."""
+    encoder = Encoder(_table(terms))
+    header, rows = _header_and_rows(path)
+    places = _places(encoder, header)
+    problems = [
+        f"{path}, row 1, column {name}: {'missing' if count == 0 else 'there twice'}"
+        for name in encoder.names
+        if (count := header.count(name)) != 1
+    ]
+    for row in rows if places else ():
+        cells = _chosen(row, header, places)
+        faults = [f"not {len(header)} columns"] if cells is None else encoder.problems(cells)
+        problems += [f"{path}, row {row.number}, {fault}" for fault in faults]
+    return problems
+
+
+def _table(terms: DataTerms) -> Table:
+    if not isinstance(terms.preparation, Table):
+        raise UsageError(f"data set {terms.name!r} has no schema of a table in its contract")
+    return terms.preparation
+
+
+def _header_and_rows(path: Path) -> tuple[list[str], list[Line]]:
+    header, *rows = lines(path) or [Line(1, None)]
+    return [cell.strip() for cell in header.cells or ()], rows
+
+
+def _places(encoder: Encoder, header: Sequence[str]) -> list[int] | None:
+    """Returns where the terms' columns stand in a file, None where one is missing."""
+    if any(name not in header for name in encoder.names):
+        return None
+    return [header.index(name) for name in encoder.names]
+
+
+def _chosen(row: Line, header: Sequence[str], places: Sequence[int] | None) -> list[str] | None:
+    """Returns a row's cells in the order of the terms, None where it has not its header's."""
+    if places is None or row.cells is None or len(row.cells) != len(header):
+        return None
+    return [row.cells[place] for place in places]
