@@ -13,14 +13,24 @@ from bract.shared.contract import DataTerms, ModelTerms, Scalar, Task
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.models.cnn import cnn
 from bract.shared.models.linear import linear
+from bract.shared.models.lstm import lstm
 from bract.shared.models.mlp import mlp
+from bract.shared.models.resnet import resnet
+from bract.shared.models.transformer import transformer
 
 Shape = tuple[int, ...]
 Factory = Callable[..., nn.Module]
 
 _FROM_DATA: Final = {"vocabulary", "task"}
 
-MODELS: dict[str, Factory] = {"linear": linear, "mlp": mlp, "cnn": cnn}
+MODELS: dict[str, Factory] = {
+    "linear": linear,
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet": resnet,
+    "lstm": lstm,
+    "transformer": transformer,
+}
 
 
 def of(model: ModelTerms, data: DataTerms) -> nn.Module:
