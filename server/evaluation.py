@@ -15,6 +15,7 @@ from bract.shared.arrays import Arrays
 from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, Groups
 from bract.shared.models import released_parameters
+from bract.shared.models.frozen import Features, FrozenFront
 
 BATCH = 1024
 
@@ -31,10 +32,13 @@ class Score:
 
 
 class Evaluator:
-    """A model kept warm to be scored with changing weights."""
+    """A model kept warm to be scored with changing weights; a frozen front runs only once."""
 
     def __init__(self, model: nn.Module, data: DataTerms) -> None:
-        self._model, self._data = model.eval(), data
+        model.eval()
+        self._features = Features(model, data) if isinstance(model, FrozenFront) else None
+        self._model = model.behind() if isinstance(model, FrozenFront) else model
+        self._data = data
         self._parameters = released_parameters(model)
 
     def score(self, weights: Arrays, examples: Examples) -> Score:
@@ -92,8 +96,12 @@ class Evaluator:
         for name, parameter in self._parameters.items():
             parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
         for start in range(0, len(examples), BATCH):
-            inputs = tasks.inputs_of(examples.inputs[start : start + BATCH], self._data)
-            targets = tasks.targets_of(examples.targets[start : start + BATCH], self._data)
+            rows = slice(start, start + BATCH)
+            targets = tasks.targets_of(examples.targets[rows], self._data)
+            if self._features is None:
+                inputs = tasks.inputs_of(examples.inputs[rows], self._data)
+            else:
+                inputs = self._features.rows(examples, rows)
             yield self._model(inputs), targets
 
 

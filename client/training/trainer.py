@@ -20,6 +20,7 @@ from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract, SiteTerms
 from bract.shared.data import Examples
 from bract.shared.errors import ModelRejected
+from bract.shared.models.frozen import Features, FrozenFront
 from bract.shared.updates import ProtectedScore, ProtectedUpdate, UnprotectedUpdate, Update
 
 
@@ -39,12 +40,16 @@ class Execution:
 class Trainer:
     """A model kept warm on its device, and the private rounds it runs.
 
+    Of a model with a frozen front only what lies behind it is run in a step: the front's features
+    of the same examples are computed once.
+
     Args:
         contract: the verified contract; model, data terms and mechanism come from it.
         execution: how to compute.
 
     Raises:
         ModelRejected: where the model cannot be trained with per-example privacy.
+        VerificationFailed: where its frozen weights are not those of the contract.
     """
 
     def __init__(self, contract: Contract, execution: Execution) -> None:
@@ -54,7 +59,12 @@ class Trainer:
         model = models.of(contract.model, contract.data)
         admission.admit(model, data=contract.data, name=contract.model.name)
         self._device = torch.device(execution.device)
-        self._model = model.to(self._device).train()
+        model = model.to(self._device).train()
+        self._features = None
+        if isinstance(model, FrozenFront):
+            self._features = Features(model, contract.data, self._device)
+            model = model.behind()
+        self._model = model
         self._contract, self._pieces = contract, execution.physical_batch
         self.parameters = models.released_parameters(self._model)
         self.shapes = models.released_shapes(self._model)
@@ -132,10 +142,11 @@ class Trainer:
 
     def _batch(self, examples: Examples, piece: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         data = self._contract.data
-        return (
-            tasks.inputs_of(examples.inputs[piece], data, self._device),
-            tasks.targets_of(examples.targets[piece], data, self._device),
-        )
+        if self._features is None:
+            inputs = tasks.inputs_of(examples.inputs[piece], data, self._device)
+        else:
+            inputs = self._features.rows(examples, piece)
+        return inputs, tasks.targets_of(examples.targets[piece], data, self._device)
 
     def _optimizer(self, terms: SiteTerms, stream: RandomStream) -> PrivateOptimizer:
         training, privacy = self._contract.training, self._contract.privacy

@@ -8,6 +8,7 @@ each example, which a site or a server computes once.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -63,6 +64,10 @@ class _Behind(nn.Module):
         return outputs
 
 
+class _TooLarge(Exception):
+    """Features that there is no room to keep."""
+
+
 class Features:
     """What comes out of a frozen front, as float32, computed once for the same inputs.
 
@@ -94,27 +99,31 @@ class Features:
         if self._last is None or self._last[0] is not examples:
             self._last = (examples, self._of(examples.inputs))
         found = self._last[1]
-        if found is None:
-            part = self._computed(examples.inputs[rows])
-        else:
-            part = np.ascontiguousarray(found[rows])
-        return torch.from_numpy(part).to(self._device)
+        part = self._computed(examples.inputs[rows]) if found is None else found[rows]
+        return torch.from_numpy(np.ascontiguousarray(part)).to(self._device)
 
     def _of(self, inputs: np.ndarray) -> np.ndarray | None:
         """Returns the features of all inputs, or None where there is no room to keep them."""
-        width = self._computed(inputs[:0])[0:0].shape[1:]
-        if 4 * len(inputs) * int(np.prod(width)) > self._greatest:
-            return None
         name = _content(inputs)
-        self._kept[name] = self._kept.pop(name) if name in self._kept else self._computed(inputs)
+        found = self._kept.pop(name, None)
+        if found is None:
+            try:
+                found = self._computed(inputs, at_most=self._greatest)
+            except _TooLarge:
+                return None
+        self._kept[name] = found  # the newest
         while sum(kept.nbytes for kept in self._kept.values()) > self._greatest:
             del self._kept[next(iter(self._kept))]
-        return self._kept[name]
+        return found
 
     @torch.inference_mode()
-    def _computed(self, inputs: np.ndarray) -> np.ndarray:
-        """Returns the features, in batches of one shape: no example changes another's rounding."""
-        found: np.ndarray | None = None
+    def _computed(self, inputs: np.ndarray, *, at_most: float = math.inf) -> np.ndarray:
+        """Returns the features, in batches of one shape: no example changes another's rounding.
+
+        Raises:
+            _TooLarge: where they are over `at_most` bytes.
+        """
+        found = np.empty(0, np.float32)
         front = self._model.front
         was_training = front.training
         front.eval()
@@ -124,12 +133,13 @@ class Features:
                 batch[: len(rows)] = inputs[rows]
                 prepared = tasks.inputs_of(batch, self._data, self._device)
                 out = front(prepared if length is None else prepared[:, :length])
-                if found is None:
+                if found.ndim == 1:
+                    if 4 * len(inputs) * math.prod(out.shape[1:]) > at_most:
+                        raise _TooLarge
                     found = np.empty((len(inputs), *out.shape[1:]), np.float32)
                 found[rows] = out[: len(rows)].float().cpu().numpy()
         finally:
             front.train(was_training)
-        assert found is not None  # noqa: S101  there is a batch, if an empty one
         return found
 
     def _batches(self, inputs: np.ndarray) -> Iterator[tuple[np.ndarray, int | None]]:
@@ -163,13 +173,13 @@ def digest(model: nn.Module) -> str | None:
         value = parameter.detach().cpu().contiguous()
         facts = {"name": name, "shape": list(value.shape), "type": str(value.dtype)}
         found.update(canonical.encode(facts))
-        found.update(memoryview(value.flatten().view(torch.uint8).numpy()))
+        found.update(value.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
 def _content(inputs: np.ndarray) -> str:
     found = hashlib.sha256(f"{inputs.shape} {inputs.dtype.str}".encode())
-    found.update(memoryview(np.ascontiguousarray(inputs)).cast("B"))
+    found.update(np.ascontiguousarray(inputs).reshape(-1).view(np.uint8).data)
     return found.hexdigest()
 
 

@@ -66,11 +66,11 @@ def hf(
         raise UnknownName("pooling", pooling, POOLINGS)
     if min(rank, adapted, hidden) < 0 or alpha < 0:
         raise ValueError("rank, alpha, adapted and hidden must be at least 0")
-    body = _loaded(_folder(encoder))
-    config = body.config
+    body, config = _loaded(_folder(encoder))
     _check_fits(config, shape=shape, vocabulary=vocabulary, encoder=encoder)
     if rank:
-        _adapt_(body, rank=rank, alpha=alpha or 2.0 * rank, adapted=adapted)
+        layers = _layers(config.num_hidden_layers, adapted)
+        _adapt_(body, rank=rank, alpha=alpha or 2.0 * rank, layers=layers)
     front = Encoder(body, config, first=pooling == "first", normalised=normalised).train()
     back = _head(config.hidden_size, hidden, classes)
     if rank:
@@ -113,12 +113,16 @@ def _head(width: int, hidden: int, classes: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), out) if hidden else nn.Sequential(out)
 
 
-def _loaded(folder: Path) -> nn.Module:
-    """Returns the encoder in a folder: frozen, without dropout, without buffers."""
-    if not any(folder.glob("*.safetensors")):
-        pickled = next((path.name for path in folder.glob("*.bin")), None)
-        found = f"only {pickled}, which is pickled code" if pickled else "no weights"
-        raise UsageError(f"{folder} holds {found}: put model.safetensors there")
+def _loaded(folder: Path) -> tuple[nn.Module, Any]:
+    """Returns the encoder in a folder and its configuration.
+
+    It comes frozen, without dropout and without buffers.
+
+    Raises:
+        UsageError: where its weights are pickled, or not all there.
+        UnknownName: for another kind of encoder.
+    """
+    _check_weights(folder)
     transformers = _library("transformers")
     with _silent(transformers):
         try:
@@ -140,26 +144,40 @@ def _loaded(folder: Path) -> nn.Module:
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise UsageError(f"the weights in {folder} lack {missing[0]}: fetch the whole encoder")
-    if hasattr(body, "pooler"):
-        body.pooler = None  # trained for another task, and not looked at
+    _strip_(body)
+    return body.requires_grad_(False), config
+
+
+def _check_weights(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        pickled = next((path.name for path in folder.glob("*.bin")), None)
+        found = f"only {pickled}, which is pickled code" if pickled else "no weights"
+        raise UsageError(f"{folder} holds {found}: put model.safetensors there")
+
+
+def _strip_(body: nn.Module) -> None:
+    """Removes what is random, not looked at, or no weight to release."""
+    if "pooler" in body._modules:
+        body._modules["pooler"] = None  # trained for another task, and not looked at
     for layer in body.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
         # Numbers of places, which are passed on each call, are no weights to release.
         for name in list(layer._buffers):
             layer.__dict__[name] = layer._buffers.pop(name)
-    frozen: nn.Module = body.requires_grad_(False)
-    return frozen
 
 
-def _adapt_(body: nn.Module, *, rank: int, alpha: float, adapted: int) -> None:
-    peft = _library("peft")
-    count: int = body.config.num_hidden_layers
+def _layers(count: int, adapted: int) -> list[int]:
     if adapted > count:
         raise ValueError(f"adapted {adapted} is over the {count} layers of the encoder")
-    chosen = list(range(count - adapted, count)) if adapted else None
+    return list(range(count - (adapted or count), count))
+
+
+def _adapt_(body: nn.Module, *, rank: int, alpha: float, layers: list[int]) -> None:
+    """Adds trainable adapters to the attention of some layers; they start without effect."""
+    peft = _library("peft")
     settings = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", layers_to_transform=chosen
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", layers_to_transform=layers
     )
     peft.inject_adapter_in_model(settings, body)
 

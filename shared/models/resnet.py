@@ -11,9 +11,7 @@ STAGES = 3
 _GROUPS = 8
 
 
-def resnet(
-    shape: tuple[int, ...], classes: int, *, width: int = 16, blocks: int = 1
-) -> nn.Module:
+def resnet(shape: tuple[int, ...], classes: int, *, width: int = 16, blocks: int = 1) -> nn.Module:
     """Returns a residual network (He et al. 2015, arXiv 1512.03385) for images of any sides ≥ 8.
 
     A convolution, three stages of `blocks` residual blocks with `width`, 2·`width` and 4·`width`

@@ -35,17 +35,19 @@ def transformer(
     Token 0 means that the text has ended. "next-token" is causal and answers (examples, places,
     classes); any other task attends to the places before the end, and answers (examples, classes)
     from their mean. `positions`: "learned", an embedding of places, or "rope", rotations of queries
-    and keys (Su et al. 2021, arXiv 2104.09864). `hidden` is the perceptrons' width, 0 for 4·`width`;
-    `init_std` that of the embeddings' normal start.
+    and keys (Su et al. 2021, arXiv 2104.09864). `hidden` is the perceptrons' width, 0 for
+    4·`width`; `init_std` that of the embeddings' normal start.
 
     Raises:
         UnknownName: for unknown positions.
-        ValueError: where heads do not divide the width into parts that can be rotated.
+        ValueError: where a size is below 1, or the heads do not divide the width.
     """
     if positions not in POSITIONS:
         raise UnknownName("positions", positions, POSITIONS)
-    parts = 2 * heads if positions == "rope" else heads
-    if min(width, layers, heads) < 1 or width % parts:
+    if min(width, layers, heads) < 1 or hidden < 0:
+        raise ValueError(f"width {width}, layers {layers} and heads {heads} must be at least 1")
+    parts = 2 * heads if positions == "rope" else heads  # a rotation turns pairs of features
+    if width % parts:
         raise ValueError(f"width {width} must divide by {parts} for {heads} heads and {positions}")
     body = [Block(width, heads, hidden or 4 * width, task == "next-token", positions == "rope")
             for _ in range(layers)]  # fmt: skip
