@@ -148,11 +148,12 @@ def _departure(chosen: Federation, agreed: Contract) -> str | None:
     privacy, held = agreed.privacy, agreed.data
     folder = federation.public_folder(chosen)
     settled = {"offset": held.offset, "scale": held.scale, "public": held.public}
+    found = {} if chosen.model.frozen else {"frozen": agreed.model.frozen}
     both: dict[str, tuple[Any, Any]] = {
         "run": (chosen.run, agreed.run),
         "rounds": (chosen.rounds, agreed.rounds),
         "spare_attempts": (chosen.spare_attempts, agreed.max_attempts - agreed.rounds),
-        "model": (chosen.model, agreed.model),
+        "model": (chosen.model.model_copy(update=found), agreed.model),
         "training": (chosen.training, agreed.training),
         "evaluation": (chosen.evaluation or "none", agreed.evaluation or "none"),
         "data.name": (chosen.data.name, agreed.data.name),

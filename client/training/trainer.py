@@ -22,6 +22,7 @@ from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract, SiteTerms
 from bract.shared.data import Examples
 from bract.shared.errors import ModelRejected
+from bract.shared.models.frozen import Features, FrozenFront
 from bract.shared.updates import ProtectedScore, ProtectedUpdate, UnprotectedUpdate, Update
 
 
@@ -41,12 +42,16 @@ class Execution:
 class Trainer:
     """A model kept warm on its device, and the private rounds it runs.
 
+    Of a model with a frozen front only what lies behind it is run in a step: the front's features
+    of the same examples are computed once.
+
     Args:
         contract: the verified contract; model, data terms and mechanism come from it.
         execution: how to compute.
 
     Raises:
         ModelRejected: where the model cannot be trained with per-example privacy.
+        VerificationFailed: where its frozen weights are not those of the contract.
     """
 
     def __init__(self, contract: Contract, execution: Execution) -> None:
@@ -56,8 +61,12 @@ class Trainer:
         model = models.of(contract.model, contract.data)
         admission.admit(model, data=contract.data, name=contract.model.name)
         self._device = torch.device(execution.device)
-        self._model = model.to(self._device).train()
-        self._contract = contract
+        model = model.to(self._device).train()
+        self._features = None
+        if isinstance(model, FrozenFront) and contract.training.views == 1:
+            self._features = Features(model, contract.data, self._device)
+            model = model.behind()
+        self._model, self._contract = model, contract
         self._pieces = max(1, execution.physical_batch // contract.training.views)
         self.parameters = models.released_parameters(self._model)
         self.shapes = models.released_shapes(self._model)
@@ -145,13 +154,14 @@ class Trainer:
         self, examples: Examples, piece: npt.NDArray[np.int64], moves: Moves | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns inputs and targets of some examples; with moves the views come second."""
-        data, inputs = self._contract.data, examples.inputs[piece]
-        return (
-            tasks.inputs_of(
-                inputs if moves is None else views.moved(inputs, moves), data, self._device
-            ),
-            tasks.targets_of(examples.targets[piece], data, self._device),
-        )
+        data = self._contract.data
+        if self._features is not None:
+            inputs = self._features.rows(examples, piece)
+        else:
+            raw = examples.inputs[piece]
+            raw = raw if moves is None else views.moved(raw, moves)
+            inputs = tasks.inputs_of(raw, data, self._device)
+        return inputs, tasks.targets_of(examples.targets[piece], data, self._device)
 
     def _optimizer(self, terms: SiteTerms, stream: RandomStream) -> PrivateOptimizer:
         training, privacy = self._contract.training, self._contract.privacy

@@ -10,22 +10,39 @@ from typing import Any, Final
 from torch import nn
 
 from bract.shared.contract import DataTerms, ModelTerms, Scalar, Task
-from bract.shared.errors import UnknownName, UsageError
+from bract.shared.errors import UnknownName, UsageError, VerificationFailed
+from bract.shared.models import frozen
 from bract.shared.models.cnn import cnn
 from bract.shared.models.linear import linear
+from bract.shared.models.lstm import lstm
 from bract.shared.models.mlp import mlp
+from bract.shared.models.pretrained import hf
+from bract.shared.models.resnet import resnet
+from bract.shared.models.transformer import transformer
 
 Shape = tuple[int, ...]
 Factory = Callable[..., nn.Module]
 
 _FROM_DATA: Final = {"vocabulary", "task"}
 
-MODELS: dict[str, Factory] = {"linear": linear, "mlp": mlp, "cnn": cnn}
+MODELS: dict[str, Factory] = {
+    "linear": linear,
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet": resnet,
+    "lstm": lstm,
+    "transformer": transformer,
+    "hf": hf,
+}
 
 
 def of(model: ModelTerms, data: DataTerms) -> nn.Module:
-    """Returns the model that a contract describes, new; raises as `build` does."""
-    return build(
+    """Returns the model that a contract describes, new; raises as `build` does.
+
+    Raises:
+        VerificationFailed: where the contract names other frozen weights than there are here.
+    """
+    made = build(
         model.name,
         data.shape,
         data.classes,
@@ -33,6 +50,21 @@ def of(model: ModelTerms, data: DataTerms) -> nn.Module:
         vocabulary=data.vocabulary,
         task=data.task,
     )
+    if model.frozen is not None and frozen.digest(made) != model.frozen:
+        raise VerificationFailed(
+            f"model {model.name!r}: the frozen weights here are not those that the contract names: "
+            "get the same ones, by their SHA-256, or have the contract made anew"
+        )
+    return made
+
+
+def pinned(model: ModelTerms, data: DataTerms) -> ModelTerms:
+    """Returns the terms with the SHA-256 of the weights that are never sent, where there are any.
+
+    Raises:
+        VerificationFailed: where the terms name others.
+    """
+    return model.model_copy(update={"frozen": frozen.digest(of(model, data))})
 
 
 def build(
@@ -114,8 +146,12 @@ def _check_type(name: str, option: str, value: Scalar, default: object) -> None:
     if number and (
         isinstance(value, bool | str) or (isinstance(default, int) and value != int(value))
     ):
-        kind = "whole number" if isinstance(default, int) else "number"
-        raise UsageError(f"model {name!r}: option {option} must be a {kind} (got {value!r})")
+        kind = "a whole number" if isinstance(default, int) else "a number"
+    elif isinstance(default, bool | str) and type(value) is not type(default):
+        kind = "true or false" if isinstance(default, bool) else "text"
+    else:
+        return
+    raise UsageError(f"model {name!r}: option {option} must be {kind} (got {value!r})")
 
 
 def _factory(name: str) -> Factory:

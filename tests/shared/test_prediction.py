@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 import torch
 from torch import nn
 
@@ -135,17 +136,9 @@ def test_tokens_are_whole_numbers(made: Any, tmp_path: Path) -> None:
         predicted(made(TOKENS), tmp_path / "rows.npz")
 
 
-# What prepares a kind of file may come from elsewhere: these stand in for it.
-
-
 def test_a_table_goes_back_with_its_columns_and_answers(
-    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Any, tmp_path: Path
 ) -> None:
-    def inputs(prepared: Table, rows: Sequence[Any]) -> np.ndarray:
-        ages = [[float(row["age"]) / 50 - 1, 0, row["ward"] == "a", 0, 0] for row in rows]
-        return np.array(ages, dtype=np.float32)
-
-    monkeypatch.setattr(encoding, "table_inputs", inputs)
     (tmp_path / "rows.csv").write_text("\ufeffid,ward,age\nx1,a,40\n\nx2,b,90\n")
     with predicted(made(ILL), tmp_path / "rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -163,10 +156,6 @@ def test_a_table_goes_back_with_its_columns_and_answers(
 def test_json_lines_go_back_with_their_keys_and_answers(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def inputs(prepared: Text, texts: Sequence[str]) -> np.ndarray:
-        return np.array([[*text.encode()[: prepared.length]] for text in texts]) + 1
-
-    monkeypatch.setattr(encoding, "text_inputs", inputs)
     lines = [{"text": "good", "id": 7}, {"text": "bad, café"}]
     text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "rows.jsonl").write_text(text)
@@ -185,16 +174,15 @@ def test_json_lines_go_back_with_their_keys_and_answers(
 def test_a_folder_of_images_becomes_a_csv_of_labels(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def inputs(images: Images, data: DataTerms, paths: Sequence[Path]) -> np.ndarray:
-        return np.stack([np.full(data.shape, len(path.name), np.uint8) for path in paths])
-
-    monkeypatch.setattr(encoding, "image_inputs", inputs)
     folder = tmp_path / "scans"
     (folder / "deep").mkdir(parents=True)
     for name in ("b.png", "a.JPG", "deep/c.jpeg", "notes.txt"):
-        (folder / name).write_bytes(b"")
+        if name.endswith(".txt"):
+            (folder / name).write_text("no image")
+        else:
+            Image.new("L", (9, 7), 99).save(folder / name)
     single = tmp_path / "one.png"
-    single.write_bytes(b"")
+    Image.new("L", (2, 2)).save(single)
     of, output = made(SCANS), tmp_path / "labels.csv"
     assert prediction.predict(of, (single, folder), output) == 4
     with output.open(newline="") as file:

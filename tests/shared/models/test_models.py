@@ -27,6 +27,9 @@ def good(shape, classes, *, width=4):
 def nothing(shape, classes):
     return "no module"
 
+def typed(shape, classes, *, name="x", fast=False):
+    return nn.Identity()
+
 def picky(shape, classes):
     raise ValueError("only on Sundays")
 """
@@ -40,7 +43,10 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "made_models"
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+OF_TOKENS = {"lstm", "transformer", "hf"}
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS.keys() - OF_TOKENS))
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 def test_model_maps_inputs_to_a_logit_a_class(name: str, shape: tuple[int, ...]) -> None:
     model = models.build(name, shape, 7, {})
@@ -85,6 +91,10 @@ def test_activation_is_chosen_by_name(name: str, activation: str) -> None:
         ("made_models:absent", {}, UsageError, "cannot be imported"),
         ("made_models:NUMBER", {}, UsageError, "is not a function"),
         ("no_such_module_here:factory", {}, UsageError, "cannot be imported"),
+        ("resnet", {"blocks": 0}, UsageError, "blocks 0 must be at least 1"),
+        ("made_models:typed", {"name": 3}, UsageError, "name must be text"),
+        ("made_models:typed", {"fast": 1}, UsageError, "fast must be true or false"),
+        ("made_models:typed", {"fast": "no"}, UsageError, "fast must be true or false"),
         (":factory", {}, UsageError, "cannot be imported"),
         (".made_models:good", {}, UsageError, "cannot be imported"),
     ],
@@ -100,6 +110,20 @@ def test_wrong_name_or_option_is_an_error_that_helps(
 def test_cnn_names_a_shape_that_is_no_image(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match=r"model 'cnn': shape .* must be \(channels"):
         models.build("cnn", shape, 10, {})
+
+
+@pytest.mark.parametrize("name", sorted(OF_TOKENS))
+def test_model_of_tokens_is_not_built_for_numbers(name: str) -> None:
+    with pytest.raises(UsageError, match=f"model '{name}' takes tokens"):
+        models.build(name, (8,), 2, {})
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 9, 11), (3, 33, 8)])
+def test_resnet_takes_images_of_any_sides_from_eight_up(shape: tuple[int, ...]) -> None:
+    model = models.build("resnet", shape, 5, {"width": 6, "blocks": 2})
+    assert model(torch.randn(2, *shape)).shape == (2, 5)
+    with pytest.raises(UsageError, match="sides of at least 8"):
+        models.build("resnet", (*shape[:2], 7), 5, {})
 
 
 def test_factory_of_installed_code_is_called_with_its_options(made: str) -> None:
