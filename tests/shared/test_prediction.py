@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 import torch
+from PIL import Image
 from torch import nn
 
-from bract.shared import encoding, exports, models, prediction, trained
+from bract.shared import exports, models, prediction, trained
 from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.data import Examples
 from bract.shared.errors import UsageError
@@ -84,7 +83,10 @@ TOPIC = DataTerms(
     preparation=Text(length=3, labels=("dull", "fair")),
 )
 SCANS = DataTerms(
-    name="mine", shape=(1, 2, 2), classes=2, preparation=Images(labels=("cat", "dog"), colour=False)
+    name="mine",
+    shape=(1, 2, 2),
+    classes=2,
+    preparation=Images(labels=("cat", "dog"), height=2, width=2, colour=False),
 )
 
 
@@ -136,9 +138,7 @@ def test_tokens_are_whole_numbers(made: Any, tmp_path: Path) -> None:
         predicted(made(TOKENS), tmp_path / "rows.npz")
 
 
-def test_a_table_goes_back_with_its_columns_and_answers(
-    made: Any, tmp_path: Path
-) -> None:
+def test_a_table_goes_back_with_its_columns_and_answers(made: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("\ufeffid,ward,age\nx1,a,40\n\nx2,b,90\n")
     with predicted(made(ILL), tmp_path / "rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
