@@ -25,7 +25,9 @@ _SHOWN = 20  # sites and groups in a table
 @click.option("--set", "settings", multiple=True, metavar="key=value", help="Change any key.")
 @click.option("--sites", type=int, metavar="N", help="How many sites share the data.")
 @click.option("--rounds", type=int, metavar="R", help="How many rounds.")
-@click.option("--model", metavar="M", help="linear, mlp, cnn, or module:factory.")
+@click.option(
+    "--model", metavar="M", help="One that bract knows (cnn, transformer, …), or module:factory."
+)
 @click.option("--data", metavar="NAME", help="A data set, or module:factory of your own.")
 @click.option("--data-file", metavar="FILE", help="The one file that holds the data.")
 @click.option("--schema", metavar="FILE", help="A TOML file with the public preparation of it.")

