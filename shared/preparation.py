@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from bract.shared.configuration import Frozen
 
@@ -157,14 +157,6 @@ class Text(Frozen):
     merges: tuple[tuple[int, int], ...] = Field(default=(), max_length=50_000)
     source: str | None = Field(default=None, min_length=1, max_length=200)
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-
-    @field_validator("labels")
-    @classmethod
-    def _each_label_once(cls, labels: Labels) -> Labels:
-        if len(set(labels)) < len(labels):
-            twice = next(label for label in labels if labels.count(label) > 1)
-            raise ValueError(f"label {twice!r} is listed twice; list each label once")
-        return labels
 
     @model_validator(mode="after")
     def _of_its_tokens(self) -> Text:

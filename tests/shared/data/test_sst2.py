@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bract.shared import data
-from bract.shared.data import sst2, tokens
+from bract.shared.data import tokens
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Text
 
@@ -84,9 +84,9 @@ def test_files_that_are_others_or_not_there_are_one_line(tmp_path: Path) -> None
 
 def test_other_labels_do_not_fit() -> None:
     terms = data.describe("sst2", BYTES)
-    assert sst2.fits(terms)
+    assert data.dataset("sst2").fits(terms)
     other = Text(length=200, labels=("1", "0"))
-    assert not sst2.fits(terms.model_copy(update={"preparation": other}))
+    assert not data.dataset("sst2").fits(terms.model_copy(update={"preparation": other}))
 
 
 def test_eight_sites_train_on_it(

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from bract.shared.data import labelled, pretrained, tokens
+from bract.shared.data import dataset, labelled, pretrained, tokens
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Text
 
@@ -110,7 +110,7 @@ def test_learning_counts_what_joining_leaves() -> None:
         ({"tokens": "pretrained"}, "source goes with the tokens 'pretrained'"),
         ({"source": "some"}, "source goes with the tokens 'pretrained'"),
         ({"sha256": "0" * 64}, "give its source too"),
-        ({"labels": ("a", "a")}, "label 'a' is listed twice"),
+        ({"labels": ("a", "a")}, "'a' is listed twice"),
     ],
 )
 def test_terms_of_text_that_do_not_agree_are_an_error(fields: dict[str, Any], reason: str) -> None:
@@ -164,7 +164,7 @@ def test_a_pretrained_tokenizer_marks_cuts_and_fills_up_as_its_model_expects(enc
     assert rows[1].tolist() == [101, 102, 0, 0, 0, 0, 0, 0]
     assert rows[2].tolist()[-1] == 102
     assert rows.shape == (4, 8)
-    assert labelled.fits(labelled.terms_of("notes", text))
+    assert dataset("text").fits(labelled.terms_of("text", text))
 
 
 def test_padding_is_the_tokenizers_own(tmp_path: Path) -> None:
@@ -192,13 +192,13 @@ def test_another_tokenizer_under_the_same_name_is_refused_before_anything_is_cha
 ) -> None:
     shutil.copy(encoder / "tokenizer.json", tmp_path)
     text = completed({"tokens": "pretrained", "source": str(tmp_path), "length": 8})
-    terms = labelled.terms_of("notes", text)
+    terms = labelled.terms_of("text", text)
     file = tmp_path / "tokenizer.json"
     file.write_bytes(file.read_bytes() + b"\n")
     pretrained.tokenizer.cache_clear()
     with pytest.raises(UsageError, match="another SHA-256"):
         tokens.encode(["hello"], text)
-    assert not labelled.fits(terms)
+    assert not dataset("text").fits(terms)
     file.unlink()
     with pytest.raises(UsageError, match=r"cannot read .*tokenizer\.json"):
         tokens.encode(["hello"], text)
@@ -224,6 +224,6 @@ def test_a_length_without_a_place_for_the_marks_is_refused(encoder: Path) -> Non
     "change", [{"shape": (9,)}, {"vocabulary": 300}, {"classes": 3}, {"preparation": None}]
 )
 def test_terms_that_contradict_their_preparation_do_not_fit(change: dict[str, Any]) -> None:
-    terms = labelled.terms_of("notes", completed({}))
-    assert labelled.fits(terms.model_copy(update={"public": "0" * 64}))
-    assert not labelled.fits(terms.model_copy(update=change))
+    terms = labelled.terms_of("text", completed({}))
+    assert dataset("text").fits(terms.model_copy(update={"public": "0" * 64}))
+    assert not dataset("text").fits(terms.model_copy(update=change))
