@@ -114,7 +114,8 @@ DATASETS: dict[str, Dataset] = {
         check_part=lambda given, folder, part: heart_disease.check_hospital(folder, part),
     ),
     "table": _in_files(
-        table.describe, Reader(".csv", "--data-file FILE.csv", table.read, table.check)
+        table.describe,
+        Reader(".csv", "--data-file FILE.csv", table.read, table.check, table.demand),
     ),
     "images": _in_files(images.describe, Reader("", "--image-dir DIR", images.read, images.check)),
     "arrays": _in_files(

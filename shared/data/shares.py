@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from bract.shared.data.examples import Examples
+from bract.shared.data.examples import Examples, rows_of
 from bract.shared.errors import UsageError
 
 _SEED = 20_260_101  # public: every site must cut alike
@@ -16,19 +16,21 @@ _SEED = 20_260_101  # public: every site must cut alike
 def share(train: Examples, part: str) -> Examples:
     """Returns the i-th of n shares of the training examples, `part` being "i/n".
 
-    The n shares are disjoint, hold every example, and differ in size by one at the most.
+    The n shares are disjoint, hold every example, and differ in size by one at the most; where
+    examples are persons', a share holds all of a person or none.
 
     Raises:
         UsageError: where `part` is no share that has an example.
     """
     place, count = _cut(part) or (0, 0)
-    if not 1 <= place <= count <= len(train):
+    units = len(train) if train.persons is None else len(np.unique(train.persons))
+    if not 1 <= place <= count <= units:
         raise UsageError(
             f"part {part!r} must be i/n, the i-th of n shares, as in 2/5: i from 1 to n, n up to "
-            f"{len(train)}"
+            f"{units}"
         )
-    order = np.random.default_rng(_SEED).permutation(len(train))
-    return train.take(np.sort(order[place - 1 :: count]))
+    chosen = np.sort(np.random.default_rng(_SEED).permutation(units)[place - 1 :: count])
+    return train.take(chosen if train.persons is None else rows_of(train.persons, chosen))
 
 
 def may_meet(part: str, other: str) -> bool:

@@ -49,4 +49,4 @@ data = Rings  # the factory; what is set in data.options reaches it
 
 def model(shape: tuple[int, ...], classes: int, *, width: int = 32) -> nn.Module:
     """Returns a network of one hidden layer; options as `--set model.options.width=64`."""
-    return nn.Sequential(nn.Linear(*shape, width), nn.Tanh(), nn.Linear(width, classes))
+    return nn.Sequential(nn.Linear(shape[0], width), nn.Tanh(), nn.Linear(width, classes))
