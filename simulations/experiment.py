@@ -139,13 +139,13 @@ def load(
     table = _read(name)
     variants, unprotected = table.pop("variants", {}), table.pop("unprotected", {})
     assignments = [_assignment(setting) for setting in settings]
-    _set_data_(table, dict(assignments).get("data.name", overrides.get("data.name")))
     chosen = dict(assignments).get("model.name", model)
     if chosen is not None and chosen != table.get("model", {}).get("name"):
         table["model"] = {"name": chosen}
         _merge_(table, variants.get(chosen, {}))
     if dict(assignments).get("privacy.mechanism") == "none":
         _merge_(table, unprotected)
+    _set_data_(table, dict(assignments).get("data.name", overrides.get("data.name")))
     for key, value in [*overrides.items(), *assignments]:
         if value is not None:
             _put_(table, key, value)

@@ -73,14 +73,3 @@ class Splits:
     train: Examples
     validation: Examples
     test: Examples
-
-
-def rows_of(persons: npt.NDArray[np.int64], chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Returns the rows of chosen persons, named by their places among all in order of number.
-
-    Example:
-        >>> rows_of(np.array([7, 5, 7]), np.array([1])).tolist()
-        [0, 2]
-    """
-    _, place = np.unique(persons, return_inverse=True)
-    return np.flatnonzero(np.isin(place, chosen))

@@ -9,7 +9,8 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from bract.shared.configuration import Frozen
-from bract.shared.data.examples import Groups, rows_of
+from bract.shared.data.examples import Groups
+from bract.shared.data.persons import rows_of
 from bract.shared.errors import UnknownName, UsageError
 
 

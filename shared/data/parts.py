@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from bract.shared.contract import DataTerms
-from bract.shared.data.examples import Examples, Splits, rows_of
+from bract.shared.data.examples import Examples, Splits
+from bract.shared.data.persons import rows_of
 from bract.shared.data.shares import share
 from bract.shared.errors import UsageError
 
@@ -27,14 +28,14 @@ class Reader:
     """How files of one kind are read by a contract's terms.
 
     Args:
-        suffix: of a part's file; empty where it is a folder.
+        suffixes: that a part's file may have; an empty one where it is a folder.
         option: names the whole to `bract simulate`.
         read: a part's examples; fails where it is not there, never for what is in it.
         check: what is wrong with a part, by file, row and column and never by value.
         demand: raises what a user must settle first, in a simulation and of public files.
     """
 
-    suffix: str
+    suffixes: tuple[str, ...]
     option: str
     read: Callable[[DataTerms, Path], Examples]
     check: Callable[[DataTerms, Path], list[str]]
@@ -92,13 +93,15 @@ class Reader:
         return any(self._part(where, name).exists() for name in ("train", "validation", "test"))
 
     def _part(self, folder: Path, name: str) -> Path:
-        return folder / f"{name}{self.suffix}"
+        found = [folder / f"{name}{suffix}" for suffix in self.suffixes]
+        return next((path for path in found if path.exists()), found[0])
 
     def _folder(self, terms: DataTerms, where: Path | None) -> Path:
         if where is None:
+            first = self.suffixes[0]
             raise UsageError(
                 f"data set {terms.name!r} has no place of its own: name the folder that holds "
-                f"train{self.suffix}, or validation{self.suffix} and test{self.suffix}"
+                f"train{first}, or validation{first} and test{first}"
             )
         return where
 

@@ -7,7 +7,8 @@ import re
 
 import numpy as np
 
-from bract.shared.data.examples import Examples, rows_of
+from bract.shared.data.examples import Examples
+from bract.shared.data.persons import rows_of
 from bract.shared.errors import UsageError
 
 _SEED = 20_260_101  # public: every site must cut alike

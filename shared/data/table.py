@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data.examples import UNREADABLE, Examples
+from bract.shared.data.persons import first_rows
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Categorical, Column, Numeric, Preparation, Table
 
@@ -299,24 +299,6 @@ def _persons(group: str, header: Sequence[str], rows: Sequence[Line]) -> npt.NDA
         for row in rows
     ]
     return np.array([known.setdefault(cell, len(known)) for cell in cells], dtype=np.int64)
-
-
-def first_rows(persons: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
-    """Returns the places of each person's first rows, `most` at the most, in their order.
-
-    Which they are depends on that person's rows alone.
-
-    Example:
-        >>> first_rows(np.array([5, 5, 7, 5]), 2).tolist()
-        [0, 1, 2]
-    """
-    seen: Counter[int] = Counter()
-    kept = []
-    for place, person in enumerate(persons.tolist()):
-        seen[person] += 1
-        if seen[person] <= most:
-            kept.append(place)
-    return np.array(kept, dtype=np.int64)
 
 
 def _places(encoder: Encoder, header: Sequence[str]) -> list[int] | None:
