@@ -17,7 +17,7 @@ from pydantic import (
 from bract.shared import canonical, keys
 from bract.shared.configuration import Frozen, parse
 from bract.shared.errors import UsageError, VerificationFailed
-from bract.shared.preparation import Preparation
+from bract.shared.preparation import Preparation, Table
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,199}$")]
@@ -104,6 +104,13 @@ class DataTerms(_Grown):
     def __hash__(self) -> int:
         """Returns a hash of all terms; the options, a dict, have none of their own."""
         return hash(self.model_dump_json())
+
+    @property
+    def rows_per_person(self) -> int | None:
+        """How many examples one person has at the most, None where nothing tells persons apart."""
+        if not isinstance(self.preparation, Table) or self.preparation.group is None:
+            return None
+        return self.preparation.rows_per_group or 1
 
     def scaled(self, offset: float | None, scale: float | None) -> DataTerms:
         """Returns the terms with other constants, where these are given."""

@@ -110,13 +110,24 @@ def _check_bounds(what: str, low: float, high: float) -> None:
 class Table(Frozen):
     """A table with named columns; `missing` are the cells that mean 'not there' in any column.
 
-    What is missing where is said by text or by number: '-9.0' is the missing word -9.
+    What is missing where is said by text or by number: '-9.0' is the missing word -9. Rows with
+    equal cells in the column `group` are one person's: of each person the first `rows_per_group`
+    rows are used at each site, the others left out. That is known to everyone, so that a person's ε
+    can be told.
     """
 
     kind: Literal["table"] = "table"
     columns: tuple[Column, ...] = Field(min_length=1, max_length=10_000)
     target: Target
     missing: tuple[str, ...] = ("", "?", "NA")
+    group: Label | None = None
+    rows_per_group: int | None = Field(default=None, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _rows_of_somebody(self) -> Table:
+        if self.rows_per_group is not None and self.group is None:
+            raise ValueError("rows_per_group needs the column that tells persons apart: set group")
+        return self
 
     @model_validator(mode="after")
     def _each_column_says_one_thing(self) -> Table:

@@ -136,12 +136,17 @@ class RunFacts(Scores, LocalAccuracy, Traffic):
     contract_sha256: str
     guarantee: Guarantee
     out: str
+    rows_per_person: int | None = None
 
 
 class Summary(RunFacts):
-    """summary.json: one run, with what its ledgers prove."""
+    """summary.json: one run, with what its ledgers prove.
+
+    `epsilon` is of one example; `epsilon_person` bounds that of a person with `rows_per_person`.
+    """
 
     epsilon: float | None
+    epsilon_person: float | None = None
     epsilon_prv: float | None
     unbounded: bool
     per_site: dict[str, SitePrivacy]
@@ -486,6 +491,7 @@ def facts_of(agreed: Contract) -> dict[str, Any]:
         "run": agreed.run,
         "adjacency": privacy.adjacency,
         "unit": privacy.unit,
+        "rows_per_person": agreed.data.rows_per_person,
         "mechanism": privacy.mechanism,
         "noise_multiplier": privacy.noise_multiplier,
         "sampling_rate": privacy.sampling_rate,

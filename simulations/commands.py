@@ -32,6 +32,8 @@ _SHOWN = 20  # sites and groups in a table
 @click.option("--data-file", metavar="FILE", help="The one file that holds the data.")
 @click.option("--schema", metavar="FILE", help="A TOML file with the public preparation of it.")
 @click.option("--image-dir", metavar="DIR", help="A folder of images, one folder for each label.")
+@click.option("--group-column", metavar="NAME", help="Rows with equal cells there are a person's.")
+@click.option("--rows-per-group", type=int, metavar="M", help="How many of them are used.")
 @click.option("--device", metavar="D", help="auto, cpu or cuda:N.")
 @click.option("--workers", type=int, metavar="W", help="Processes that train; default: the cores.")
 @click.option("--seed", type=int, metavar="S", help="Repeats partition, start, batches and noise.")
@@ -82,6 +84,8 @@ def simulate(
     data_file: str | None,
     schema: str | None,
     image_dir: str | None,
+    group_column: str | None,
+    rows_per_group: int | None,
     device: str | None,
     workers: int | None,
     seed: int | None,
@@ -97,7 +101,8 @@ def simulate(
     """Train a shared model over many sites on this machine.
 
     Each site's gate charges its own ledger before any example is read. EXPERIMENT is a name
-    (digits, fashion-mnist, heart-disease) or a TOML file; digits where none is given.
+    (digits, fashion-mnist, heart-disease, table, images) or a TOML file; digits where none is
+    given.
     """
     from bract.shared import tracking
     from bract.simulations import experiment as experiments
@@ -106,7 +111,7 @@ def simulate(
     tracking.check(track)
     count, carrier = _workers(workers), _engine(engine, ray_address, workers)
     if resume is not None:
-        of_data = [data, data_file, schema, image_dir, data_dir]
+        of_data = [data, data_file, schema, image_dir, group_column, rows_per_group, data_dir]
         named = [*settings, *of_data, sites, rounds, model, device, seed, state, out]
         if any(value is not None for value in named):
             raise UsageError(
@@ -131,6 +136,8 @@ def simulate(
                 "data.file": data_file,
                 "data.schema_file": schema,
                 "data.dir": image_dir,
+                "data.group_column": group_column,
+                "data.rows_per_group": rows_per_group,
             },
             settings=settings,
         )
@@ -199,6 +206,10 @@ def _table(report: Summary) -> None:
         f"ε {_spent(report.epsilon)} at δ {report.delta:g}, {report.adjacency}, per "
         f"{report.unit}   guarantee: {report.guarantee}"
     )
+    if report.rows_per_person is not None:
+        console.print(
+            f"a person with {report.rows_per_person} rows: ε ≤ {shown(report.epsilon_person)}"
+        )
     if report.refused:
         console.print(f"{len(report.refused)} refusals; the first: {report.refused[0]}")
     console.print(f"{report.out}: contract.json, metrics.jsonl, model.safetensors, ledgers/")

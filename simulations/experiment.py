@@ -17,16 +17,21 @@ from bract.shared.data.images import schema_of
 from bract.shared.data.partitions import Partition
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.policy import Filter, Menu
-from bract.shared.preparation import Preparation
+from bract.shared.preparation import Preparation, Table
 
 PACKAGE = "bract.simulations.experiments"
 
 
 class DataSettings(DataChoice):
-    """Which data set; `dir` is its folder or `file` its file, where it is not found by itself."""
+    """Which data set; `dir` is its folder or `file` its file, where it is not found by itself.
+
+    `group_column` and `rows_per_group` are the schema's `group` and `rows_per_group`.
+    """
 
     dir: str | None = None
     file: str | None = None
+    group_column: str | None = None
+    rows_per_group: int | None = None
     partition: Partition = Partition()
 
     def preparation(self) -> Preparation | None:
@@ -36,7 +41,16 @@ class DataSettings(DataChoice):
         """
         if self.name == "images" and self.schema_file is None and self.dir is not None:
             return schema_of(Path(self.dir), self.options)
-        return super().preparation()
+        found = super().preparation()
+        given = {"group": self.group_column, "rows_per_group": self.rows_per_group}
+        chosen = {key: value for key, value in given.items() if value is not None}
+        if not chosen:
+            return found
+        if not isinstance(found, Table):
+            raise UsageError(
+                "--group-column and --rows-per-group need --schema FILE.toml of a table"
+            )
+        return parse(Table, {**found.model_dump(), **chosen}, source="--group-column")
 
 
 class PrivacySettings(Frozen):
@@ -125,13 +139,13 @@ def load(
     table = _read(name)
     variants, unprotected = table.pop("variants", {}), table.pop("unprotected", {})
     assignments = [_assignment(setting) for setting in settings]
-    _set_data_(table, dict(assignments).get("data.name", overrides.get("data.name")))
     chosen = dict(assignments).get("model.name", model)
     if chosen is not None and chosen != table.get("model", {}).get("name"):
         table["model"] = {"name": chosen}
         _merge_(table, variants.get(chosen, {}))
     if dict(assignments).get("privacy.mechanism") == "none":
         _merge_(table, unprotected)
+    _set_data_(table, dict(assignments).get("data.name", overrides.get("data.name")))
     for key, value in [*overrides.items(), *assignments]:
         if value is not None:
             _put_(table, key, value)

@@ -282,6 +282,7 @@ def _parts(experiment: Experiment, splits: Splits) -> list[np.ndarray]:
         partition=experiment.data.partition,
         seed=experiment.seed,
         groups=splits.train.groups,
+        persons=splits.train.persons,
     )
 
 

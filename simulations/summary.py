@@ -12,6 +12,7 @@ from bract.shared.contract import Contract
 from bract.shared.privacy import accounting, prv, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Head
+from bract.shared.privacy.events import Event
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.reports import (
     GUARANTEE_PRIVATE,
@@ -101,7 +102,7 @@ def proven(
     }
     return Summary(
         **facts_of(agreed),
-        **_worst(list(used.values()), per_site, delta),
+        **_worst(list(used.values()), per_site, delta, agreed.data.rows_per_person),
         per_site=per_site,
         heads={
             name: LedgerHead(
@@ -133,7 +134,7 @@ def _guarantee(agreed: Contract, chains: Iterable[Chain]) -> Guarantee:
 
 
 def _worst(
-    chains: list[Chain], per_site: Mapping[str, SitePrivacy], delta: float
+    chains: list[Chain], per_site: Mapping[str, SitePrivacy], delta: float, rows: int | None
 ) -> dict[str, Any]:
     unbounded = any(site.unbounded for site in per_site.values())
     spent = {chain.events for chain in chains}
@@ -141,6 +142,7 @@ def _worst(
     in_run = [site.epsilon_run for site in per_site.values() if site.epsilon_run is not None]
     return {
         "epsilon": None if unbounded else accounting.epsilon(dearest, delta),
+        "epsilon_person": None if rows is None else _of_person(spent, delta, rows),
         "epsilon_run": None if unbounded else max(in_run, default=0.0),
         "epsilon_prv": None if unbounded else prv.epsilon_prv(dearest, delta),
         "unbounded": unbounded,
@@ -157,6 +159,11 @@ def _privacy(chain: Chain | None, domain: str, agreed: Contract, delta: float) -
         charges=chain.attempts[agreed.sha256] if chain else 0,
         domain=domain,
     )
+
+
+def _of_person(spent: Iterable[Iterable[Event]], delta: float, rows: int) -> float | None:
+    each = (accounting.epsilon_of_person(events, delta, rows) for events in spent)
+    return _finite(max(each, default=0.0))
 
 
 def _finite(value: float) -> float | None:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from bract.shared.contract import DataTerms, Scalar
-from bract.shared.data import arrays, heart_disease, images, shakespeare, sst2, table, text
+from bract.shared.data import arrays, heart_disease, hub, images, shakespeare, sst2, table, text
 from bract.shared.data.dataset import Dataset, Describe
 from bract.shared.data.digits import load_digits
 from bract.shared.data.examples import Examples, Groups, Splits
@@ -149,11 +149,15 @@ DATASETS: dict[str, Dataset] = {
         check_part=lambda given, folder, part: shakespeare.check_role(folder, part),
     ),
     "table": _in_files(
-        table.describe, Reader(".csv", "--data-file FILE.csv", table.read, table.check)
+        table.describe,
+        Reader((".csv",), "--data-file FILE.csv", table.read, table.check, table.demand),
     ),
-    "images": _in_files(images.describe, Reader("", "--image-dir DIR", images.read, images.check)),
+    "images": _in_files(
+        images.describe, Reader(("",), "--image-dir DIR", images.read, images.check)
+    ),
+    "hub": Dataset(hub.describe, hub.load, hub.load_public, hub.load_part, hub.check_part),
     "arrays": _in_files(
-        arrays.describe, Reader(".npz", "--data-file FILE.npz", arrays.read, arrays.check)
+        arrays.describe, Reader((".npz",), "--data-file FILE.npz", arrays.read, arrays.check)
     ),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from bract.shared.data.examples import UNREADABLE, Examples
 from bract.shared.data.options import Options
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Preparation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Formats that Pillow reads by itself: none of them starts another program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
@@ -103,31 +107,30 @@ def check(terms: DataTerms, folder: Path) -> list[str]:
     return problems
 
 
-def decoded(source: object, schema: Images) -> tuple[np.ndarray, tuple[int, int]] | None:
+def decoded(path: Path, schema: Images) -> tuple[np.ndarray, tuple[int, int]] | None:
     """Returns an image, (channels, height, width) bytes, and the (width, height) it had.
 
     None where it cannot be decoded.
-
-    Args:
-        source: a path, an open file, or an image of Pillow's.
-        schema: says what size and colours it gets.
     """
-    from PIL import Image  # slow to import
+    from PIL import Image as pillow  # slow to import
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), pillow.open(path, formats=FORMATS) as image:
             warnings.simplefilter("ignore")  # of odd files, by their content
-            image = (
-                source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)  # type: ignore[arg-type]  # Pillow says so
-            )
-            size = image.size
-            pixels = image.convert("RGB" if schema.colour else "L")
-            if size != (schema.width, schema.height):
-                pixels = pixels.resize((schema.width, schema.height), Image.Resampling.BILINEAR)
+            return fitted(image, schema), image.size
     except Exception:
         # Whatever a decoder makes of a file, a joined site does not fail on it: it would tell.
         return None
-    return np.asarray(pixels).reshape(schema.height, schema.width, -1).transpose(2, 0, 1), size
+
+
+def fitted(image: Image, schema: Images) -> np.ndarray:
+    """Returns an image of Pillow's as (channels, height, width) bytes, resized where need be."""
+    from PIL.Image import Resampling
+
+    pixels = image.convert("RGB" if schema.colour else "L")
+    if pixels.size != (schema.width, schema.height):
+        pixels = pixels.resize((schema.width, schema.height), Resampling.BILINEAR)
+    return np.asarray(pixels).reshape(schema.height, schema.width, -1).transpose(2, 0, 1)
 
 
 def _files(folder: Path) -> list[Path]:

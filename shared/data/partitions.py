@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from bract.shared.configuration import Frozen
 from bract.shared.data.examples import Groups
+from bract.shared.data.persons import rows_of
 from bract.shared.errors import UnknownName, UsageError
 
 
@@ -41,12 +42,13 @@ class Partition(Frozen):
 
 
 def split(
-    targets: npt.NDArray[np.int64],
+    targets: np.ndarray,
     *,
     sites: int,
     partition: Partition,
     seed: int,
     groups: Groups | None = None,
+    persons: npt.NDArray[np.int64] | None = None,
 ) -> list[npt.NDArray[np.int64]]:
     """Returns the rows of each site, disjoint and sorted.
 
@@ -56,10 +58,21 @@ def split(
         partition: how they share the examples.
         seed: repeats the partition; `natural` has nothing to draw.
         groups: where the data set has them.
+        persons: whose each example is, where that is known: a person is at one site, which is
+            chosen by the label of that person's first example.
 
     Raises:
         UsageError: where the examples do not suffice for the sites.
     """
+    if persons is not None:
+        _, first = np.unique(persons, return_index=True)
+        each = split(targets[first], sites=sites, partition=partition, seed=seed)
+        return [rows_of(persons, chosen) for chosen in each]
+    if partition.kind in ("dirichlet", "label") and np.issubdtype(targets.dtype, np.floating):
+        raise UsageError(
+            f"partition {partition.kind!r} is by label, and these targets are numbers: set "
+            "data.partition.kind to iid or sizes"
+        )
     if partition.kind == "natural":
         names = group_names(groups, sites=sites, partition=partition)
         rows = groups.rows() if groups else {}

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from bract.shared.contract import DataTerms
 from bract.shared.data.examples import Examples, Splits
+from bract.shared.data.persons import rows_of
 from bract.shared.data.shares import share
 from bract.shared.errors import UsageError
 
@@ -28,16 +28,18 @@ class Reader:
     """How files of one kind are read by a contract's terms.
 
     Args:
-        suffix: of a part's file; empty where it is a folder.
+        suffixes: that a part's file may have; an empty one where it is a folder.
         option: names the whole to `bract simulate`.
         read: a part's examples; fails where it is not there, never for what is in it.
         check: what is wrong with a part, by file, row and column and never by value.
+        demand: raises what a user must settle first, in a simulation and of public files.
     """
 
-    suffix: str
+    suffixes: tuple[str, ...]
     option: str
     read: Callable[[DataTerms, Path], Examples]
     check: Callable[[DataTerms, Path], list[str]]
+    demand: Callable[[DataTerms, Path], None] = lambda terms, path: None
 
     def load(self, terms: DataTerms, where: Path | None) -> Splits:
         """Returns everything, as a simulation holds it.
@@ -76,6 +78,7 @@ class Reader:
 
     def _own(self, terms: DataTerms, path: Path) -> Examples:
         """Returns the examples of who reads: to him an error may say what is in them."""
+        self.demand(terms, path)
         found = self.read(terms, path)
         if len(found.readable()) == 0:
             first = next(iter(self.check(terms, path)), f"{path} is empty")
@@ -90,13 +93,15 @@ class Reader:
         return any(self._part(where, name).exists() for name in ("train", "validation", "test"))
 
     def _part(self, folder: Path, name: str) -> Path:
-        return folder / f"{name}{self.suffix}"
+        found = [folder / f"{name}{suffix}" for suffix in self.suffixes]
+        return next((path for path in found if path.exists()), found[0])
 
     def _folder(self, terms: DataTerms, where: Path | None) -> Path:
         if where is None:
+            first = self.suffixes[0]
             raise UsageError(
                 f"data set {terms.name!r} has no place of its own: name the folder that holds "
-                f"train{self.suffix}, or validation{self.suffix} and test{self.suffix}"
+                f"train{first}, or validation{first} and test{first}"
             )
         return where
 
@@ -110,18 +115,13 @@ def whole(everything: Examples, where: Path) -> Splits:
         UsageError: where there are too few for three parts.
     """
     persons = everything.persons
-    units, of = (len(everything), None) if persons is None else _units(persons)
+    units = len(everything) if persons is None else len(np.unique(persons))
     ends = [round(TRAIN * units), round((TRAIN + VALIDATION) * units)]
     if not 0 < ends[0] < ends[1] < units:
         raise UsageError(f"{where} has too few examples ({units}) to train, validate and test")
     order = np.random.default_rng(_SEED).permutation(units)
     cuts = [np.sort(cut) for cut in np.split(order, ends)]
-    if of is not None:
-        cuts = [np.flatnonzero(np.isin(of, cut)) for cut in cuts]
+    if persons is not None:
+        cuts = [rows_of(persons, cut) for cut in cuts]
     train, validation, test = (everything.take(cut) for cut in cuts)
     return Splits(train=train, validation=validation, test=test)
-
-
-def _units(persons: npt.NDArray[np.int64]) -> tuple[int, npt.NDArray[np.int64]]:
-    names, of = np.unique(persons, return_inverse=True)
-    return len(names), of

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bract.shared.data.examples import Examples
+from bract.shared.data.persons import rows_of
 from bract.shared.errors import UsageError
 
 _SEED = 20_260_101  # public: every site must cut alike
@@ -17,15 +18,18 @@ _SEED = 20_260_101  # public: every site must cut alike
 def share(train: Examples, part: str) -> Examples:
     """Returns the i-th of n shares of the training examples, `part` being "i/n".
 
-    The n shares are disjoint, hold every example, and differ in size by one at the most.
+    The n shares are disjoint, hold every example, and differ in size by one at the most; where
+    examples are persons', a share holds all of a person or none.
 
     Raises:
         UsageError: where `part` is no share that has an example.
     """
     cut = _cut(part)
-    if cut is None or cut[1] > len(train):
-        raise _no_share(part, f", n up to {len(train)}")
-    return train.take(rows_of_share(len(train), part))
+    units = len(train) if train.persons is None else len(np.unique(train.persons))
+    if cut is None or cut[1] > units:
+        raise _no_share(part, f", n up to {units}")
+    chosen = rows_of_share(units, part)
+    return train.take(chosen if train.persons is None else rows_of(train.persons, chosen))
 
 
 def rows_of_share(count: int, part: str) -> npt.NDArray[np.int64]:

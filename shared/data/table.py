@@ -6,13 +6,15 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data.examples import UNREADABLE, Examples
+from bract.shared.data.persons import first_rows
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Categorical, Column, Numeric, Preparation, Table
 
@@ -215,10 +217,29 @@ def read(terms: DataTerms, path: Path) -> Examples:
     Raises:
         UsageError: where the file cannot be opened; never for what is in it.
     """
-    encoder = Encoder(_table(terms))
+    table = _table(terms)
+    encoder = Encoder(table)
     header, rows = _header_and_rows(path)
     places = _places(encoder, header)
-    return encoder.examples([_chosen(row, header, places) for row in rows])
+    persons = None
+    if table.group is not None:
+        everyone = _persons(table.group, header, rows)
+        kept = first_rows(everyone, table.rows_per_group or 1)
+        rows, persons = [rows[place] for place in kept], everyone[kept]
+    found = encoder.examples([_chosen(row, header, places) for row in rows])
+    return replace(found, persons=persons)
+
+
+def demand(terms: DataTerms, path: Path) -> None:
+    """Returns where a person has no more rows than the terms say, if they say it.
+
+    For a simulation and for public files: a joined site leaves out what is too much.
+
+    Raises:
+        UsageError: where the terms do not say how many rows of a person to use.
+    """
+    if fault := _several_rows(_table(terms), *_header_and_rows(path)):
+        raise UsageError(f"{path}: {fault}")
 
 
 def check(terms: DataTerms, path: Path) -> list[str]:
@@ -228,9 +249,11 @@ def check(terms: DataTerms, path: Path) -> list[str]:
     places = _places(encoder, header)
     problems = [
         f"{path}, row 1, column {name}: {'missing' if count == 0 else 'there twice'}"
-        for name in encoder.names
+        for name in [*encoder.names, *([encoder.table.group] if encoder.table.group else [])]
         if (count := header.count(name)) != 1
     ]
+    if fault := _several_rows(encoder.table, header, rows):
+        problems.append(f"{path}: {fault}")
     for row in rows if places else ():
         cells = _chosen(row, header, places)
         faults = [f"not {len(header)} columns"] if cells is None else encoder.problems(cells)
@@ -247,6 +270,35 @@ def _table(terms: DataTerms) -> Table:
 def _header_and_rows(path: Path) -> tuple[list[str], list[Line]]:
     header, *rows = lines(path) or [Line(1, None)]
     return [cell.strip() for cell in header.cells or ()], rows
+
+
+def _several_rows(table: Table, header: Sequence[str], rows: Sequence[Line]) -> str | None:
+    """Returns why it must be said how many rows of a person are used, None where it need not."""
+    if table.group is None or table.rows_per_group is not None:
+        return None
+    persons = _persons(table.group, header, rows)
+    if len(np.unique(persons)) == len(persons):
+        return None
+    return (
+        f"column {table.group}: a person has more than one row: say how many of each are used, by "
+        "rows_per_group in the schema or --rows-per-group"
+    )
+
+
+def _persons(group: str, header: Sequence[str], rows: Sequence[Line]) -> npt.NDArray[np.int64]:
+    """Returns a number for each row, equal where the cells of the column are.
+
+    A row without that cell, which cannot be read either, is a person of its own.
+    """
+    place = header.index(group) if group in header else None
+    known: dict[object, int] = {}
+    cells: list[object] = [
+        row.number
+        if place is None or row.cells is None or len(row.cells) != len(header)
+        else row.cells[place].strip()
+        for row in rows
+    ]
+    return np.array([known.setdefault(cell, len(known)) for cell in cells], dtype=np.int64)
 
 
 def _places(encoder: Encoder, header: Sequence[str]) -> list[int] | None:

@@ -19,6 +19,7 @@ from bract.shared.privacy.events import Event, PoissonGaussian, Spent, Unbounded
 ONLINE_INTERVAL = 1e-3
 THOROUGH_INTERVAL = 1e-4
 
+_GREATEST_EXPONENT = 600.0  # e to it is still a float
 _ADD_OR_REMOVE_ONE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 
 
@@ -36,6 +37,39 @@ def epsilon(events: Iterable[Event], delta: float, *, interval: float = ONLINE_I
         11.5
     """
     return _epsilon(merge(events), delta, interval)
+
+
+def epsilon_of_person(events: Iterable[Event], delta: float, rows: int) -> float:
+    """Returns a bound of ε at δ of a person with up to `rows` examples; inf where none is known.
+
+    The lesser of two. (ε, δ') of one example is (mε, δ'·(e^mε − 1)/(e^ε − 1)) of m (Vadhan 2017,
+    The Complexity of Differential Privacy, lemma 2.2). And a step that samples each example at rate
+    q takes some of the m with probability 1 − (1−q)^m, which then add at most mC: by convexity it
+    tells no more than one example of that rate at a noise of σ/m.
+    """
+    merged = merge(events)
+    if not all(isinstance(event, PoissonGaussian) for event in merged):
+        return math.inf
+    together = [
+        PoissonGaussian(1 - (1 - e.sampling_rate) ** rows, e.noise_multiplier / rows, e.steps)
+        for e in merged
+        if isinstance(e, PoissonGaussian)
+    ]
+    return min(_epsilon_of_group(merged, delta, rows), epsilon(together, delta))
+
+
+def _epsilon_of_group(events: tuple[Event, ...], delta: float, rows: int) -> float:
+    """Returns mε where (ε, δ·(e^ε − 1)/(e^mε − 1)) holds of one example, inf where none is found.
+
+    ε grows until it is enough for the δ that it itself asks for.
+    """
+    asked = epsilon(events, delta)
+    while 0 < rows * asked < _GREATEST_EXPONENT:
+        found = epsilon(events, delta * math.expm1(asked) / math.expm1(rows * asked))
+        if found <= asked:
+            return rows * asked
+        asked = found * (1 + 1e-3)
+    return 0.0 if asked == 0 else math.inf
 
 
 def filter_epsilon(events: Iterable[Event], delta: float, order: int) -> float:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bract.shared.privacy import accounting, prv
-from bract.shared.privacy.events import PoissonGaussian, Unbounded
+from bract.shared.privacy.events import PoissonGaussian, Spent, Unbounded
 from bract.shared.privacy.orders import conversion
 
 DELTA = 1e-5
@@ -138,3 +138,39 @@ def test_a_budget_must_hold_by_the_filter_and_by_pld() -> None:
     assert not accounting.fits([event], limit=between, delta=DELTA, order=8)
     assert accounting.fits([event], limit=filtered, delta=DELTA, order=8)
     assert not accounting.fits([event], limit=pld - 1e-6, delta=DELTA, order=None)
+
+
+GROUPS = [(0.3, 4.0, 32), (1.0, 20.0, 10)]
+
+
+@pytest.mark.parametrize(("rate", "noise", "steps"), GROUPS)
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_persons_bound_is_above_the_tight_one_and_grows_with_rows(
+    rate: float, noise: float, steps: int, rows: int
+) -> None:
+    """Tight: the binomial mixture of Ganesh 2024 (arXiv 2401.10294), composed numerically."""
+    from dp_accounting.pld import privacy_loss_distribution
+
+    event = PoissonGaussian(rate, noise, steps)
+    counts = range(rows + 1)
+    mixture = privacy_loss_distribution.from_mixture_gaussian_mechanism(
+        standard_deviation=noise,
+        sensitivities=[float(count) for count in counts],
+        sampling_probs=[math.comb(rows, c) * rate**c * (1 - rate) ** (rows - c) for c in counts],
+        value_discretization_interval=1e-3,
+    )
+    tight = mixture.self_compose(steps).get_epsilon_for_delta(1e-5)
+    bound = accounting.epsilon_of_person([event], 1e-5, rows)
+    assert tight * (1 - 1e-3) <= bound
+    assert bound <= 6 * rows * accounting.epsilon([event], 1e-5)
+    assert accounting.epsilon_of_person([event], 1e-5, rows + 1) > bound
+
+
+def test_a_person_of_one_row_costs_what_a_row_does_and_nothing_is_known_of_lost_releases() -> None:
+    event = PoissonGaussian(0.1, 1.5, 50)
+    assert accounting.epsilon_of_person([event], 1e-5, 1) == pytest.approx(
+        accounting.epsilon([event], 1e-5)
+    )
+    assert accounting.epsilon_of_person([], 1e-5, 3) == 0
+    assert math.isinf(accounting.epsilon_of_person([event, Unbounded()], 1e-5, 2))
+    assert math.isinf(accounting.epsilon_of_person([event, Spent(3.0)], 1e-5, 2))

@@ -1,0 +1,126 @@
+"""A data set of the user's own: adapted to what server, site and simulation ask of any."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bract.client.holdings import Roots
+from bract.client.settings import DataRoot
+from bract.shared import data
+from bract.shared.contract import DataTerms
+from bract.shared.data import Examples
+from bract.shared.errors import Refusal, UsageError
+
+RINGS = "bract.simulations.examples.rings:data"
+MODEL = "bract.simulations.examples.rings:model"
+
+
+def test_the_example_learns_its_rings_through_the_real_command(
+    bract: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = bract(
+        *("simulate", "--data", RINGS, "--model", MODEL, "--set", "data.options.noise=0.1"),
+        *("--rounds", "60", "--workers", "1", "--out", "run", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["test_accuracy"] > 0.85
+    agreed = json.loads((tmp_path / "run/contract.json").read_text())["contract"]
+    # nothing of the experiment's own data is left, and the options are signed
+    assert agreed["data"]["name"] == RINGS
+    assert (agreed["data"]["offset"], agreed["data"]["scale"]) == (0.0, 2.0)
+    assert agreed["data"]["options"] == {"noise": 0.1}
+
+
+def test_a_site_runs_the_code_that_its_own_file_names_and_no_other() -> None:
+    roots = Roots(
+        {"ward": DataRoot(name=RINGS, part="2/5"), "other": DataRoot(name="digits", part="1/1")}
+    )
+    terms = data.describe(RINGS)
+    roots.check("ward", terms)
+    assert len(roots.open("ward", terms)) == 800
+    assert roots.problems("ward", terms, 800) == []
+    with pytest.raises(Refusal, match="holds no"):
+        roots.check("other", terms)
+    with pytest.raises(Refusal, match="another shape"):
+        roots.check("ward", terms.model_copy(update={"options": {"nois": 0.1}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_such_module:data", "cannot be imported: No module named 'no_such_module'"),
+        ("bract.simulations.examples.rings:no", "cannot be imported: module"),
+        ("bract.simulations.examples.rings:__doc__", "is not a function"),
+        (f"{__name__.split('.')[-1]}:broken", "cannot be imported"),
+        ("collections:OrderedDict", "lacks train, public, part"),
+    ],
+)
+def test_code_that_will_not_do_is_one_line(name: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as raised:
+        data.describe(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_options_and_a_schema_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"its factory fails with TypeError: .*'nois'"):
+        data.describe(RINGS, {"nois": 0.1})
+    from bract.shared.preparation import Images
+
+    with pytest.raises(UsageError, match="takes no schema"):
+        data.describe(RINGS, {}, Images(labels=("a", "b")))
+
+
+CELL = "7x31"
+
+
+@dataclass
+class Made:
+    """Data that fail, or that have a check, as a test says."""
+
+    found: Any = None
+    terms = DataTerms(name="made", shape=(2,), classes=2)
+
+    def train(self, folder: Path | None) -> Examples:
+        raise ValueError(CELL)
+
+    def public(self, folder: Path | None) -> tuple[Examples, Examples]:
+        return self.found, self.found
+
+    def part(self, folder: Path | None, part: str) -> Examples:
+        return Examples(np.array([[1, 2], [np.nan, 0], [0, 0]]), np.array([0, 1, 5]))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("bract.simulations.examples.rings.data", Made)
+    return RINGS
+
+
+def test_an_error_of_the_users_code_tells_its_type_and_no_value(made: str) -> None:
+    with pytest.raises(UsageError, match="its train fails with ValueError") as raised:
+        data.dataset(made).load(data.describe(made), None)
+    assert CELL not in str(raised.value)
+
+
+def test_examples_of_another_shape_are_an_error(made: str) -> None:
+    with pytest.raises(UsageError, match=r"inputs of \(examples, 2\), as its terms say"):
+        data.load_public(data.describe(made), None)
+
+
+def test_without_a_check_of_its_own_rows_without_effect_are_named(
+    made: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = data.describe(made)
+    assert data.check_part(terms, None, "x", 3) == [
+        f"{made} x, example 2: value not finite",
+        f"{made} x, example 3: unknown label",
+    ]
+    monkeypatch.setattr(Made, "check", lambda self, folder, part: [f"{part}: bad"], raising=False)
+    assert data.check_part(terms, None, "x", 3) == ["x: bad"]

@@ -1,0 +1,140 @@
+"""`bract simulate` on the user's own files: a table, images, arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Bract = Callable[..., Any]
+QUICK = ("--rounds", "3", "--sites", "2", "--workers", "1", "--out", "run", "--json")
+SCHEMA = """\
+kind = "table"
+[[columns]]
+kind = "numeric"
+name = "age"
+low = 20
+high = 90
+[[columns]]
+kind = "categorical"
+name = "ward"
+categories = ["a", "b"]
+[target]
+name = "{target}"
+{learned}
+"""
+CLASSES = {"target": "ill", "learned": 'classes = ["no", "yes"]'}
+VALUE = {"target": "stay", "learned": "low = 0\nhigh = 40"}
+
+
+@pytest.fixture
+def patients(tmp_path: Path) -> Path:
+    made_up = np.random.default_rng(1)
+    rows = ["patient,age,ward,ill,stay"]
+    for n in range(800):
+        age, ward = int(made_up.integers(20, 90)), "ab"[int(made_up.integers(2))]
+        ill = "yes" if age + 15 * (ward == "a") > 60 else "no"
+        rows.append(f"p{n // 2},{age},{ward},{ill},{age / 3:.1f}")
+    (tmp_path / "patients.csv").write_text("\n".join(rows))
+    (tmp_path / "classes.toml").write_text(SCHEMA.format(**CLASSES))
+    (tmp_path / "value.toml").write_text(SCHEMA.format(**VALUE))
+    return tmp_path
+
+
+def table(schema: str) -> tuple[str, ...]:
+    return ("simulate", "table", "--data-file", "patients.csv", "--schema", schema)
+
+
+def test_a_table_of_classes_is_learned(bract: Bract, patients: Path) -> None:
+    done = bract(*table("classes.toml"), *QUICK[2:], "--rounds", "20")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["test_accuracy"] > 0.75
+    assert (summary["rows_per_person"], summary["epsilon_person"]) == (None, None)
+    agreed = json.loads((patients / "run/contract.json").read_text())["contract"]
+    assert agreed["data"]["preparation"]["columns"][1]["categories"] == ["a", "b"]
+
+
+def test_a_number_is_learned(bract: Bract, patients: Path) -> None:
+    done = bract(*table("value.toml"), *QUICK)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["test_accuracy"] is None
+    assert summary["test_loss"] < 0.2
+
+
+def test_rows_of_a_person_are_bounded_and_his_epsilon_is_told(bract: Bract, patients: Path) -> None:
+    column = ("--group-column", "patient")
+    refused = bract(*table("classes.toml"), *column, *QUICK)
+    assert refused.returncode == 2
+    assert "column patient: a person has more than one row" in refused.stderr
+    done = bract(*table("classes.toml"), *column, "--rows-per-group", "2", *QUICK)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["rows_per_person"] == 2
+    assert summary["epsilon_person"] > 2 * summary["epsilon"]
+    assert f"a person with 2 rows: ε ≤ {summary['epsilon_person']:.4f}" in done.stderr
+    alone = bract("simulate", "digits", *column, *QUICK[:-3], "--out", "other")
+    assert "need --schema FILE.toml of a table" in alone.stderr
+
+
+def test_a_folder_of_images_is_learned_by_the_names_of_its_folders(
+    bract: Bract, tmp_path: Path
+) -> None:
+    made_up = np.random.default_rng(1)
+    for n in range(240):
+        pixels = made_up.integers(0, 90, (10, 12, 3)) + 120 * (n % 2)
+        path = tmp_path / "pictures" / ("light" if n % 2 else "dark") / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    settings = ("--set", "data.options.height=8", "--set", "data.options.width=8")
+    more = ("--set", "privacy.batch=40", "--set", "training.views=2")
+    augmented = ("--set", "training.augmentation=shift-flip")
+    done = bract(
+        "simulate", "images", "--image-dir", "pictures", *settings, *more, *augmented, *QUICK
+    )
+    assert done.returncode == 0, done.stderr
+    agreed = json.loads((tmp_path / "run/contract.json").read_text())["contract"]
+    assert agreed["data"]["preparation"]["labels"] == ["dark", "light"]
+    assert agreed["data"]["shape"] == [3, 8, 8]
+    assert agreed["training"]["views"] == 2
+
+
+def test_arrays_are_learned(bract: Bract, tmp_path: Path) -> None:
+    made_up = np.random.default_rng(1)
+    targets = made_up.integers(0, 3, 900)
+    inputs = made_up.standard_normal((900, 5)) + targets[:, None]
+    np.savez(tmp_path / "points.npz", inputs=inputs.astype(np.float32), targets=targets)
+    shape = ("--set", "data.options.shape=5", "--set", "data.options.classes=3")
+    done = bract(
+        *("simulate", "--data", "arrays", "--data-file", "points.npz", *shape),
+        *("--model", "linear", *QUICK),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rounds"] == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("table", "--data-file", "none.csv", "--schema", "classes.toml"), "correct --data-file"),
+        (("table", "--data-file", "patients.csv"), "needs --schema FILE.toml, as in: kind ="),
+        (("table", "--schema", "classes.toml"), "name it with --data-file FILE.csv"),
+        (("images",), "needs --schema FILE.toml"),
+        (("images", "--image-dir", "none"), "correct --image-dir"),
+        (("digits", "--data", "tabel"), "did you mean 'table'"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(
+    bract: Bract, patients: Path, command: tuple[str, ...], words: str
+) -> None:
+    done = bract("simulate", *command, "--out", "run")
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (patients / "run").exists()
