@@ -101,8 +101,8 @@ def simulate(
     """Train a shared model over many sites on this machine.
 
     Each site's gate charges its own ledger before any example is read. EXPERIMENT is a name
-    (digits, fashion-mnist, heart-disease, table, images) or a TOML file; digits where none is
-    given.
+    (digits, fashion-mnist, heart-disease, sst2, sst2-scratch, shakespeare; text, table and images
+    for files of your own) or a TOML file; digits where none is given.
     """
     from bract.shared import tracking
     from bract.simulations import experiment as experiments

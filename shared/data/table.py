@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -157,7 +156,7 @@ def _not_text(cell: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A row of a file: the line on which it begins, from 1, and its cells; None: not to be read."""
+    """A row of a file: its line, from 1, and its cells; None: not to be read."""
 
     number: int
     cells: list[str] | None
@@ -176,18 +175,20 @@ def lines(path: Path) -> list[Line]:
             f"cannot read {path}: {error.strerror}; name the folder that holds it"
         ) from error
     text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
-    reader = csv.reader(io.StringIO(text, newline=""))
-    found: list[Line] = []
-    while True:
-        start = reader.line_num + 1
-        try:
-            cells: list[str] | None = next(reader)
-        except StopIteration:
-            return found
-        except csv.Error:  # a cell of over 131,072 letters
-            cells = None
-        if cells != []:
-            found.append(Line(start, cells))
+    read = (Line(number, _cells(line)) for number, line in enumerate(text.split("\n"), 1))
+    return [line for line in read if line.cells != []]
+
+
+def _cells(line: str) -> list[str] | None:
+    """Returns the cells of one line, none where it is blank; None where it is not to be read.
+
+    A line is a row, whatever its quotes: an open one that went on would take others' rows with it,
+    and one person more in the file would be many fewer.
+    """
+    try:
+        return next(csv.reader([line.removesuffix("\r")], strict=True), [])
+    except csv.Error:  # a quote that stays open, or a cell of over 131,072 letters
+        return None
 
 
 def describe(options: Mapping[str, Scalar], preparation: Preparation | None) -> DataTerms:

@@ -19,7 +19,7 @@ from bract.shared.contract import DataTerms
 from bract.shared.data import Examples
 from bract.shared.data.choice import read_schema
 from bract.shared.data.partitions import Partition, split
-from bract.shared.data.table import Encoder
+from bract.shared.data.table import Encoder, lines
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Categorical, Numeric, Table, Target
 
@@ -99,7 +99,7 @@ def test_row_that_cannot_be_read_adds_nothing_and_is_named_without_its_cells(
     tmp_path: Path, fault: str
 ) -> None:
     row, problem = UNREADABLE[fault]
-    rows = ("50,,a,no", row, '50,"two\nlines",a,yes')
+    rows = ("50,,a,no", row, '"50","",a,yes')
     found = read(tmp_path, *rows)
     assert found.targets.tolist() == [0, -1, 1]
     assert not found.inputs[1].any()
@@ -325,3 +325,17 @@ def test_a_person_is_in_one_part_and_at_one_site(tmp_path: Path) -> None:
 def test_a_partition_by_label_of_numbers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="partition 'label' is by label, and these targets"):
         split(np.zeros(100), sites=2, partition=Partition(kind="label"), seed=1)
+
+
+def test_no_row_takes_another_with_it_whatever_its_quotes(tmp_path: Path) -> None:
+    rows = ["a,b", "1,2", '"3,4', "5,6", '7,"8"', "", "9,10\r"]
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    found = [(line.number, line.cells) for line in lines(tmp_path / "rows.csv")]
+    assert found == [
+        (1, ["a", "b"]),
+        (2, ["1", "2"]),
+        (3, None),
+        (4, ["5", "6"]),
+        (5, ["7", "8"]),
+        (7, ["9", "10"]),
+    ]
