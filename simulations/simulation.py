@@ -254,6 +254,8 @@ def _where(experiment: Experiment, root: Path | None) -> Path | None:
     settings = experiment.data
     if settings.file is None:
         folder = Path(settings.dir) if settings.dir else None
+        if settings.name == "images" and folder is not None and not folder.is_dir():
+            raise UsageError(f"no folder of images {folder}: correct --image-dir")
         return folder_of(settings.name, folder=folder, root=root)
     if not Path(settings.file).is_file():
         raise UsageError(f"no data file {settings.file}: correct --data-file")
