@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -38,6 +39,14 @@ COMMANDS = {
 }
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+DATA_DIR = click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    metavar="ROOT",
+    help="A folder of data sets; default: $BRACT_DATA.",
+)
 
 
 LOG_FORMAT = click.option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bract.shared.cli import TRACK, print_json, shown
+from bract.shared.cli import DATA_DIR, TRACK, print_json, shown
 from bract.shared.errors import BractError, UsageError
 from bract.shared.reports import Summary
 
@@ -48,12 +48,7 @@ _SHOWN = 20  # sites and groups in a table
     metavar="A",
     help="The Ray cluster to join; default: $RAY_ADDRESS, or one started here.",
 )
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path),
-    metavar="ROOT",
-    help="A folder of data sets; default: $BRACT_DATA.",
-)
+@DATA_DIR
 @click.option(
     "--state",
     type=click.Path(path_type=Path),

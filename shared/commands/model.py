@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bract.shared.cli import AS_JSON, print_json, shown
+from bract.shared.cli import AS_JSON, DATA_DIR, print_json, shown
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.reports import ModelExport, ModelPredictions, ModelScores
 
@@ -32,12 +32,7 @@ def model() -> None:
 
 @model.command(epilog="Example: bract model evaluate runs/mine")
 @RUN
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path),
-    metavar="ROOT",
-    help="A folder of data sets; default: $BRACT_DATA.",
-)
+@DATA_DIR
 @click.option(
     "--public-data",
     type=click.Path(path_type=Path),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from bract.shared import factories
 from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data.dataset import Dataset
 from bract.shared.data.examples import Examples, Splits
@@ -48,7 +48,7 @@ def own(name: str) -> Dataset:
     Raises:
         UsageError: where the module or the factory will not do.
     """
-    factory = _factory(name)
+    factory: Callable[..., OwnData] = factories.named(name, "data set")
 
     def describe(options: Mapping[str, Scalar], preparation: Preparation | None) -> DataTerms:
         if preparation is not None:
@@ -81,17 +81,6 @@ def own(name: str) -> Dataset:
         return faults(load_part(terms, folder, part), classes=terms.classes, where=where)
 
     return Dataset(describe, load, load_public, load_part, check_part)
-
-
-def _factory(name: str) -> Callable[..., OwnData]:
-    module, _, attribute = name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"data set {name!r} cannot be imported: {error}") from error
-    if not callable(factory):
-        raise UsageError(f"data set {name!r} is not a function")
-    return factory  # type: ignore[no-any-return]
 
 
 def _made(name: str, factory: Callable[..., OwnData], options: Mapping[str, Scalar]) -> OwnData:

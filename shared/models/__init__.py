@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, Final
 
 from torch import nn
 
+from bract.shared import factories
 from bract.shared.contract import DataTerms, ModelTerms, Scalar, Task
 from bract.shared.errors import UnknownName, UsageError, VerificationFailed
 from bract.shared.models import frozen
@@ -164,13 +164,6 @@ def _check_type(name: str, option: str, value: Scalar, default: object) -> None:
 def _factory(name: str) -> Factory:
     if name in MODELS:
         return MODELS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise UnknownName("model", name, MODELS)
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"model {name!r} cannot be imported: {error}") from error
-    if not callable(factory):
-        raise UsageError(f"model {name!r} is not a function")
-    return factory  # type: ignore[no-any-return]
+    return factories.named(name, "model")
