@@ -199,8 +199,9 @@ class RoundLoop:
             name: np.float32(terms.server_momentum) * state.velocity[name] + value
             for name, value in average.items()
         }
+        rate = np.float32(terms.server_rate(state.round + 1, self.contract.rounds))
         weights = {
-            name: state.weights[name] + np.float32(terms.server_learning_rate) * value
+            name: state.weights[name] + rate * value
             for name, value in velocity.items()
         }
         return weights, velocity

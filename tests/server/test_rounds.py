@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bract.server.rounds import CohortTooSmall, Patience, RoundLoop, initial_sta
 from bract.server.strategy import PublicFedAvg
 from bract.server.witnesses import WitnessDesk
 from bract.shared import keys, models, wire
-from bract.shared.contract import SiteTerms
+from bract.shared.contract import SiteTerms, TrainingTerms
 from bract.shared.evaluation import Evaluator
 from bract.shared.privacy import ledger
 from bract.shared.privacy.entries import Head
@@ -79,6 +80,28 @@ def test_a_run_is_over_where_too_many_sites_refused_for_good(world: Any, tmp_pat
     over = loop(world, tmp_path, minimum_cohort=2)
     over.strategy._retired.update({0, 1})
     assert not over._wait_for_sites(grid)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [1.0, 2.5, 4.25, 6.125]), ("linear", [1.0, 2.1625, 3.125, 3.734375])],
+)
+def test_the_servers_steps_follow_momentum_and_schedule(
+    world: Any, tmp_path: Path, schedule: Any, expected: list[float]
+) -> None:
+    training = TrainingTerms(
+        local_steps=1, learning_rate=0.1, server_momentum=0.5, server_schedule=schedule
+    )
+    agreed = world.contract(training=training, rounds=4)
+    rounds = replace(loop(world, tmp_path), contract=agreed)
+    one = {"w": np.ones(1, np.float32)}
+    state = initial_state(agreed, {"w": np.zeros(1, np.float32)})
+    moved = []
+    for number in range(1, 5):
+        weights, velocity = rounds._step(state, one)
+        state = replace(state, weights=weights, velocity=velocity, round=number)
+        moved.append(float(weights["w"][0]))
+    assert moved == pytest.approx(expected)
 
 
 # Witnesses and the checkpoint
