@@ -137,4 +137,6 @@ def head_file_of(chosen: SiteSettings) -> HeadFile | None:
 
 def _execution(chosen: SiteSettings) -> Execution:
     device = str(devices.resolve(chosen.device))
-    return Execution(device=device, physical_batch=chosen.physical_batch)
+    return Execution(
+        device=device, physical_batch=chosen.physical_batch, precision=chosen.precision
+    )

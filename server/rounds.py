@@ -200,10 +200,7 @@ class RoundLoop:
             for name, value in average.items()
         }
         rate = np.float32(terms.server_rate(state.round + 1, self.contract.rounds))
-        weights = {
-            name: state.weights[name] + rate * value
-            for name, value in velocity.items()
-        }
+        weights = {name: state.weights[name] + rate * value for name, value in velocity.items()}
         return weights, velocity
 
     def _epsilon(self, attempts: int, completed: int) -> float | None:

@@ -81,6 +81,7 @@ class ExecutionSettings(Frozen):
 
     mode: Literal["book-keeping", "opacus-hooks", "opacus-ghost"] = "book-keeping"
     physical_batch: int = Field(default=256, ge=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class Experiment(Frozen):

@@ -178,6 +178,7 @@ def _trainers(plan_path: str) -> Trainers:
             device=plan.device,
             mode=plan.execution.mode,
             physical_batch=plan.execution.physical_batch,
+            precision=plan.execution.precision,
         )
     )
 

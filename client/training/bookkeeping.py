@@ -81,7 +81,7 @@ class _Recorder(GradSampleModule):  # type: ignore[misc]
         if inputs[0]._version != version:
             raise self._refusal(layer, "has an input that is changed in place")
         uses = self._uses.setdefault(layer, [])
-        uses.append((inputs, backprops))
+        uses.append(([_full(value) for value in inputs], _full(backprops)))
         if len(uses) == self.calls[layer]:
             self._settle(layer)
 
@@ -112,22 +112,35 @@ class _Recorder(GradSampleModule):  # type: ignore[misc]
         return NotImplementedError(f"layer {name} {reason}: use the mode opacus-hooks")
 
 
+def _full(value: Tensor) -> Tensor:
+    """Returns float32 for a half: the very numbers, so that what is measured is what is added."""
+    return value.float() if value.dtype == torch.bfloat16 else value
+
+
 class BookKeepingSum:
     """Sums of clipped gradients by a rule for each kind of layer, else by Opacus' samplers.
 
     The weights of a model for images are kept with their channels last.
+
+    Args:
+        model: whose released parameters.
+        loss: of each example.
+        clip_norm: C.
+        halves: whether products of the two passes are in bfloat16; losses, norms and sums are not.
     """
 
     rules: ClassVar[Mapping[type[nn.Module], Rule]] = layers.RULES
 
-    def __init__(self, model: nn.Module, loss: Loss, clip_norm: float) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Loss, clip_norm: float, *, halves: bool = False
+    ) -> None:
         self._module = _Recorder(model, self.rules)
         self._channels_last = any(p.dim() == 4 for p in model.parameters())
         if self._channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         named = model.named_parameters()
         self._names: dict[Tensor, str] = {p: name for name, p in named if p.requires_grad}
-        self._loss, self._clip_norm = loss, clip_norm
+        self._loss, self._clip_norm, self._halves = loss, clip_norm, halves
 
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         """Adds the clipped gradients of a physical batch."""
@@ -139,7 +152,9 @@ class BookKeepingSum:
             raise
 
     def _add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
-        total = self._loss(self._outputs(inputs), targets).sum()
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._halves):
+            outputs = self._outputs(inputs)
+        total = self._loss(_full(outputs), targets).sum()
         torch.autograd.grad([total], self._module.sources, allow_unused=True)
         with torch.no_grad():
             shares = self._module.finished(len(inputs))

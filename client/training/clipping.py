@@ -49,7 +49,9 @@ def weighted_sum(factors: Tensor, gradients: Tensor) -> Tensor:
 def without_dropped(factors: Tensor, rows: Tensor) -> Tensor:
     """Returns the rows, zeros where the factor is 0: the row may hold NaN."""
     kept = factors > 0
-    if kept.all():  # then nothing would change: what is released does not depend on this branch
+    # Where all are kept nothing would change, so what is released does not depend on this branch;
+    # to ask that of a GPU would be to wait for it.
+    if rows.device.type == "cpu" and kept.all():
         return rows
     return torch.where(kept.view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
 

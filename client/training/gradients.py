@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from bract.client.training.bookkeeping import BookKeepingSum, GhostSum, Loss
 from bract.client.training.clipping import clip_factors, joint_norms, row_norms, weighted_sum
+from bract.shared.errors import UsageError
 
 Mode = Literal["book-keeping", "opacus-hooks", "opacus-ghost"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class ClippedSum(Protocol):
@@ -73,14 +75,20 @@ class PlainSum:
             sums[name] += gradient
 
 
-def clipped_sum(mode: Mode, model: nn.Module, loss: Loss, clip_norm: float) -> ClippedSum:
-    """Returns the way to sum that a site chose; the choice cannot change privacy."""
-    kinds: dict[Mode, type[BookKeepingSum] | type[HooksSum]] = {
-        "book-keeping": BookKeepingSum,
-        "opacus-ghost": GhostSum,
-        "opacus-hooks": HooksSum,
-    }
-    return kinds[mode](model, loss, clip_norm)
+def clipped_sum(
+    mode: Mode, model: nn.Module, loss: Loss, clip_norm: float, precision: Precision = "float32"
+) -> ClippedSum:
+    """Returns the way to sum that a site chose; the choice cannot change privacy.
+
+    Raises:
+        UsageError: where that mode does not know the precision.
+    """
+    if mode == "book-keeping":
+        return BookKeepingSum(model, loss, clip_norm, halves=precision == "bfloat16")
+    if precision != "float32":
+        raise UsageError(f"precision {precision} needs the mode book-keeping, not {mode}")
+    kind = GhostSum if mode == "opacus-ghost" else HooksSum
+    return kind(model, loss, clip_norm)
 
 
 def _released(model: nn.Module) -> dict[str, nn.Parameter]:

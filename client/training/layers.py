@@ -112,9 +112,9 @@ def embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
     found = [_without_padding(layer, inputs[0], b) for inputs, b in uses]
     backprops = _side([b[:, None] if b.dim() == 2 else b for b in found])
     owners = torch.arange(len(tokens), device=tokens.device)[:, None] * layer.num_embeddings
-    pairs, place = torch.unique(owners + tokens, return_inverse=True)
+    pairs, place = _distinct((owners + tokens).flatten())
     rows = backprops.new_zeros((len(pairs), backprops.shape[2]), dtype=torch.float64)
-    rows.index_add_(0, place.flatten(), backprops.double().flatten(0, 1))
+    rows.index_add_(0, place, backprops.double().flatten(0, 1))
     example, token = pairs // layer.num_embeddings, pairs % layer.num_embeddings
     squares = rows.new_zeros(len(tokens)).index_add_(0, example, row_norms(rows).square())
 
@@ -123,6 +123,27 @@ def embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
         total.index_add_(0, token, without_dropped(weights, rows) * weights[:, None])
 
     return [Share(layer.weight, squares.sqrt(), add_)]
+
+
+def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the distinct keys, and the place of each key among them.
+
+    On a GPU as many as there are keys, zeros after the last: to ask how many are distinct would be
+    to wait for it.
+    """
+    if keys.device.type == "cpu":
+        found: tuple[Tensor, Tensor] = torch.unique(keys, return_inverse=True)
+        return found
+    return _distinct_by_sorting(keys)
+
+
+def _distinct_by_sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
+    ordered, order = keys.sort()
+    first = torch.ones_like(ordered)
+    first[1:] = ordered[1:] != ordered[:-1]
+    places = first.cumsum(0) - 1
+    distinct = torch.zeros_like(keys).scatter_(0, places, ordered)
+    return distinct, torch.empty_like(keys).scatter_(0, order, places)
 
 
 def ghost_dense(layer: nn.Linear, uses: Sequence[Use]) -> list[Share]:

@@ -63,19 +63,24 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         return True
 
     def add_noise(self) -> None:
-        """Adds the noise in float64 on the host, and rounds the result to a public grid.
+        """Adds the host's noise in float64, and rounds the result to a public grid.
 
         The grid of σC·2⁻²⁰ hides the low bits, whose pattern could tell the sum from the noise
-        (Mironov 2012); rounding is post-processing.
+        (Mironov 2012); rounding is post-processing. A GPU is not waited for: noise is drawn while
+        it still forms the sum, and follows it there.
         """
         for parameter in self.params:
             _check_processed_flag(parameter.summed_grad)
-            total = parameter.summed_grad.detach().to("cpu", torch.float64).numpy()
-            noisy = self._stream.normals(total.size).reshape(total.shape)
-            noisy *= self._stddev
-            noisy += total
-            released = torch.from_numpy(on_grid(noisy, self._stddev))
-            parameter.grad = released.to(parameter.device, parameter.dtype).view_as(parameter)
+            total = parameter.summed_grad.detach().to(torch.float64)
+            noise = self._stream.normals(total.numel()).reshape(total.shape)
+            noise *= self._stddev
+            if total.device.type == "cpu":
+                noise += total.numpy()
+                released = torch.from_numpy(on_grid(noise, self._stddev))
+            else:
+                arrived = torch.from_numpy(noise).pin_memory().to(total.device, non_blocking=True)
+                released = tensor_on_grid(arrived + total, self._stddev)
+            parameter.grad = released.to(parameter.dtype).view_as(parameter)
             _mark_as_processed(parameter.summed_grad)
 
     def scale_grad(self) -> None:
@@ -88,7 +93,19 @@ def on_grid(values: np.ndarray, stddev: float) -> np.ndarray:
     """Returns values rounded to multiples of the power of two just under stddev · 2⁻²⁰."""
     if stddev == 0:
         return values
-    step = 2.0 ** (math.floor(math.log2(stddev)) - GRID_BITS)
+    step = _step(stddev)
     multiples = np.rint(values * (1 / step))  # exact: the step is a power of two
     multiples *= step
     return multiples
+
+
+def tensor_on_grid(values: Tensor, stddev: float) -> Tensor:
+    """Returns what `on_grid` does, where the values are."""
+    if stddev == 0:
+        return values
+    step = _step(stddev)
+    return (values * (1 / step)).round() * step
+
+
+def _step(stddev: float) -> float:
+    return 2.0 ** (math.floor(math.log2(stddev)) - GRID_BITS)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bract.client.training import admission, gradients, scoring, views
 from bract.client.training.bookkeeping import Loss
-from bract.client.training.gradients import ClippedSum, Mode, PlainSum
+from bract.client.training.gradients import ClippedSum, Mode, PlainSum, Precision
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream
 from bract.client.training.views import Moves
@@ -31,12 +31,14 @@ class Execution:
     """How to compute, which cannot change privacy: device, per-example mode, memory bound.
 
     `physical_batch` is the greatest number of examples in memory at once; a logical batch is
-    split into pieces of it.
+    split into pieces of it. `precision` is that of the products of the two passes; norms and sums
+    are float64 in either, of the very numbers that the passes gave.
     """
 
     device: str = "cpu"
     mode: Mode = "book-keeping"
     physical_batch: int = 256
+    precision: Precision = "float32"
 
 
 class Trainer:
@@ -70,7 +72,7 @@ class Trainer:
         self._pieces = max(1, execution.physical_batch // contract.training.views)
         self.parameters = models.released_parameters(self._model)
         self.shapes = models.released_shapes(self._model)
-        self._summer, self._summed = _summer(contract, execution.mode, self._model)
+        self._summer, self._summed = _summer(contract, execution, self._model)
         self._rehearse()
 
     def train(
@@ -195,7 +197,7 @@ class Trainer:
 
 
 def _summer(
-    contract: Contract, mode: Mode, model: nn.Module
+    contract: Contract, execution: Execution, model: nn.Module
 ) -> tuple[ClippedSum, dict[str, nn.Parameter]]:
     """Returns the way to sum, and the parameters by the names that it gives them, in one order."""
     losses: Loss = partial(tasks.losses, task=contract.data.task)
@@ -204,7 +206,10 @@ def _summer(
     parameters = models.released_parameters(model)
     if contract.privacy.mechanism == "dp-sgd":
         clip_norm = contract.privacy.clip_norm
-        return gradients.clipped_sum(mode, model, losses, clip_norm), parameters
+        chosen = gradients.clipped_sum(
+            execution.mode, model, losses, clip_norm, execution.precision
+        )
+        return chosen, parameters
     return PlainSum(model, losses), parameters
 
 

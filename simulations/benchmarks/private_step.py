@@ -1,5 +1,7 @@
 """The time of a private step over that of a plain one: ours, and Opacus' engine in three modes.
 
+Where there is a GPU its figures come too, under "cuda", with batches eight times as large.
+
 Run: python -m bract.simulations.benchmarks.private_step --json
 """
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from bract.client.training.gradients import clipped_sum, expected_warnings
+from bract.client.training.gradients import Precision, clipped_sum, expected_warnings
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream, SecureRandomness
 
@@ -64,7 +66,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns a row of logits for each row of tokens."""
-        places = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
         hidden = self.blocks(self.tokens(tokens) + self.places(places))
         logits: Tensor = self.out(self.norm(hidden).mean(1))
         return logits
@@ -88,15 +90,15 @@ def small_cnn() -> nn.Module:
     )
 
 
-def _images() -> Batch:
-    return torch.rand(64, 1, 28, 28), torch.randint(0, CLASSES, (64,))
+def _images(times: int = 1) -> Batch:
+    return torch.rand(64 * times, 1, 28, 28), torch.randint(0, CLASSES, (64 * times,))
 
 
-def _sequences() -> Batch:
-    return torch.randint(0, 256, (32, 128)), torch.randint(0, CLASSES, (32,))
+def _sequences(times: int = 1) -> Batch:
+    return torch.randint(0, 256, (32 * times, 128)), torch.randint(0, CLASSES, (32 * times,))
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch]]] = {
     "cnn": (cnn, _images),
     "small_cnn": (small_cnn, _images),
     "transformer": (Transformer, _sequences),
@@ -120,11 +122,14 @@ def main() -> None:
     if options.json:
         print(json.dumps(ratios))
         return
-    for model, row in ratios.items():
-        print(f"{model:12}", "  ".join(f"{name} {ratio:.2f}" for name, ratio in row.items()))
+    rows = dict(ratios)
+    for model, row in rows.pop("cuda", {}).items():
+        rows[f"{model}, GPU"] = row
+    for model, row in rows.items():
+        print(f"{model:16}", "  ".join(f"{name} {ratio:.2f}" for name, ratio in row.items()))
 
 
-def measure(*, repeats: int, seconds: float = SECONDS) -> dict[str, dict[str, float]]:
+def measure(*, repeats: int, seconds: float = SECONDS) -> dict[str, Any]:
     """Returns ratios by model and way: medians over turns that are taken one after another.
 
     Args:
@@ -134,20 +139,39 @@ def measure(*, repeats: int, seconds: float = SECONDS) -> dict[str, dict[str, fl
     torch.set_num_threads(1)
     with warnings.catch_warnings(), expected_warnings():
         warnings.filterwarnings("ignore", module="opacus")
-        return {name: _measure(*case, repeats, seconds) for name, case in CASES.items()}
+        ratios: dict[str, Any] = {
+            name: _measure(*case, repeats, seconds, "cpu") for name, case in CASES.items()
+        }
+        if torch.cuda.is_available():
+            ratios["cuda"] = {
+                name: _measure(*case, repeats, seconds, "cuda") for name, case in CASES.items()
+            }
+        return ratios
 
 
 def _measure(
-    build: Callable[[], nn.Module], make: Callable[[], Batch], repeats: int, seconds: float
+    build: Callable[[], nn.Module],
+    make: Callable[[int], Batch],
+    repeats: int,
+    seconds: float,
+    device: str,
 ) -> dict[str, float]:
     torch.manual_seed(1)  # made-up data and weights; nothing here is released
-    batch = make()
+    inputs, targets = make(8 if device == "cuda" else 1)
+    batch = inputs.to(device), targets.to(device)
+
+    def built() -> nn.Module:
+        return build().to(device)
+
+    secret = SecureRandomness()
     steps = {
-        "plain": _plain(build(), batch),
-        "bract": _ours(build(), batch, SecureRandomness().stream(1)),
-        "bract_without_noise": _ours(build(), batch, _Silent(bytes(32))),
-        **{f"opacus_{mode}": _opacus(build(), batch, mode) for mode in _MODES},
+        "plain": _plain(built(), batch),
+        "bract": _ours(built(), batch, secret.stream(1)),
+        "bract_without_noise": _ours(built(), batch, _Silent(bytes(32))),
+        **{f"opacus_{mode}": _opacus(built(), batch, mode) for mode in _MODES},
     }
+    if device == "cuda":
+        steps["bract_bfloat16"] = _ours(built(), batch, secret.stream(2), "bfloat16")
     for step in steps.values():
         _seconds(step, 2)
     count = max(1, round(seconds / _seconds(steps["plain"], 3)))
@@ -160,10 +184,18 @@ def _measure(
 
 
 def _seconds(step: Step, count: int) -> float:
+    _arrive()
     started = time.perf_counter()
     for _ in range(count):
         step()
+    _arrive()
     return (time.perf_counter() - started) / count
+
+
+def _arrive() -> None:
+    """Waits for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _plain(model: nn.Module, batch: Batch) -> Step:
@@ -177,9 +209,11 @@ def _plain(model: nn.Module, batch: Batch) -> Step:
     return step
 
 
-def _ours(model: nn.Module, batch: Batch, stream: RandomStream) -> Step:
+def _ours(
+    model: nn.Module, batch: Batch, stream: RandomStream, precision: Precision = "float32"
+) -> Step:
     """Returns the step of the trainer in its default mode."""
-    summer = clipped_sum("book-keeping", model, _losses, CLIP_NORM)
+    summer = clipped_sum("book-keeping", model, _losses, CLIP_NORM, precision)
     optimizer = PrivateOptimizer(
         torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
         noise_multiplier=NOISE_MULTIPLIER,

@@ -21,6 +21,7 @@ from bract.client.training.bookkeeping import BookKeepingSum, GhostSum
 from bract.client.training.clipping import SLACK
 from bract.client.training.gradients import clipped_sum
 from bract.shared import models
+from bract.shared.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 CLASSES, COUNT = 5, 4
@@ -581,3 +582,46 @@ def test_memory_for_rows_is_kept_for_smaller_batches_and_given_back_after_a_fail
     with pytest.raises(IndexError):
         summer.add_(sums, inputs, torch.full((9,), CLASSES))
     assert not [parameter for parameter in model.parameters() if layers._ROOM in vars(parameter)]
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "cnn"])
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e15])
+def test_halves_keep_the_bound_and_stay_near(name: str, size: float) -> None:
+    torch.manual_seed(4)
+    model, inputs = models.build(name, (1, 12, 12), CLASSES, {}), torch.rand(COUNT, 1, 12, 12)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    clip = middle(model, inputs)
+    full = add("book-keeping", model, inputs, clip)
+
+    def halves(weights: float, shown: Tensor) -> Sums:
+        scaled = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in scaled.parameters():
+                parameter *= weights
+        sums = {n: torch.zeros_like(value) for n, value in full.items()}
+        summer = clipped_sum("book-keeping", scaled, losses, clip, "bfloat16")
+        summer.add_(sums, shown, torch.arange(len(shown)) % CLASSES)
+        return sums
+
+    assert 0 < distance(halves(1.0, inputs), full) < 0.05 * norm(full)
+    for row in range(COUNT):
+        assert norm(halves(size, inputs[row : row + 1])) <= clip
+
+
+@pytest.mark.parametrize("mode", ["opacus-hooks", "opacus-ghost"])
+def test_halves_are_refused_by_a_mode_that_would_not_know_them(mode: str) -> None:
+    with pytest.raises(UsageError, match="bfloat16 needs the mode book-keeping, not opacus"):
+        clipped_sum(mode, nn.Linear(3, 2), losses, 1.0, "bfloat16")  # type: ignore[arg-type]
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=40))
+def test_sorting_tells_keys_apart_as_looking_for_the_distinct_ones_does(keys: list[int]) -> None:
+    asked = torch.tensor(keys)
+    found, places = layers._distinct_by_sorting(asked)
+    assert torch.equal(found[places], asked)
+    distinct = len(set(keys))
+    assert sorted(set(keys)) == found[:distinct].tolist()
+    assert not found[distinct:].any()
+    assert int(places.max()) == distinct - 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bract.client.training.optimizer import GRID_BITS, PrivateOptimizer, on_grid
+from bract.client.training.optimizer import GRID_BITS, PrivateOptimizer, on_grid, tensor_on_grid
 from bract.client.training.randomness import RandomStream
 
 SIGMA, CLIP, NORMALISER = 1.3, 0.7, 8.0
@@ -133,3 +133,10 @@ def test_momentum_works_on_the_noised_gradient() -> None:
     first, second = np.split(RandomStream(bytes(32)).normals(100), 2)
     expected = -STDDEV / NORMALISER * (1.5 * first + second)
     np.testing.assert_allclose(parameter.detach().numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("stddev", [0.0, 1e-9, 0.7, 12345.0])
+def test_the_grid_is_the_same_where_the_sums_are(stddev: float) -> None:
+    values = stddev * np.random.default_rng(0).normal(size=1000) * 10
+    released = tensor_on_grid(torch.from_numpy(values), stddev).numpy()
+    assert np.array_equal(released, on_grid(values, stddev))

@@ -1,0 +1,186 @@
+"""The private step on a GPU: the sums of the CPU, the same noise, and no wait inside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bract.client.training.gradients import clipped_sum
+from bract.client.training.optimizer import PrivateOptimizer
+from bract.client.training.randomness import RandomStream
+from bract.client.training.trainer import Execution, Trainer
+from bract.shared import models, tasks
+from bract.shared.contract import DataTerms, ModelTerms, TrainingTerms
+from bract.shared.data import Examples
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.filterwarnings("ignore:.*device properties.*"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+TEXT = DataTerms(name="made-up", shape=(12,), classes=3, vocabulary=40)
+NEXT = DataTerms(name="made-up", shape=(12,), classes=40, task="next-token", vocabulary=40)
+IMAGES = DataTerms(name="made-up", shape=(3, 16, 16), classes=4, offset=0.5, scale=0.5)
+GREY = DataTerms(name="made-up", shape=(1, 28, 28), classes=10)
+CASES: dict[str, tuple[str, dict[str, Any], DataTerms]] = {
+    "linear": ("linear", {}, GREY),
+    "mlp": ("mlp", {}, GREY),
+    "cnn": ("cnn", {}, GREY),
+    "resnet": ("resnet", {"width": 8, "blocks": 2}, IMAGES),
+    "transformer": ("transformer", {"width": 32}, TEXT),
+    "rope-next": ("transformer", {"width": 32, "positions": "rope"}, NEXT),
+    "lstm": ("lstm", {"hidden": 16}, TEXT),
+}
+NO_WAITS = sorted(CASES.keys() - {"lstm"})  # Opacus' LSTM asks its batch for lengths
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Whoever waits for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def examples(data: DataTerms) -> Examples:
+    inputs, targets = tasks.made_up(data, 40, torch.Generator().manual_seed(3))
+    return Examples(inputs=inputs.numpy(), targets=targets.numpy())
+
+
+def trained(world: Any, case: str, **execution: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights before a round of three steps, and its update."""
+    name, options, data = CASES[case]
+    contract = world.contract(
+        model=models.pinned(ModelTerms(name=name, options=options), data),
+        data=data,
+        training=TrainingTerms(local_steps=3, learning_rate=0.5, momentum=0.5),
+        privacy={"sampling_rate": 0.5, "clip_norm": 0.1, "noise_multiplier": 1.5},
+        cohort=world.contract().cohort,
+    )
+    trainer = Trainer(contract, Execution(**execution))
+    torch.manual_seed(1)
+    weights = {
+        n: (0.1 * torch.randn(shape)).numpy().astype(np.float32)
+        for n, shape in trainer.shapes.items()
+    }
+    update = trainer.train(
+        terms=contract.cohort[0],
+        examples=examples(data),
+        weights=weights,
+        stream=RandomStream(bytes(range(32))),
+    )
+    return weights, dict(update.arrays)
+
+
+def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    return math.sqrt(sum(float(((one[n] - other[n]) ** 2).sum()) for n in one))
+
+
+def norm(one: dict[str, Any]) -> float:
+    return distance(one, {n: 0 * value for n, value in one.items()})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_round_gives_the_update_of_the_cpu(world: Any, case: str) -> None:
+    _, cpu = trained(world, case, device="cpu")
+    _, gpu = trained(world, case, device="cuda:0", physical_batch=7)
+    assert distance(cpu, gpu) < 1e-4 * norm(cpu)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_halves_stay_near_and_keep_their_noise(world: Any, case: str) -> None:
+    _, full = trained(world, case, device="cuda:0")
+    _, half = trained(world, case, device="cuda:0", precision="bfloat16")
+    assert 0 < distance(full, half) < 0.1 * norm(full)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", NO_WAITS)
+def test_nothing_inside_a_step_waits_for_the_gpu(case: str, precision: Any) -> None:
+    name, options, data = CASES[case]
+    model = models.of(ModelTerms(name=name, options=options), data).cuda()
+    parameters = models.released_parameters(model)
+    summer = clipped_sum(
+        "book-keeping", model, partial(tasks.losses, task=data.task), 0.5, precision
+    )
+    optimizer = PrivateOptimizer(
+        torch.optim.SGD(list(parameters.values()), lr=0.1),
+        noise_multiplier=1.0,
+        clip_norm=0.5,
+        normaliser=20.0,
+        stream=RandomStream(bytes(32)),
+    )
+    shown = examples(data)
+
+    def step() -> None:
+        sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+        inputs = tasks.inputs_of(shown.inputs[:20], data, "cuda:0")
+        summer.add_(sums, inputs, tasks.targets_of(shown.targets[:20], data, "cuda:0"))
+        optimizer.put(list(sums.values()))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # memory for rows, pinned memory and kernels are there after the first
+    with no_waits():
+        step()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e15])
+def test_no_example_adds_more_than_its_bound(precision: Any, size: float) -> None:
+    data, clip = GREY, 0.5
+    model = models.build("cnn", data.shape, data.classes, {}).cuda()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(size)  # weights that a hostile server chose
+    parameters = models.released_parameters(model)
+    summer = clipped_sum(
+        "book-keeping", model, partial(tasks.losses, task=data.task), clip, precision
+    )
+    for row in range(4):
+        sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+        shown = examples(data)
+        summer.add_(
+            sums,
+            tasks.inputs_of(shown.inputs[row : row + 1], data, "cuda:0"),
+            tasks.targets_of(shown.targets[row : row + 1], data, "cuda:0"),
+        )
+        assert math.sqrt(sum(float(v.square().sum()) for v in sums.values())) <= clip
+
+
+def test_trainers_share_the_device_and_the_products_keep_all_their_bits(world: Any) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    _, one = trained(world, "cnn", device="cuda:0")
+    _, other = trained(world, "cnn", device="cuda:0")
+    assert distance(one, other) <= 1e-6 * norm(one)
+    a, b = torch.randn(256, 256, device="cuda"), torch.randn(256, 256, device="cuda")
+    exact = a.double() @ b.double()
+    assert float(((a @ b).double() - exact).norm() / exact.norm()) < 1e-5  # TF32: about 3e-4
+
+
+def test_example_that_is_not_finite_adds_nothing() -> None:
+    model: nn.Module = models.build("cnn", GREY.shape, GREY.classes, {}).cuda()
+    parameters = models.released_parameters(model)
+    summer = clipped_sum("book-keeping", model, partial(tasks.losses, task="classes"), 0.5)
+
+    def added(inputs: Tensor) -> dict[str, Tensor]:
+        sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+        summer.add_(sums, inputs.cuda(), torch.arange(len(inputs), device="cuda"))
+        return sums
+
+    shown = torch.rand(3, *GREY.shape)
+    poisoned = torch.cat([shown, torch.full((1, *GREY.shape), math.nan)])
+    for one, other in zip(added(shown).values(), added(poisoned).values(), strict=True):
+        assert torch.isfinite(other).all()
+        assert torch.allclose(one, other, atol=1e-6)
