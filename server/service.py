@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import ssl
 import threading
@@ -206,10 +207,15 @@ class Journal:
 
 
 def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> ServerSummary:
+    attempts, delta = result.pop("attempts"), chosen.privacy.delta
+    spent = entries.events_of_attempts(agreed, attempts=attempts, completed=result["rounds"])
+    rows = agreed.data.rows_per_person
+    person = accounting.epsilon_of_person(spent, delta, rows) if rows else math.inf
     return ServerSummary(
         **facts_of(agreed),
-        epsilon_run=_epsilon(chosen, agreed, result.pop("attempts"), result["rounds"]),
-        delta=chosen.privacy.delta,
+        epsilon_run=_epsilon(chosen, agreed, attempts, result["rounds"]),
+        epsilon_person=person if math.isfinite(person) else None,
+        delta=delta,
         guarantee=GUARANTEE_PRIVATE,
         out=chosen.server.out,
         **result,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -64,15 +64,20 @@ def _one_line(model: type[BaseModel], error: ValidationError, source: str) -> Us
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part, following in zip(path, [*path, ""][1:], strict=True):
-        field = model.model_fields.get(part)
-        annotation = field.annotation if field else None
-        nested = [annotation, *getattr(annotation, "__args__", ())]
-        models = [t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)]
-        # Of a choice of models the path goes on with the word that chose one.
-        chosen = (t for t in models if following in _defaults(t))
-        model = next(chosen, models[0] if models else model)
-    return list(model.model_fields)
+    models = [model]
+    for part in path:
+        fields = [one.model_fields[part] for one in models if part in one.model_fields]
+        if fields:
+            models = [found for field in fields for found in _models_in(field.annotation)] or models
+        else:  # a place in a list, or the word that chose one of several models
+            models = [one for one in models if part in _defaults(one)] or models
+    return list(models[0].model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]
 
 
 def _defaults(model: type[BaseModel]) -> list[Any]:

@@ -137,6 +137,7 @@ class RunFacts(Scores, LocalAccuracy, Traffic):
     guarantee: Guarantee
     out: str
     rows_per_person: int | None = None
+    epsilon_person: float | None = None
 
 
 class Summary(RunFacts):
@@ -146,7 +147,6 @@ class Summary(RunFacts):
     """
 
     epsilon: float | None
-    epsilon_person: float | None = None
     epsilon_prv: float | None
     unbounded: bool
     per_site: dict[str, SitePrivacy]
@@ -231,12 +231,17 @@ class Budget(Frozen):
 
 
 class ContractShown(Frozen):
-    """`bract contract make --json` and `show --json`; ε is what one site spends."""
+    """`bract contract make --json` and `show --json`; ε is what one site spends.
+
+    `epsilon_person` is, for every attempt, that of a person with `rows_per_person`.
+    """
 
     contract_sha256: str
     contract: dict[str, Any]
     epsilon: float | None
     epsilon_rounds: float | None
+    rows_per_person: int | None = None
+    epsilon_person: float | None = None
     delta: float
     adjacency: str
 
@@ -286,8 +291,9 @@ class SiteStatus(Frozen):
 class ServerSummary(RunFacts):
     """summary.json of a real run, as far as a server can know it.
 
-    `epsilon_run` is what a site that served every attempt has spent in this run; what its ledger
-    holds beside it is the site's own affair.
+    `epsilon_run` is what a site that served every attempt has spent in this run, `epsilon_person`
+    the same of a person with `rows_per_person`; what its ledger holds beside it is the site's own
+    affair.
     """
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bract.shared.cli import AS_JSON, print_json
-from bract.shared.contract import ADJACENCY, Contract
+from bract.shared.contract import ADJACENCY, Contract, DataTerms
 from bract.shared.errors import UsageError
+from bract.shared.preparation import Images, Numeric, Table, Text
 from bract.shared.reports import ContractShown
+
+_SHOWN = 6  # labels or categories of a line
 
 
 @click.group()
@@ -86,7 +90,8 @@ def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
         f"coordinator  {agreed.coordinator}",
         f"witness      {agreed.witness or 'none'}",
         f"model        {agreed.model.name} {agreed.model.options or ''}".rstrip(),
-        f"data         {data.name}, {list(data.shape)}, {data.classes} classes",
+        f"data         {data.name}, {list(data.shape)}, {_learned(data)}",
+        *(f"prepared     {line}" for line in _prepared(data)),
         f"rounds       {agreed.rounds}, at most {agreed.max_attempts} attempts, "
         f"{training.local_steps} steps each",
         f"mechanism    {privacy.mechanism}: q {privacy.sampling_rate:g}, σ "
@@ -94,12 +99,51 @@ def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
         f"evaluation   {_evaluation(agreed)}",
         f"cost         {_cost(shown, agreed.rounds)}",
     ]
+    if shown.rows_per_person is not None:
+        spent = "unbounded" if shown.epsilon_person is None else f"ε {shown.epsilon_person:.3f}"
+        lines.append(f"a person     {shown.rows_per_person} rows at the most: {spent}")
     lines += [
         f"site         {site.name}: domain {site.domain}, nominal size {site.nominal_size}, "
         f"ledger key {site.key}"
         for site in agreed.cohort
     ]
     click.echo("\n".join(lines))
+
+
+def _learned(data: DataTerms) -> str:
+    if data.task == "value":
+        return "a number is learned"
+    return f"the next of {data.classes}" if data.task == "next-token" else f"{data.classes} classes"
+
+
+def _prepared(data: DataTerms) -> Iterator[str]:
+    """Yields how files become inputs: public constants, which an operator should recognise."""
+    how = data.preparation
+    if isinstance(how, Table):
+        for column in how.columns:
+            if isinstance(column, Numeric):
+                yield f"{column.name}: a number from {column.low:g} to {column.high:g}"
+            else:
+                yield f"{column.name}: one of {_few(column.categories)}"
+        target = how.target
+        yield f"{target.name}: learned, " + (
+            f"one of {_few(target.classes)}"
+            if target.classes
+            else f"from {target.low:g} to {target.high:g}"
+        )
+        if how.group is not None:
+            yield f"{how.group}: tells persons apart"
+    elif isinstance(how, Text):
+        source = f" of {how.source}" if how.source else ""
+        yield f"{how.length} tokens, {how.tokens}{source}; one of {_few(how.labels)}"
+    elif isinstance(how, Images):
+        colours = "colour" if how.colour else "grey"
+        yield f"{how.height} × {how.width} pixels, {colours}; one of {_few(how.labels)}"
+
+
+def _few(words: Sequence[str]) -> str:
+    more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return ", ".join(words[:_SHOWN]) + more
 
 
 def _evaluation(agreed: Contract) -> str:
@@ -123,18 +167,23 @@ def _cost(shown: ContractShown, rounds: int) -> str:
 
 def _shown(agreed: Contract, delta: float) -> ContractShown:
     from bract.shared.privacy import accounting, entries
+    from bract.shared.privacy.events import Event
 
-    def epsilon(attempts: int) -> float | None:
-        events = entries.events_of_attempts(agreed, attempts=attempts, completed=agreed.rounds)
-        spent = accounting.epsilon(events, delta)
+    def events(attempts: int) -> tuple[Event, ...]:
+        return entries.events_of_attempts(agreed, attempts=attempts, completed=agreed.rounds)
+
+    def finite(spent: float) -> float | None:
         return spent if math.isfinite(spent) else None
 
+    every, rows = events(agreed.max_attempts), agreed.data.rows_per_person
     facts: dict[str, Any] = agreed.model_dump(mode="json")
     return ContractShown(
         contract_sha256=agreed.sha256,
         contract=facts,
-        epsilon=epsilon(agreed.max_attempts),
-        epsilon_rounds=epsilon(agreed.rounds),
+        epsilon=finite(accounting.epsilon(every, delta)),
+        epsilon_rounds=finite(accounting.epsilon(events(agreed.rounds), delta)),
+        rows_per_person=rows,
+        epsilon_person=rows and finite(accounting.epsilon_of_person(every, delta, rows)),
         delta=delta,
         adjacency=agreed.privacy.adjacency,
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from bract.shared.configuration import Frozen, first_fault, read_toml
+from bract.shared.configuration import Frozen, parse, read_toml
 from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data import describe
 from bract.shared.errors import UsageError
-from bract.shared.preparation import Preparation
+from bract.shared.preparation import Images, Preparation, Table, Text
 
 
 class DataChoice(Frozen):
@@ -50,11 +50,12 @@ def read_schema(path: Path) -> Preparation:
     """Returns the preparation in a TOML file.
 
     Raises:
+        UnknownName: for a key that does not exist, naming the nearest that does.
         UsageError: naming the first key that will not do.
     """
-    adapter: TypeAdapter[Preparation] = TypeAdapter(Preparation)
-    try:
-        return adapter.validate_python(read_toml(path))
-    except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])
-        raise UsageError(f"{path}: {where}: {first_fault(error)}") from error
+    kinds: dict[str, type[Table | Text | Images]] = {"table": Table, "text": Text, "images": Images}
+    table = read_toml(path)
+    kind = table.get("kind")
+    if kind not in kinds:
+        raise UsageError(f"{path}: kind {kind!r} must be one of {', '.join(kinds)}")
+    return parse(kinds[kind], table, source=str(path))

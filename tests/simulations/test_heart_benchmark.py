@@ -11,10 +11,10 @@ from bract.simulations.benchmarks import heart_disease
 
 @pytest.mark.filterwarnings("ignore")
 def test_each_hospital_has_its_figures_together_and_alone(
-    data_root: Path, monkeypatch: pytest.MonkeyPatch
+    hospitals: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heart_disease, "ALONE", {"va": 86})
-    table = heart_disease.measure([1, 2], data_root, epsilons=[3.0])
+    table = heart_disease.measure([1, 2], hospitals.parent, epsilons=[3.0])
     assert set(table) == {"epsilon 3", "without privacy"}
     row = table["epsilon 3"]["va"]
     assert set(row) == {"accuracy_together", "accuracy_alone", "auc_together", "auc_alone"}

@@ -13,6 +13,8 @@ import pytest
 from bract.shared import canonical, keys
 from bract.shared import contract as contracts
 from bract.shared.commands import contract as command
+from bract.shared.contract import DataTerms
+from bract.shared.preparation import Categorical, Images, Numeric, Table, Target, Text
 from bract.shared.privacy import accounting, entries, events
 from bract.shared.reports import schema
 from bract.simulations.federations.loopback import Layout
@@ -166,3 +168,53 @@ def test_an_output_in_a_folder_that_is_not_there_is_bad_usage(layout: Layout, br
     done = make(layout, bract, "nowhere/new.json")
     assert done.returncode == 2
     assert "cannot write nowhere/new.json: No such file or directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("preparation", "said"),
+    [
+        (
+            Table(
+                columns=(
+                    Numeric(name="age", low=20, high=80),
+                    Categorical(name="ward", categories=("a", "b")),
+                ),
+                target=Target(name="ill", classes=("no", "yes")),
+                group="patient",
+                rows_per_group=3,
+            ),
+            [
+                "prepared     age: a number from 20 to 80",
+                "prepared     ward: one of a, b",
+                "prepared     ill: learned, one of no, yes",
+                "prepared     patient: tells persons apart",
+                "a person     3 rows at the most: ε ",
+            ],
+        ),
+        (
+            Text(length=32, labels=tuple(f"label{n}" for n in range(9))),
+            ["prepared     32 tokens, bytes; one of label0, label1, label2, label3, label4, label5"
+             " and 3 more"],
+        ),
+        (
+            Images(labels=("cat", "dog"), height=24),
+            ["prepared     24 × 32 pixels, colour; one of cat, dog"],
+        ),
+    ],
+    ids=["table", "text", "images"],
+)  # fmt: skip
+def test_how_files_become_inputs_is_shown(
+    world: Any, tmp_path: Path, bract: Bract, preparation: Any, said: list[str]
+) -> None:
+    data = DataTerms(name="own", shape=(4,), classes=2, preparation=preparation)
+    path = tmp_path / "contract.json"
+    path.write_bytes(world.sign(world.contract(data=data)).to_bytes())
+    shown = bract("contract", "show", str(path)).stdout
+    for line in said:
+        assert line in shown
+    value = strict(bract("contract", "show", str(path), "--json").stdout)
+    rows = data.rows_per_person
+    assert value["rows_per_person"] == rows
+    assert (value["epsilon_person"] is None) == (rows is None)
+    if rows is not None:
+        assert value["epsilon_person"] > value["epsilon"]

@@ -339,3 +339,26 @@ def test_no_row_takes_another_with_it_whatever_its_quotes(tmp_path: Path) -> Non
         (5, ["7", "8"]),
         (7, ["9", "10"]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (('kind = "table"', 'kind = "tabel"'), "kind 'tabel' must be one of table, text, images"),
+        (("target = ", "targt = "), r"'targt': did you mean 'target'"),
+        (("low = ", "lwo = "), r"'columns.0.numeric.lwo': did you mean 'columns.0.numeric.low'"),
+        (("classes", "clases"), r"'target.clases': did you mean 'target.classes'"),
+    ],
+)
+def test_a_misspelt_key_of_a_schema_names_the_nearest(
+    tmp_path: Path, changed: tuple[str, str], said: str
+) -> None:
+    path = tmp_path / "schema.toml"
+    text = (
+        'kind = "table"\n'
+        'columns = [{ kind = "numeric", name = "age", low = 0, high = 100 }]\n'
+        'target = { name = "ill", classes = ["no", "yes"] }\n'
+    )
+    path.write_text(text.replace(*changed))
+    with pytest.raises(UsageError, match=said):
+        read_schema(path)
