@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from bract.client.training.gradients import Precision, clipped_sum, expected_warnings
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream, SecureRandomness
+from bract.simulations.benchmarks.rivals.networks import CLASSES, cnn, small_cnn
 
 REPEATS = 9
 SECONDS = 0.25
-CLASSES = 10
 CLIP_NORM, NOISE_MULTIPLIER, LEARNING_RATE = 1.0, 1.0, 0.1
 Step = Callable[[], None]
 Batch = tuple[Tensor, Tensor]
@@ -72,24 +72,6 @@ class Transformer(nn.Module):
         return logits
 
 
-def cnn() -> nn.Module:
-    """Returns two convolutions and two dense layers, 225,034 parameters."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(1600, 128), nn.ReLU(), nn.Linear(128, CLASSES)),
-    )
-
-
-def small_cnn() -> nn.Module:
-    """Returns the network of Opacus' MNIST example, 26,010 parameters."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 16, 8, stride=2, padding=3), nn.ReLU(), nn.MaxPool2d(2, 1)),
-        *(nn.Conv2d(16, 32, 4, stride=2), nn.ReLU(), nn.MaxPool2d(2, 1)),
-        *(nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, CLASSES)),
-    )
-
-
 def _images(times: int = 1) -> Batch:
     return torch.rand(64 * times, 1, 28, 28), torch.randint(0, CLASSES, (64 * times,))
 
@@ -117,8 +99,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="one alone; else what there is")
     options = parser.parse_args()
-    ratios = measure(repeats=options.repeats)
+    found = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    devices = (options.device,) if options.device else found
+    ratios = measure(repeats=options.repeats, devices=devices)
     if options.json:
         print(json.dumps(ratios))
         return
@@ -129,24 +114,26 @@ def main() -> None:
         print(f"{model:16}", "  ".join(f"{name} {ratio:.2f}" for name, ratio in row.items()))
 
 
-def measure(*, repeats: int, seconds: float = SECONDS) -> dict[str, Any]:
+def measure(
+    *, repeats: int, seconds: float = SECONDS, devices: Sequence[str] = ("cpu",)
+) -> dict[str, Any]:
     """Returns ratios by model and way: medians over turns that are taken one after another.
 
     Args:
         repeats: the number of turns of each way.
         seconds: about what one turn of plain steps takes.
+        devices: "cpu", whose ratios stand by themselves, and "cuda", which has a table of its own.
     """
     torch.set_num_threads(1)
     with warnings.catch_warnings(), expected_warnings():
         warnings.filterwarnings("ignore", module="opacus")
-        ratios: dict[str, Any] = {
-            name: _measure(*case, repeats, seconds, "cpu") for name, case in CASES.items()
-        }
-        if torch.cuda.is_available():
-            ratios["cuda"] = {
-                name: _measure(*case, repeats, seconds, "cuda") for name, case in CASES.items()
+        tables = {
+            device: {
+                name: _measure(*case, repeats, seconds, device) for name, case in CASES.items()
             }
-        return ratios
+            for device in devices
+        }
+    return {**tables.pop("cpu", {}), **tables}
 
 
 def _measure(

@@ -15,7 +15,7 @@ from bract.simulations.benchmarks import private_step
 def test_private_step_prints_a_ratio_for_every_way(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    case = (lambda: nn.Linear(4, 10), lambda: (torch.rand(8, 4), torch.arange(8)))
+    case = (lambda: nn.Linear(4, 10), lambda times: (torch.rand(8, 4), torch.arange(8)))
     monkeypatch.setattr(private_step, "CASES", {"linear": case})
     monkeypatch.setattr(private_step, "SECONDS", 0.01)
     monkeypatch.setattr(sys, "argv", ["private_step", "--json", "--repeats", "1"])
