@@ -7,12 +7,13 @@ export BRACT_DATA
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo   a private federated run of five sites on this machine, then its audit'
 	@echo 'make test   lint, types and tests'
+	@echo 'make bench  what things cost, beside rivals in an environment of their own'
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -35,5 +36,14 @@ lint: .venv/installed
 test: lint
 	$(BIN)/pytest -n 2
 
+.venv-rivals/installed: simulations/benchmarks/rivals/requirements.txt
+	test -x .venv-rivals/bin/python || $(PYTHON) -m venv .venv-rivals
+	.venv-rivals/bin/pip install --progress-bar on --no-input "$$(grep ^torch== constraints.txt)"
+	.venv-rivals/bin/pip install --progress-bar on --no-input "$$(grep ^torch== constraints.txt)" -r $<
+	@touch $@
+
+bench: .venv/installed .venv-rivals/installed
+	$(BIN)/python -m bract.simulations.benchmarks.suite --rivals $(abspath .venv-rivals/bin/python) --out simulations/benchmarks
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-rivals build dist *.egg-info
