@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bract.shared.cli import AS_JSON, print_json, shown
+from bract.shared.cli import AS_JSON, AUDITS, LazyGroup, print_json, shown
 from bract.shared.contract import ADJACENCY
 from bract.shared.errors import BractError, LedgerError, UsageError, VerificationFailed
 from bract.shared.reports import Budget, DomainBudget, Verification, VerifiedChain
@@ -21,7 +21,7 @@ LEDGERS = click.argument(
 )
 
 
-@click.group()
+@click.group(cls=LazyGroup, table=AUDITS)
 def audit() -> None:
     """Check ledgers and what was spent."""
 
