@@ -1,1 +1,1 @@
-"""Audits by experiment: what a released model gives away, and whether the mechanism is as claimed."""
+"""Audits by experiment, of what is released and of how it is made."""

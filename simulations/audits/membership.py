@@ -44,9 +44,7 @@ class Plan:
     workers: int = 1
 
 
-def planned(
-    name: str, *, settings: tuple[str, ...], models: int | None, **how: Any
-) -> Plan:
+def planned(name: str, *, settings: tuple[str, ...], models: int | None, **how: Any) -> Plan:
     """Returns the plan of an audit; nothing is trained.
 
     Args:

@@ -161,4 +161,6 @@ def _lost(model: int) -> Scored:
 
 
 def _begun(experiment: Experiment, folder: Path, data_dir: Path | None) -> Simulation:
-    return simulation.begin(experiment, out=folder / "run", state=None, data_dir=data_dir, workers=1)
+    return simulation.begin(
+        experiment, out=folder / "run", state=None, data_dir=data_dir, workers=1
+    )
