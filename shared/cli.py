@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,15 +36,6 @@ COMMANDS = {
     "keys": ("bract.shared.commands.keys:keys", "Make and read certificates and keys."),
     "model": ("bract.shared.commands.model:model", "Use what was trained."),
     "audit": ("bract.shared.commands.audit:audit", "Check ledgers and what was spent."),
-}
-
-# Of `bract audit`: what needs another floor, or is heavy.
-AUDITS = {
-    "membership": (
-        "bract.simulations.audits.command:membership",
-        "Attack models that an experiment on public data trains.",
-    ),
-    "report": ("bract.shared.commands.report:report", "Write the page that an officer can sign."),
 }
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -75,37 +65,45 @@ TRACK = click.option(
 )
 
 
-class LazyGroup(click.Group):
-    """A group that imports the commands of a table when they are asked for.
+ABOVE = {
+    "audit": {"membership": "bract.simulations.audits.command:membership"},
+}
 
-    Args:
-        table: by name, "module:command" and a summary for the group's help.
-    """
 
-    def __init__(
-        self, *args: Any, table: Mapping[str, tuple[str, str]] = COMMANDS, **more: Any
-    ) -> None:
-        super().__init__(*args, **more)
-        self._table = table
+class GroupWithAbove(click.Group):
+    """A group some of whose commands lie on a floor above, and are imported when asked for."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        """Returns the names: those that are here, then those in the order of the table."""
-        return [*super().list_commands(context), *self._table]
+        """Returns the names of all commands."""
+        return sorted([*super().list_commands(context), *ABOVE.get(self.name or "", {})])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Returns the command of a name, imported now where it lies above."""
+        above = ABOVE.get(self.name or "", {})
+        return _imported(above[name]) if name in above else super().get_command(context, name)
+
+
+def _imported(name: str) -> click.Command | None:
+    module, _, attribute = name.partition(":")
+    command = getattr(importlib.import_module(module), attribute)
+    return command if isinstance(command, click.Command) else None
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command when it is asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Returns the names in the order of the table."""
+        return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """Returns the command of a name, imported now."""
-        if name not in self._table:
-            return super().get_command(context, name)
-        module, _, attribute = self._table[name][0].partition(":")
-        command = getattr(importlib.import_module(module), attribute)
-        return command if isinstance(command, click.Command) else None
+        return _imported(COMMANDS[name][0]) if name in COMMANDS else None
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the table's summaries, with no import."""
-        here = [(name, command.get_short_help_str()) for name, command in self.commands.items()]
-        listed = [(name, summary) for name, (_, summary) in self._table.items()]
         with formatter.section("Commands"):
-            formatter.write_dl([*here, *listed])
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -63,5 +63,7 @@ def report(
     failed = checks.failed(made)
     if failed:
         raise VerificationFailed(f"{output} says why: {failed[0].name}: {failed[0].detail}")
+    if not found.ledgers:
+        raise VerificationFailed(f"{output} holds no proof: there is no ledger in {folder}")
     ledgers = sum(record.fault is None for record in found.ledgers)
     click.echo(f"{output}: {ledgers} ledgers hold, {len(made)} checks, none failed")

@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 420.0, 270.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 12.0, 12.0, 44.0
 ROW = 34.0
 LABEL_ROW = 15.0
+GAP = 8.0  # above the axis
 SERIES = 6  # that colours and dashes tell apart
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
@@ -155,7 +156,7 @@ def lines(
                 style=place % SERIES,
                 name=name,
                 # A single round is a point, which no line shows.
-                ends=tuple((x(a), y(b)) for a, b in points[-1:]),
+                ends=tuple((x(a), y(b)) for a, b in points if len(points) == 1),
             )
             for place, (name, points) in enumerate(series)
         ),
@@ -178,7 +179,7 @@ def bars(
     """
     low, high = 0.0, 2 * level if level is not None else _above(max(v for _, v, _ in rows))
     x = _Scale(low, high, 12.0, WIDTH - RIGHT)
-    height = TOP + ROW * len(rows) + BOTTOM
+    height = TOP + ROW * len(rows) + GAP + BOTTOM
     return RowChart(
         id=id,
         title=title,

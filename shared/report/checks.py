@@ -14,17 +14,17 @@ Result = Literal["passed", "failed", "not done"]
 
 # What a ledger that holds was held against, in the order of `privacy.verification`.
 _OF_A_LEDGER = (
-    ("The file is a ledger and whole", "its tables are a ledger's, and no write was interrupted"),
-    ("Entries are signed", "each in canonical form, by the site's key that the contract lists"),
+    ("The file is a ledger and whole", "its tables are a ledger’s, and no write was interrupted"),
+    ("Entries are signed", "each in canonical form, by the site’s key that the contract lists"),
     ("Entries follow each other", "each names the hash of the one before; none is missing between"),
     (
         "Contracts are whole",
         "each one that a charge names is stored, and its coordinator signed it",
     ),
     ("Policies are whole", "each one that an entry names is stored, and is what its hash says"),
-    ("Charges are the contract's", "noise, clip norm, sampling rate, steps, normaliser and number"),
+    ("Charges are the contract’s", "noise, clip norm, sampling rate, steps, normaliser and number"),
     ("Charges come first", "each update stands behind an earlier charge, and no charge has two"),
-    ("The site's policy allowed them", "models, mechanism, noise, rate, and ε within the ceiling"),
+    ("The site’s policy allowed them", "models, mechanism, noise, rate, and ε within the ceiling"),
     ("Shared domains are charged alike", "each charge stands in every domain that shares the data"),
 )
 
@@ -62,11 +62,11 @@ def failed(found: list[Check]) -> list[Check]:
 def _contract(found: Evidence) -> Check:
     if found.contract_fault is not None:
         return Check("The contract is signed", "failed", found.contract_fault)
-    return Check("The contract is signed", "passed", "by the coordinator's key that it names")
+    return Check("The contract is signed", "passed", "by the coordinator’s key that it names")
 
 
 def _ledgers(found: Evidence) -> Iterator[Check]:
-    """Yields what `verify` holds ledgers against; it stops at a ledger's first fault."""
+    """Yields what `verify` holds ledgers against; it stops at a ledger’s first fault."""
     held = [record for record in found.ledgers if record.fault is None]
     for name, detail in _OF_A_LEDGER:
         if not held:
@@ -86,7 +86,7 @@ def _faults(found: Evidence) -> Iterator[Check]:
 
 
 def _all_here(found: Evidence) -> Check:
-    name, count = "Every site's ledger is here", len(found.contract.cohort)
+    name, count = "Every site’s ledger is here", len(found.contract.cohort)
     if not found.ledgers:
         return Check(name, "not done", "there is no ledger in the folder")
     if found.missing:
@@ -142,7 +142,7 @@ def _summary(found: Evidence) -> Check:
 
 
 def _metrics(found: Evidence) -> Check:
-    name = "The metrics' ε covers the ledgers'"
+    name = "The metrics’ ε covers the ledgers’"
     said = {line.round: _number(line.epsilon_run) for line in found.metrics}
     whole = [spent for spent in found.of_run if spent.epsilon == spent.epsilon_run]
     if not said or not whole:
@@ -178,7 +178,8 @@ def _mechanism(found: Evidence) -> Check:
         return Check(name, "not done", "no audit.json was given")
     if found.mechanism.passed:
         return Check(name, "passed", "an experiment on public data recovered what is claimed")
-    return Check(name, "failed", "the experiment in audit.json found it different from the claim")
+    which = _listed(found.mechanism.failed) or "see its tests"
+    return Check(name, "failed", f"the experiment in audit.json found it different: {which}")
 
 
 def _listed(names: list[str] | tuple[str, ...]) -> str:

@@ -28,17 +28,35 @@ from bract.shared.reports import (
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class MechanismAudit(BaseModel):
-    """audit.json, as far as the page shows it."""
+class Mechanism(BaseModel):
+    """audit.json, as far as the page shows it.
+
+    `epsilon_lower` holds lower bounds by method, or by method and confidence.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     passed: bool
     recovered: dict[str, float | None]
+    recovered_error: dict[str, float | None] = {}
     claimed: dict[str, float | None]
     p_values: dict[str, float | None]
     epsilon_ledger: float | None
-    epsilon_lower: dict[str, float | None]
+    epsilon_lower: dict[str, float | dict[str, float | None] | None]
+    failed: list[str] = []
+    not_checked: list[str] = []
+
+    @property
+    def lower(self) -> list[tuple[str, float]]:
+        """Every lower bound that there is, with its name."""
+        found: list[tuple[str, float | None]] = []
+        for method, value in self.epsilon_lower.items():
+            name = method.replace("_", " ")
+            if isinstance(value, dict):
+                found += [(f"{name}, {sure}", one) for sure, one in value.items()]
+            else:
+                found.append((name, value))
+        return [(name, value) for name, value in found if value is not None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +74,7 @@ class Evidence:
     summary: Summary | ServerSummary | None
     metrics: tuple[MetricsLine, ...]
     model_sha256: str | None
-    mechanism: MechanismAudit | None
+    mechanism: Mechanism | None
     membership: Membership | None
     agreement: tuple[Mapping[str, Any], ...]
 
@@ -96,7 +114,7 @@ def gather(found: Folder) -> Evidence:
         summary=None if found.summary is None else _summary(found.summary),
         metrics=() if found.metrics is None else _metrics(found.metrics),
         model_sha256=None if model is None else canonical.sha256(model),
-        mechanism=_read(MechanismAudit, found.mechanism),
+        mechanism=_read(Mechanism, found.mechanism),
         membership=_read(Membership, found.membership),
         agreement=() if found.agreement is None else _agreement(found.agreement),
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bract.shared import reports
 from bract.shared.report import charts
 from bract.shared.report.charts import LineChart, RowChart
-from bract.shared.report.evidence import Evidence, MechanismAudit
+from bract.shared.report.evidence import Evidence, Mechanism
 from bract.shared.report.sites import Spent
 from bract.shared.reports import Membership, MembershipAttack, MetricsLine
 
@@ -105,10 +105,10 @@ def accuracy(metrics: Sequence[MetricsLine]) -> Figure | None:
     )
     kept = dict(points)
     rows = tuple((str(number), f"{kept[number]:.4f}") for number in _thinned(sorted(kept)))
-    return Figure(chart, Table(f"{name} after a round", ("round", name), rows))
+    return Figure(chart, Table(f"{name.capitalize()} after a round", ("round", name), rows))
 
 
-def recovered(audit: MechanismAudit) -> Figure | None:
+def recovered(audit: Mechanism) -> Figure | None:
     """Returns what the mechanism's audit recovered over what is claimed."""
     both = [
         (_PARAMETERS.get(name, name), found, claimed)
@@ -126,17 +126,20 @@ def recovered(audit: MechanismAudit) -> Figure | None:
         rows=[(name, found / claimed, f"{found / claimed:.3f}") for name, found, claimed in both],
         level=1.0,
     )
-    rows = tuple((name, f"{claimed:.6g}", f"{found:.6g}") for name, found, claimed in both)
+    errors = {_PARAMETERS.get(name, name): e for name, e in audit.recovered_error.items() if e}
+    rows = tuple(
+        (name, f"{claimed:.6g}", f"{found:.5g}{_more_or_less(errors.get(name))}")
+        for name, found, claimed in both
+    )
     return Figure(chart, Table("Mechanism", ("what", "claimed", "recovered"), rows))
 
 
-def bounds(audit: MechanismAudit) -> Figure | None:
+def bounds(audit: Mechanism) -> Figure | None:
     """Returns the lower bounds of ε that an experiment shows, beside the ledger's ε."""
-    lower = [(name, value) for name, value in audit.epsilon_lower.items() if value is not None]
-    if audit.epsilon_ledger is None or not lower:
+    if audit.epsilon_ledger is None or not audit.lower:
         return None
     ledger = [("ε of the experiment’s ledger", audit.epsilon_ledger)]
-    every = [*ledger, *((f"at least, by {name}", value) for name, value in lower)]
+    every = [*ledger, *((f"at least, by {name}", value) for name, value in audit.lower)]
     chart = charts.bars(
         "bounds",
         title="What the experiment could show, beside what the ledger counts",
@@ -176,7 +179,7 @@ def roc(attack: MembershipAttack, number: int) -> Figure:
             )
         )
     caption = (
-        f"{attack.models} model{'s' if attack.models != 1 else ''} of each kind; {attack.members} members, {attack.non_members} "
+        f"{attack.models} attacked of each kind; {attack.members} members, {attack.non_members} "
         "non-members; 95 % intervals"
     )
     return Figure(chart, Table(caption, ("what", "private", "without privacy"), tuple(rows)))
@@ -193,7 +196,9 @@ def agreement(rows: Sequence[Mapping[str, object]]) -> Table | None:
         return None
     columns = tuple(rows[0])
     cells = tuple(tuple(_plain(row.get(column)) for column in columns) for row in rows)
-    return Table("ε by several accountants", columns, cells)
+    return Table(
+        f"{len(cells)} settings", tuple(column.replace("_", " ") for column in columns), cells
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +217,8 @@ def by_site(found: Evidence, most: int) -> list[SiteRow]:
     for spent in found.spent[:most]:
         size = sizes.get((spent.site, spent.domain))
         public = "of other runs" if size is None else f"nominal size {size:,}"
-        rows.append(SiteRow(f"domain {spent.domain}, {public}", _state(spent), spent))
+        domain = "" if spent.domain == spent.site else f"domain {spent.domain}, "
+        rows.append(SiteRow(f"{domain}{public}", _state(spent), spent))
     return rows
 
 
@@ -244,6 +250,10 @@ def _thinned(numbers: list[int]) -> list[int]:
 
 def _interval(figure: reports.Figure) -> str:
     return f"{figure.value:.3f} ({figure.low:.3f}–{figure.high:.3f})"
+
+
+def _more_or_less(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.2g}"
 
 
 def _plain(value: object) -> str:

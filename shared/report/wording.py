@@ -103,9 +103,7 @@ def unchecked(found: Evidence) -> list[str]:
 
 def _failures(made: list[Check]) -> Iterator[Verdict]:
     for check in failed(made):
-        yield Verdict(
-            "failed", f"NOT VERIFIED: {check.name[0].lower()}{check.name[1:]}?", check.detail
-        )
+        yield Verdict("failed", "NOT VERIFIED", f"“{check.name}” failed: {check.detail}")
 
 
 def _without_guarantee(found: Evidence) -> Iterator[Verdict]:
@@ -139,7 +137,7 @@ def _sentence(found: Evidence, spent: Spent) -> str:
         "from everything that the site sent in this and all other runs of its ledger, even if they "
         f"know the data of all other sites, adding or taking away any one {record} of the site’s "
         f"data makes that conclusion at most {factor(spent.epsilon or 0.0)} times as likely "
-        f"(ε = {spent.epsilon:.4f}), plus a probability of at most {spent.delta:g} (δ)."
+        f"(ε\u00a0=\u00a0{spent.epsilon:.4f}), plus a probability of at most {spent.delta:g} (δ)."
     )
 
 
@@ -166,6 +164,7 @@ def _missing_evidence(found: Evidence) -> Iterator[str]:
             "Whether the machines of this run did what the experiment in audit.json did: it ran "
             "the same code on public or made-up data, elsewhere."
         )
+        yield from (f"By that experiment: {one}." for one in found.mechanism.not_checked)
     if found.membership is None:
         yield "How attacks on the released model fare: no audit of the result was given."
     if not found.agreement:
@@ -202,13 +201,15 @@ def _beyond_ledgers(found: Evidence) -> Iterator[str]:
         "Floating point and timing. The claim is of the idealised mechanism with real numbers; "
         "attacks on its implementation are made harder, not excluded."
     )
+    if any(spent.filter_order is not None for spent in found.spent):
+        yield (
+            "Whether contracts were chosen after looking at earlier releases. If they were, the ε "
+            "that holds is that of the site’s filter, in the table by site."
+        )
+    yield "Accuracy and scores: they are the server’s words, measured on its public examples."
     yield (
-        "Whether contracts were chosen after looking at earlier releases. If they were, the ε that "
-        "holds is that of the site’s filter, in the table by site."
-    )
-    yield (
-        "Accuracy and scores: they are the server’s words, measured on its public examples. And "
-        "that the model file is the sum of these updates: ledgers hold the sites’ hashes alone."
+        "That the model file was made of these updates: ledgers hold hashes of what each site "
+        "sent, and none of the sum."
     )
     if found.contract.evaluation is not None:
         yield "Local accuracies, which are noised counts of the sites’ own."

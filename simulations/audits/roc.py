@@ -159,8 +159,8 @@ def _drawn(
     scores: Floats, member: npt.NDArray[np.bool_], generator: np.random.Generator
 ) -> tuple[Floats, npt.NDArray[np.bool_]]:
     models, examples = scores.shape
-    rows = generator.integers(0, models, models)[:, None]
-    columns = generator.integers(0, examples, examples)[None]
+    rows = generator.integers(0, models, size=(models, 1))
+    columns = generator.integers(0, examples, size=(1, examples))
     return scores[rows, columns], member[rows, columns]
 
 
