@@ -35,7 +35,7 @@ from bract.shared.errors import VerificationFailed
     "--agreement",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A JSON file with a table of ε by several accountants.",
+    help="A table of ε by several accountants; default: DIR's agreement.json.",
 )
 def report(
     folder: Path,

@@ -12,6 +12,8 @@ from bract.shared.reports import Summary
 
 Result = Literal["passed", "failed", "not done"]
 
+AGREEMENT = 0.02  # in ε, of accountants that are each right within about half of it
+
 # What a ledger that holds was held against, in the order of `privacy.verification`.
 _OF_A_LEDGER = (
     ("The file is a ledger and whole", "its tables are a ledger’s, and no write was interrupted"),
@@ -50,6 +52,7 @@ def checks(found: Evidence) -> list[Check]:
         _summary(found),
         _metrics(found),
         _renyi(found),
+        _agreement(found),
         _mechanism(found),
     ]
 
@@ -172,12 +175,35 @@ def _renyi(found: Evidence) -> Check:
     )
 
 
+def _agreement(found: Evidence) -> Check:
+    """Holds `epsilon` of each setting against every other accountant's, `epsilon_NAME`."""
+    name = "Accountants agree over many settings"
+    apart = [
+        abs(row["epsilon"] - value)
+        for row in found.agreement
+        for column, value in row.items()
+        if column.startswith("epsilon_") and _both_numbers(row.get("epsilon"), value)
+    ]
+    if not apart:
+        return Check(name, "not done", "no table of ε by several accountants was given")
+    result: Result = "passed" if max(apart) <= AGREEMENT else "failed"
+    return Check(
+        name, result, f"in {len(found.agreement)} settings by at most {max(apart):.4f} in ε"
+    )
+
+
+def _both_numbers(*values: object) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
 def _mechanism(found: Evidence) -> Check:
     name = "The mechanism is as claimed"
     if found.mechanism is None:
         return Check(name, "not done", "no audit.json was given")
     if found.mechanism.passed:
-        return Check(name, "passed", "an experiment on public data recovered what is claimed")
+        return Check(
+            name, "passed", "an experiment on terms of its own recovered what was claimed there"
+        )
     which = _listed(found.mechanism.failed) or "see its tests"
     return Check(name, "failed", f"the experiment in audit.json found it different: {which}")
 

@@ -26,6 +26,7 @@ from bract.shared.reports import (
 )
 
 Model = TypeVar("Model", bound=BaseModel)
+_METHODS = {"one_run_f_dp": "one run, f-DP", "gaussian": "Gaussian"}
 
 
 class Mechanism(BaseModel):
@@ -51,9 +52,9 @@ class Mechanism(BaseModel):
         """Every lower bound that there is, with its name."""
         found: list[tuple[str, float | None]] = []
         for method, value in self.epsilon_lower.items():
-            name = method.replace("_", " ")
+            name = _METHODS.get(method, method.replace("_", " "))
             if isinstance(value, dict):
-                found += [(f"{name}, {sure}", one) for sure, one in value.items()]
+                found += [(f"{name}, {_percent(sure)}", one) for sure, one in value.items()]
             else:
                 found.append((name, value))
         return [(name, value) for name, value in found if value is not None]
@@ -118,6 +119,13 @@ def gather(found: Folder) -> Evidence:
         membership=_read(Membership, found.membership),
         agreement=() if found.agreement is None else _agreement(found.agreement),
     )
+
+
+def _percent(confidence: str) -> str:
+    try:
+        return f"{100 * float(confidence):.6g} %"
+    except ValueError:
+        return confidence
 
 
 def _summary(path: Path) -> Summary | ServerSummary:

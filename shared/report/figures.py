@@ -111,9 +111,9 @@ def accuracy(metrics: Sequence[MetricsLine]) -> Figure | None:
 def recovered(audit: Mechanism) -> Figure | None:
     """Returns what the mechanism's audit recovered over what is claimed."""
     both = [
-        (_PARAMETERS.get(name, name), found, claimed)
-        for name, claimed in audit.claimed.items()
-        if (found := audit.recovered.get(name)) is not None and claimed
+        (words, found, claimed)
+        for name, words in _PARAMETERS.items()
+        if (found := audit.recovered.get(name)) is not None and (claimed := audit.claimed.get(name))
     ]
     if not both:
         return None

@@ -58,7 +58,8 @@ def find(
             and sites/, or one site's that holds state/.
         mechanism: the folder with audit.json; `root` where it is None.
         membership: the folder with membership.json; `root` where it is None.
-        agreement: the file with a table of ε by several accountants, if it is given.
+        agreement: the file with a table of ε by several accountants; `root`'s agreement.json where
+            it is None.
 
     Raises:
         UsageError: where the folder holds no contract, or an option names nothing.
@@ -78,7 +79,7 @@ def find(
         model=_first(root, "model.safetensors"),
         mechanism=_named(root, mechanism, "audit.json", "--experiment"),
         membership=_named(root, membership, "membership.json", "--membership"),
-        agreement=_given(agreement, "--agreement") if agreement else None,
+        agreement=_given(agreement, "--agreement") if agreement else _own(root, "agreement.json"),
     )
 
 
@@ -128,6 +129,10 @@ def _first(root: Path, name: str) -> Path | None:
 def _named(root: Path, folder: Path | None, name: str, option: str) -> Path | None:
     if folder is not None:
         return _given(folder / name, option)
+    return _own(root, name)
+
+
+def _own(root: Path, name: str) -> Path | None:
     return root / name if (root / name).exists() else None
 
 

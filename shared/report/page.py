@@ -24,7 +24,7 @@ _RANDOMNESS: Final = {
 }
 PACKAGE: Final = "bract.shared.report"
 SITES = 200  # that a table lists
-P_VALUES = 40
+P_VALUES = 12
 _SCORES: Final = {
     "test_accuracy": "accuracy",
     "test_accuracy_mean_of_groups": "accuracy, mean of the groups",

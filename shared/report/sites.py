@@ -51,6 +51,8 @@ class Spent:
     @property
     def left(self) -> float | None:
         """What is left of the ceiling, None where ε is unbounded."""
+        if self.lost:
+            return 0.0  # whatever the ceiling: nothing more is charged
         counted = self.epsilon if self.epsilon_filter is None else self.epsilon_filter
         return None if counted is None else max(0.0, self.ceiling - counted)
 

@@ -134,9 +134,10 @@ def _sentence(found: Evidence, spent: Spent) -> str:
     record = "record" if found.contract.privacy.unit == "example" else found.contract.privacy.unit
     return (
         f"For {_sites(covered, 'the site', 'each of the {n} sites')}: whatever anyone concludes "
-        "from everything that the site sent in this and all other runs of its ledger, even if they "
-        f"know the data of all other sites, adding or taking away any one {record} of the site’s "
-        f"data makes that conclusion at most {factor(spent.epsilon or 0.0)} times as likely "
+        "from all that the site released of these data, in this and every other run of its ledger, "
+        "even if they know the data of all other sites, adding or taking away any one "
+        f"{record} of the site’s data makes that conclusion at most "
+        f"{factor(spent.epsilon or 0.0)} times as likely "
         f"(ε\u00a0=\u00a0{spent.epsilon:.4f}), plus a probability of at most {spent.delta:g} (δ)."
     )
 

@@ -27,7 +27,7 @@ MODELS: Final = 32
 LEAST_MODELS: Final = 8
 MEANING: Final = (
     "How well these attacks told the examples that a model was trained on from others. They are "
-    "two attacks among many: a figure near 0.5 shows that they failed here, and neither that "
+    "few attacks among many: a figure near 0.5 shows that they failed here, and neither that "
     "others would fail nor that the model is private. That is what the ledgers' ε bounds, for "
     "every attack."
 )

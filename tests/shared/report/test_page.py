@@ -119,7 +119,7 @@ def test_audits_stand_beside_what_they_are_of(audited_run: Path, render: Render)
     page = render(audited_run, agreement=audited_run / "agreement.json")
     found = Page(page)
     assert found.row("noise multiplier σ") == ["noise multiplier σ", "1", "1.01 ± 0.02"]
-    assert found.row("at least, by one run, 0.99")[1] == "2.2000"
+    assert found.row("at least, by one run, 99 %")[1] == "2.2000"
     assert found.row("ε of the experiment’s ledger")[1] == "11.2800"
     assert found.row("rounds correlate")[1] == "0.03"
     assert found.row("area under the curve")[1] == "0.610 (0.550–0.670)"
@@ -133,7 +133,7 @@ def test_what_was_not_given_is_named_as_not_checked(
 ) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(run, bare)
-    for name in ("audit.json", "membership.json", "summary.json"):
+    for name in ("audit.json", "membership.json", "agreement.json", "summary.json"):
         (bare / name).unlink()
     shutil.rmtree(bare / "checkpoint")
     ledger(bare, "site-2").unlink()
@@ -223,6 +223,17 @@ def test_an_audit_that_failed_and_metrics_that_say_less_are_failed_checks(
     assert "“The mechanism is as claimed” failed" in text
     assert "found it different: noise of canaries" in text
     assert "“The metrics’ ε covers the ledgers’” failed: round 3" in text
+
+
+@pytest.mark.parametrize(("epsilon", "result"), [(1.2534, "passed"), (1.28, "failed")])
+def test_accountants_are_held_against_each_other(
+    audited_run: Path, render: Render, epsilon: float, result: str
+) -> None:
+    rows = [{"steps": 3, "epsilon": 1.25, "epsilon_prv": epsilon, "epsilon_other": None}]
+    (audited_run / "agreement.json").write_text(json.dumps({"delta": 1e-5, "rows": rows}))
+    text = words(render(audited_run))
+    assert f"{result} Accountants agree over many settings in 1 settings by at most" in text
+    assert ("NOT VERIFIED" in text) == (result == "failed")
 
 
 def test_whatever_a_file_says_is_text_on_the_page(
