@@ -83,6 +83,11 @@ class Evaluator:
             found["test_auc_by_group"] = _auc_by_group(outcome, examples)
         return found
 
+    def each(self, weights: Arrays, examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+        """Returns every example's outputs and mean loss, of public ones: see `_Outcome`."""
+        outcome = self._outcome(weights, examples)
+        return outcome.outputs, outcome.losses / np.maximum(outcome.known, 1)
+
     def _score(self, outcome: _Outcome) -> Score:
         count = max(int(outcome.known.sum()), 1)
         loss = _finite(float(outcome.losses.sum()) / count)

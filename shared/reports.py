@@ -230,6 +230,58 @@ class Budget(Frozen):
     domains: list[DomainBudget]
 
 
+class Figure(Frozen):
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class AttackCurve(Frozen):
+    """How well members were told from others.
+
+    `auc` is the area under `roc`, whose points are (false-positive rate, true-positive rate); 0.5
+    is guessing. `true_positive_rates` are by the false-positive rate, and of such rates alone as
+    the non-members can tell.
+    """
+
+    auc: Figure
+    true_positive_rates: dict[str, Figure]
+    roc: list[tuple[float, float]]
+
+
+class MembershipAttack(Frozen):
+    """One attack on models that were trained with privacy, and on the same ones without.
+
+    `models` were attacked of each kind; `members` and `non_members` are distinct examples.
+    """
+
+    attack: Literal["loss", "reference models"]
+    models: int
+    members: int
+    non_members: int
+    private: AttackCurve
+    unprotected: AttackCurve
+
+
+class Membership(Frozen):
+    """`bract audit membership --json` and membership.json: the audit of a result, on public data.
+
+    `epsilon` is what the audited run's ledgers say; `meaning` says what the figures are not.
+    """
+
+    experiment: str
+    data: str
+    model: str
+    rounds: int
+    sites: int
+    epsilon: float | None
+    delta: float
+    attacks: list[MembershipAttack]
+    meaning: str
+
+
 class ContractShown(Frozen):
     """`bract contract make --json` and `show --json`; ε is what one site spends.
 
@@ -471,6 +523,7 @@ REPORTS: dict[str, type[Frozen]] = {
     "calibrate": Calibration,
     "audit-verify": Verification,
     "audit-budget": Budget,
+    "audit-membership": Membership,
     "contract": ContractShown,
     "client-check": ContractCheck,
     "client-recover": Recovery,

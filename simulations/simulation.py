@@ -127,17 +127,26 @@ class Simulation:
     def _checkpoint(self) -> Path:
         return self.out / "checkpoint"
 
+    def parts(self) -> list[np.ndarray]:
+        """Returns the training rows that the experiment's partition gives each site."""
+        return _parts(self.begun.experiment, self._splits())
+
+    def hold(self, parts: Sequence[np.ndarray]) -> None:
+        """Fixes which rows each site trains on; before the first round, or not at all."""
+        temporary = self._rows_path.with_name(f".rows.{os.getpid()}.npz")
+        cuts = np.cumsum([len(part) for part in parts])[:-1]
+        np.savez(temporary, rows=np.concatenate(parts), cuts=cuts)
+        temporary.replace(self._rows_path)
+
+    @property
+    def _rows_path(self) -> Path:
+        return self._checkpoint / "rows.npz"
+
     def _rows(self) -> list[np.ndarray]:
         """Returns each site's rows; computed once and kept, since partitioners are slow to load."""
-        path = self._checkpoint / "rows.npz"
-        if not path.exists():
-            experiment = self.begun.experiment
-            parts = _parts(experiment, self._splits())
-            temporary = path.with_name(f".rows.{os.getpid()}.npz")
-            cuts = np.cumsum([len(part) for part in parts])[:-1]
-            np.savez(temporary, rows=np.concatenate(parts), cuts=cuts)
-            temporary.replace(path)
-        with np.load(path, allow_pickle=False) as stored:
+        if not self._rows_path.exists():
+            self.hold(self.parts())
+        with np.load(self._rows_path, allow_pickle=False) as stored:
             return np.split(stored["rows"], stored["cuts"])
 
     def _splits(self) -> Splits:
@@ -156,7 +165,7 @@ class Simulation:
         return Plan(
             data=self.begun.data,
             data_folder=self.begun.data_folder,
-            rows=str(self._checkpoint / "rows.npz"),
+            rows=str(self._rows_path),
             ledgers=str(state.ledgers),
             private=str(state.private),
             domain=domain,

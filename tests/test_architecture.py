@@ -182,7 +182,10 @@ def commands() -> dict[str, click.Command]:
         command = bract.get_command(context, name)
         assert command is not None
         if isinstance(command, click.Group):
-            found |= {f"{name} {inner}": c for inner, c in command.commands.items()}
+            for inner in command.list_commands(context):
+                c = command.get_command(context, inner)
+                assert c is not None
+                found[f"{name} {inner}"] = c
         else:
             found[name] = command
     return found

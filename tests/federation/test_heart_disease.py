@@ -66,6 +66,16 @@ def check_folders(out: Path, published: Path) -> None:
     assert not found_in(out / "coordinator", private)
 
 
+def check_report(out: Path) -> None:
+    page = out.parent / "report.html"
+    command = [str(Path(sys.executable).with_name("bract")), "audit", "report", str(out)]
+    subprocess.run([*command, "-o", str(page)], check=True, capture_output=True, timeout=120)
+    text = page.read_text()
+    assert "All 4 ledgers were verified from the files alone" in text
+    assert "For each of the 4 sites: whatever anyone concludes" in text
+    assert text.count("holds, anchored, witnessed to entry 40") == 4
+
+
 def found_in(folder: Path, texts: set[str]) -> list[Path]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert files
@@ -102,6 +112,7 @@ def test_a_real_federation_ends_well_within_every_hospitals_budget(
     assert summary.plain_accuracy >= 0.78
     check_ledgers(out, summary)
     check_folders(out, hospitals)
+    check_report(out)
     federation = tomllib.loads((out / "coordinator/FEDERATION.toml").read_text())
     port = int(federation["server"]["listen"].rpartition(":")[2])
     with socket.socket() as probe:

@@ -1,0 +1,221 @@
+"""Every check that a report makes, with its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from bract.shared.privacy.verification import TOLERANCE
+from bract.shared.report.evidence import Evidence
+from bract.shared.reports import Summary
+
+Result = Literal["passed", "failed", "not done"]
+
+AGREEMENT = 0.02  # in ε, of accountants that are each right within about half of it
+
+# What a ledger that holds was held against, in the order of `privacy.verification`.
+_OF_A_LEDGER = (
+    ("The file is a ledger and whole", "its tables are a ledger’s, and no write was interrupted"),
+    ("Entries are signed", "each in canonical form, by the site’s key that the contract lists"),
+    ("Entries follow each other", "each names the hash of the one before; none is missing between"),
+    (
+        "Contracts are whole",
+        "each one that a charge names is stored, and its coordinator signed it",
+    ),
+    ("Policies are whole", "each one that an entry names is stored, and is what its hash says"),
+    ("Charges are the contract’s", "noise, clip norm, sampling rate, steps, normaliser and number"),
+    ("Charges come first", "each update stands behind an earlier charge, and no charge has two"),
+    ("The site’s policy allowed them", "models, mechanism, noise, rate, and ε within the ceiling"),
+    ("Shared domains are charged alike", "each charge stands in every domain that shares the data"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A check: what was held against what, and what came of it."""
+
+    name: str
+    result: Result
+    detail: str
+
+
+def checks(found: Evidence) -> list[Check]:
+    """Returns every check with its result; "not done" where there was nothing to check."""
+    return [
+        _contract(found),
+        *_ledgers(found),
+        *_faults(found),
+        _all_here(found),
+        _anchored(found),
+        _witnessed(found),
+        _summary(found),
+        _metrics(found),
+        _renyi(found),
+        _agreement(found),
+        _mechanism(found),
+    ]
+
+
+def failed(found: list[Check]) -> list[Check]:
+    """Returns the checks that failed."""
+    return [check for check in found if check.result == "failed"]
+
+
+def _contract(found: Evidence) -> Check:
+    if found.contract_fault is not None:
+        return Check("The contract is signed", "failed", found.contract_fault)
+    return Check("The contract is signed", "passed", "by the coordinator’s key that it names")
+
+
+def _ledgers(found: Evidence) -> Iterator[Check]:
+    """Yields what `verify` holds ledgers against; it stops at a ledger’s first fault."""
+    held = [record for record in found.ledgers if record.fault is None]
+    for name, detail in _OF_A_LEDGER:
+        if not held:
+            yield Check(name, "not done", "no ledger was judged to its end")
+        elif len(held) < len(found.ledgers):
+            yield Check(
+                name, "passed", f"in {len(held)} of {len(found.ledgers)} ledgers alone: {detail}"
+            )
+        else:
+            yield Check(name, "passed", detail)
+
+
+def _faults(found: Evidence) -> Iterator[Check]:
+    for record in found.ledgers:
+        if record.fault is not None:
+            yield Check(f"The ledger {record.name} holds", "failed", record.fault)
+
+
+def _all_here(found: Evidence) -> Check:
+    name, count = "Every site’s ledger is here", len(found.contract.cohort)
+    if not found.ledgers:
+        return Check(name, "not done", "there is no ledger in the folder")
+    if found.missing:
+        return Check(name, "not done", f"{_listed(found.missing)} of {count} sites: none is here")
+    return Check(name, "passed", f"of all {count} sites")
+
+
+def _anchored(found: Evidence) -> Check:
+    name = "No tail was cut off"
+    without = [spent.site for spent in found.spent if not spent.anchors]
+    if not found.spent or len(without) == len(found.spent):
+        return Check(name, "not done", "no head was seen elsewhere; later entries may be missing")
+    sources = sorted({source for spent in found.spent for source in spent.anchors})
+    detail = f"the heads in {_listed(sources)} are in the ledgers"
+    if without:
+        return Check(name, "not done", f"{detail}, but none is known of {_listed(without)}")
+    return Check(name, "passed", detail)
+
+
+def _witnessed(found: Evidence) -> Check:
+    name = "A server countersigned"
+    seen = [s for s in found.spent if s.witnessed is not None]
+    if not seen:
+        return Check(name, "not done", "no ledger holds a countersignature")
+    behind = [f"{s.site} up to entry {s.witnessed} of {s.entries - 1}" for s in seen]
+    if len(seen) == len(found.spent) and all(s.witnessed == s.entries - 1 for s in seen):
+        return Check(name, "passed", "every ledger, to its last entry")
+    return Check(name, "passed", _listed(behind))
+
+
+def _summary(found: Evidence) -> Check:
+    name, summary = "The summary agrees with the ledgers", found.summary
+    if summary is None or not found.of_run:
+        return Check(name, "not done", "there is no summary, or no ledger to hold it against")
+    if summary.contract_sha256 != found.contract.sha256:
+        return Check(name, "failed", "summary.json is of another contract than contract.json")
+    for spent in found.of_run:
+        said = summary.epsilon_run
+        if isinstance(summary, Summary):
+            site = summary.per_site.get(spent.site)
+            said = None if site is None else site.epsilon_run
+        told, counted = _number(said), _number(spent.epsilon_run)
+        # A server counts every attempt; a site that missed some has spent less.
+        over = abs(told - counted) if isinstance(summary, Summary) else counted - told
+        if over > TOLERANCE:
+            return Check(
+                name,
+                "failed",
+                f"{spent.site}: the ledger says ε {_shown(spent.epsilon_run)} of this run, "
+                f"the summary {_shown(said)}",
+            )
+    return Check(name, "passed", "contract, and ε of this run recomputed for each site")
+
+
+def _metrics(found: Evidence) -> Check:
+    name = "The metrics’ ε covers the ledgers’"
+    said = {line.round: _number(line.epsilon_run) for line in found.metrics}
+    whole = [spent for spent in found.of_run if spent.epsilon == spent.epsilon_run]
+    if not said or not whole:
+        return Check(name, "not done", "no metrics.jsonl, or the ledgers hold other runs too")
+    for spent in whole:
+        for round_number, epsilon in spent.curve:
+            if epsilon > said.get(round_number, float("inf")) + TOLERANCE:
+                return Check(
+                    name, "failed", f"round {round_number}: {spent.site}'s ledger is over it"
+                )
+    return Check(name, "passed", f"in each of {len(said)} rounds")
+
+
+def _renyi(found: Evidence) -> Check:
+    name = "A second way of counting agrees"
+    both = [s for s in found.spent if s.epsilon is not None and s.epsilon_filter is not None]
+    if not both:
+        return Check(name, "not done", "the ledgers fix no order for Rényi divergences")
+    if any((s.epsilon_filter or 0.0) < (s.epsilon or 0.0) - TOLERANCE for s in both):
+        return Check(name, "failed", "ε by Rényi divergence is under ε by privacy loss")
+    worst = max(both, key=lambda s: s.epsilon_filter or 0.0)
+    return Check(
+        name,
+        "passed",
+        f"by Rényi divergence ε is at most {_shown(worst.epsilon_filter)}, as it must not be under "
+        f"{_shown(worst.epsilon)}",
+    )
+
+
+def _agreement(found: Evidence) -> Check:
+    """Holds `epsilon` of each setting against every other accountant's, `epsilon_NAME`."""
+    name = "Accountants agree over many settings"
+    apart = [
+        abs(row["epsilon"] - value)
+        for row in found.agreement
+        for column, value in row.items()
+        if column.startswith("epsilon_") and _both_numbers(row.get("epsilon"), value)
+    ]
+    if not apart:
+        return Check(name, "not done", "no table of ε by several accountants was given")
+    result: Result = "passed" if max(apart) <= AGREEMENT else "failed"
+    return Check(
+        name, result, f"in {len(found.agreement)} settings by at most {max(apart):.4f} in ε"
+    )
+
+
+def _both_numbers(*values: object) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _mechanism(found: Evidence) -> Check:
+    name = "The mechanism is as claimed"
+    if found.mechanism is None:
+        return Check(name, "not done", "no audit.json was given")
+    if found.mechanism.passed:
+        return Check(
+            name, "passed", "an experiment on terms of its own recovered what was claimed there"
+        )
+    which = _listed(found.mechanism.failed) or "see its tests"
+    return Check(name, "failed", f"the experiment in audit.json found it different: {which}")
+
+
+def _listed(names: list[str] | tuple[str, ...]) -> str:
+    few = ", ".join(names[:8])
+    return few if len(names) <= 8 else f"{few} and {len(names) - 8} more"
+
+
+def _number(value: float | None) -> float:
+    return float("inf") if value is None else value
+
+
+def _shown(value: float | None) -> str:
+    return "unbounded" if value is None else f"{value:.4f}"

@@ -1,0 +1,168 @@
+"""Everything that a report stands on, read and verified; what is missing is None."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from bract.shared import canonical, contract
+from bract.shared.configuration import parse
+from bract.shared.contract import Contract
+from bract.shared.errors import BractError, UsageError
+from bract.shared.report import folder, sites
+from bract.shared.report.folder import Folder
+from bract.shared.report.sites import LedgerRecord, Spent
+from bract.shared.reports import (
+    FederationSummary,
+    Membership,
+    MetricsLine,
+    ServerSummary,
+    Summary,
+)
+
+Model = TypeVar("Model", bound=BaseModel)
+_METHODS = {"one_run_f_dp": "one run, f-DP", "gaussian": "Gaussian"}
+
+
+class Mechanism(BaseModel):
+    """audit.json, as far as the page shows it.
+
+    `epsilon_lower` holds lower bounds by method, or by method and confidence.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    passed: bool
+    recovered: dict[str, float | None]
+    recovered_error: dict[str, float | None] = {}
+    claimed: dict[str, float | None]
+    p_values: dict[str, float | None]
+    epsilon_ledger: float | None
+    epsilon_lower: dict[str, float | dict[str, float | None] | None]
+    failed: list[str] = []
+    not_checked: list[str] = []
+
+    @property
+    def lower(self) -> list[tuple[str, float]]:
+        """Every lower bound that there is, with its name."""
+        found: list[tuple[str, float | None]] = []
+        for method, value in self.epsilon_lower.items():
+            name = _METHODS.get(method, method.replace("_", " "))
+            if isinstance(value, dict):
+                found += [(f"{name}, {_percent(sure)}", one) for sure, one in value.items()]
+            else:
+                found.append((name, value))
+        return [(name, value) for name, value in found if value is not None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """What a page is made from.
+
+    `contract_fault` and the faults in `ledgers` are why something here does not hold.
+    """
+
+    folder: Folder
+    contract: Contract
+    contract_fault: str | None
+    ledgers: tuple[LedgerRecord, ...]
+    missing: tuple[str, ...]
+    summary: Summary | ServerSummary | None
+    metrics: tuple[MetricsLine, ...]
+    model_sha256: str | None
+    mechanism: Mechanism | None
+    membership: Membership | None
+    agreement: tuple[Mapping[str, Any], ...]
+
+    @property
+    def spent(self) -> list[Spent]:
+        """Every domain of every ledger that holds."""
+        return [spent for record in self.ledgers for spent in record.spent]
+
+    @property
+    def of_run(self) -> list[Spent]:
+        """The domains that this contract names, of ledgers that hold."""
+        named = {(site.name, site.domain) for site in self.contract.cohort}
+        return [spent for spent in self.spent if (spent.site, spent.domain) in named]
+
+
+def gather(found: Folder) -> Evidence:
+    """Returns the evidence in a folder, every ledger verified; a fault in one is kept, not raised.
+
+    Raises:
+        UsageError: where a file is of another form than it should be.
+    """
+    signed = contract.read(found.contract)
+    agreed, fault = signed.contract, None
+    try:
+        signed.verify(agreed.coordinator)
+    except BractError as error:
+        fault = f"contract.json is not signed by the coordinator that it names: {error}"
+    # Keys of a contract that does not hold pin nothing.
+    ledgers = sites.records(found.ledgers, agreed) if fault is None else []
+    model = None if found.model is None else folder.content_of(found.model)
+    return Evidence(
+        folder=found,
+        contract=agreed,
+        contract_fault=fault,
+        ledgers=tuple(ledgers),
+        missing=tuple(site.name for site in sites.missing(ledgers, agreed)),
+        summary=None if found.summary is None else _summary(found.summary),
+        metrics=() if found.metrics is None else _metrics(found.metrics),
+        model_sha256=None if model is None else canonical.sha256(model),
+        mechanism=_read(Mechanism, found.mechanism),
+        membership=_read(Membership, found.membership),
+        agreement=() if found.agreement is None else _agreement(found.agreement),
+    )
+
+
+def _percent(confidence: str) -> str:
+    try:
+        return f"{100 * float(confidence):.6g} %"
+    except ValueError:
+        return confidence
+
+
+def _summary(path: Path) -> Summary | ServerSummary:
+    found = _json(path)
+    kind: type[Summary | ServerSummary] = ServerSummary
+    if "per_site" in found:
+        kind = FederationSummary if "plain_accuracy" in found else Summary
+    return parse(kind, found, source=str(path))
+
+
+def _metrics(path: Path) -> tuple[MetricsLine, ...]:
+    try:
+        # What follows the last line's end is still being written.
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a file of JSON lines: copy it again") from error
+    return tuple(parse(MetricsLine, line, source=str(path)) for line in lines)
+
+
+def _agreement(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """Returns the rows of a table: the first list of objects in a JSON file."""
+    found = _json(path)
+    for rows in found.values():
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+            return tuple(rows)
+    raise UsageError(f"{path} holds no table: name the file with ε by several accountants")
+
+
+def _read(kind: type[Model], path: Path | None) -> Model | None:
+    return None if path is None else parse(kind, _json(path), source=str(path))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not JSON: copy it again") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} holds no JSON object: copy it again")
+    return found

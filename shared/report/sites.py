@@ -1,0 +1,169 @@
+"""What the ledgers of a folder say of each site, once they are verified."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bract.shared import canonical
+from bract.shared.contract import Contract, SiteTerms
+from bract.shared.errors import BractError
+from bract.shared.privacy import accounting, budget, verification
+from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.verification import Verified
+from bract.shared.report import folder
+from bract.shared.report.folder import LedgerFile
+
+CURVE_POINTS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """One domain's privacy, recomputed from a ledger that holds.
+
+    ε is None where it is unbounded. `curve` is (round of this contract, ε of the whole domain).
+    `anchors` are the files whose head is in the chain.
+    """
+
+    site: str
+    domain: str
+    epsilon: float | None
+    epsilon_run: float | None
+    epsilon_filter: float | None
+    filter_order: int | None
+    ceiling: float
+    delta: float
+    charges: int
+    rounds: int
+    entries: int
+    head: str
+    genesis: str
+    policy: str
+    key: str
+    anchors: tuple[str, ...]
+    witnessed: int | None
+    simulation: bool
+    seeded: bool
+    lost: bool
+    curve: tuple[tuple[int, float], ...]
+
+    @property
+    def left(self) -> float | None:
+        """What is left of the ceiling, None where ε is unbounded."""
+        if self.lost:
+            return 0.0  # whatever the ceiling: nothing more is charged
+        counted = self.epsilon if self.epsilon_filter is None else self.epsilon_filter
+        return None if counted is None else max(0.0, self.ceiling - counted)
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRecord:
+    """A ledger file: what it proves, or the fault for which nothing of it is shown."""
+
+    name: str
+    sha256: str | None
+    named: tuple[str, ...]
+    spent: tuple[Spent, ...]
+    fault: str | None
+
+
+def records(files: Sequence[LedgerFile], agreed: Contract) -> list[LedgerRecord]:
+    """Returns what each ledger proves, held against the contract's keys and every head beside it.
+
+    Args:
+        files: the ledgers.
+        agreed: the contract, whose own signature holds.
+    """
+    return [_record(file, agreed) for file in files]
+
+
+def missing(found: Sequence[LedgerRecord], agreed: Contract) -> list[SiteTerms]:
+    """Returns the sites of a contract of which no ledger is here, whole or not."""
+    here = {site for record in found for site in record.named}
+    here |= {spent.site for record in found for spent in record.spent}
+    return [site for site in agreed.cohort if site.name not in here]
+
+
+def _record(file: LedgerFile, agreed: Contract) -> LedgerRecord:
+    content = folder.content_of(file.path)
+    sha256 = None if content is None else canonical.sha256(content)
+    pinned = {site.name: site.key for site in agreed.cohort}
+    spent: tuple[Spent, ...] = ()
+    fault = None
+    try:
+        spent = _verified(file, pinned, agreed)
+    except BractError as error:
+        # The path is the reader's own affair; the file's name in the folder is enough.
+        fault = " ".join(str(error).replace(f"{file.path}: ", "").split())
+    named = tuple(folder.sites_in(file.path)) or (file.site,)
+    return LedgerRecord(name=file.name, sha256=sha256, named=named, spent=spent, fault=fault)
+
+
+def _verified(file: LedgerFile, pinned: Mapping[str, str], agreed: Contract) -> tuple[Spent, ...]:
+    found = verification.verify(file.path, site_keys=pinned, anchors={})
+    seen: dict[tuple[str, str], list[str]] = {}
+    for name, heads in folder.heads(file).items():
+        for held in verification.verify(file.path, site_keys=pinned, anchors=heads):
+            if held.anchored:
+                seen.setdefault((held.chain.site, held.chain.domain), []).append(name)
+    return tuple(
+        _spent(one, agreed, tuple(seen.get((one.chain.site, one.chain.domain), ())))
+        for one in found
+    )
+
+
+def _spent(found: Verified, agreed: Contract, seen: tuple[str, ...]) -> Spent:
+    chain, limit = found.chain, found.policy.domains[found.chain.domain]
+    events, order = chain.events, budget.order_of(chain)
+    filtered = None if order is None else accounting.filter_epsilon(events, limit.delta, order)
+    return Spent(
+        site=chain.site,
+        domain=chain.domain,
+        epsilon=_finite(accounting.epsilon(events, limit.delta)),
+        epsilon_run=_finite(accounting.epsilon(chain.events_of(agreed.sha256), limit.delta)),
+        epsilon_filter=None if filtered is None else _finite(filtered),
+        filter_order=order,
+        ceiling=limit.epsilon,
+        delta=limit.delta,
+        charges=chain.attempts[agreed.sha256],
+        rounds=len({round_number for name, round_number in chain.charges if name == agreed.sha256}),
+        entries=chain.length,
+        head=chain.head.hash if chain.head else "",
+        genesis=chain.genesis_hash,
+        policy=found.policy.sha256,
+        key=chain.key,
+        anchors=seen,
+        witnessed=found.witnessed,
+        simulation=bool(chain.genesis and chain.genesis.simulation),
+        seeded=chain.seeded,
+        lost=chain.recovered is not None,
+        curve=_curve(chain, agreed.sha256, limit.delta),
+    )
+
+
+def _curve(chain: Chain, contract: str, delta: float) -> tuple[tuple[int, float], ...]:
+    """Returns ε of the whole domain after each round of a contract, of some where there are many.
+
+    A round that was charged twice counts after its last charge.
+    """
+    last = {
+        number: charges[-1].sequence
+        for (name, number), charges in sorted(chain.charges.items())
+        if name == contract
+    }
+    numbers = sorted(last)
+    step = max(1, math.ceil(len(numbers) / CURVE_POINTS))
+    shown = sorted({*numbers[step - 1 :: step], *numbers[-1:]})
+    points = [(number, _after(chain, last[number], delta)) for number in shown]
+    return tuple(point for point in points if math.isfinite(point[1]))
+
+
+def _after(chain: Chain, charge: int, delta: float) -> float:
+    evaluated = chain.evaluations.get(charge)
+    sequence = charge if evaluated is None else evaluated.sequence
+    return accounting.epsilon(chain.events_until(sequence), delta)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

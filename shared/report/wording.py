@@ -1,0 +1,216 @@
+"""What a report says in words: its verdict, the claim in one sentence, what was not checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from bract.shared.report.checks import Check, failed
+from bract.shared.report.evidence import Evidence
+from bract.shared.report.sites import Spent
+
+Kind = Literal["failed", "simulation", "unprotected", "incomplete", "verified"]
+_GREATEST_FACTOR = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The first lines of the page."""
+
+    kind: Kind
+    title: str
+    text: str
+
+
+def verdicts(found: Evidence, made: list[Check]) -> list[Verdict]:
+    """Returns what a reader must know before anything else; a failure comes first."""
+    said = [*_failures(made), *_without_guarantee(found)]
+    if not found.ledgers and found.contract_fault is None:
+        said.append(
+            Verdict(
+                "incomplete",
+                "Nothing was verified",
+                "The folder holds no ledger. What follows are the run's own words.",
+            )
+        )
+    elif found.missing:
+        said.append(
+            Verdict(
+                "incomplete",
+                "Not every site is covered",
+                f"No ledger of {', '.join(found.missing[:8])} is here; nothing on this page is "
+                "claimed for them.",
+            )
+        )
+    if said:
+        return said
+    return [
+        Verdict(
+            "verified",
+            "The ledgers hold",
+            f"{_sites(len(found.ledgers), 'The ledger was', 'All {n} ledgers were')} verified from "
+            "the files alone. What no ledger can show is listed under “What was not checked”.",
+        )
+    ]
+
+
+def claim(found: Evidence, made: list[Check]) -> str:
+    """Returns what may be claimed of the run, in one sentence."""
+    if failed(made):
+        return "Nothing: a check failed, and until it is explained no figure here can be relied on."
+    spent = worst(found)
+    if spent is None:
+        return "Nothing: no ledger was verified."
+    if found.contract.privacy.mechanism == "none" or spent.epsilon is None:
+        return "Nothing: updates left the sites without noise, so no bound holds."
+    sentence = _sentence(found, spent)
+    if _is_simulation(found):
+        return (
+            "Nothing, for this was a simulation, whose noise can be computed again from its seed; "
+            f"with secret noise the claim would read: “{sentence}”"
+        )
+    return sentence
+
+
+def worst(found: Evidence) -> Spent | None:
+    """Returns the dearest of the domains that the contract names, None where no ledger holds."""
+    return max(
+        found.of_run,
+        key=lambda spent: math.inf if spent.epsilon is None else spent.epsilon,
+        default=None,
+    )
+
+
+def factor(epsilon: float) -> str:
+    """Returns e^ε as a reader takes it in, rounded up.
+
+    Example:
+        >>> factor(2.5653), factor(8.0), factor(20.0)
+        ('13.01', '2,981', 'over a million')
+    """
+    value = math.exp(min(epsilon, 100.0))
+    if value > _GREATEST_FACTOR:
+        return "over a million"
+    return f"{math.ceil(value * 100) / 100:.2f}" if value < 100 else f"{math.ceil(value):,}"
+
+
+def unchecked(found: Evidence) -> list[str]:
+    """Returns what a signature under this page does not cover, whatever the checks say."""
+    return [*_missing_evidence(found), *_beyond_ledgers(found)]
+
+
+def _failures(made: list[Check]) -> Iterator[Verdict]:
+    for check in failed(made):
+        yield Verdict("failed", "NOT VERIFIED", f"“{check.name}” failed: {check.detail}")
+
+
+def _without_guarantee(found: Evidence) -> Iterator[Verdict]:
+    if found.contract.privacy.mechanism == "none":
+        yield Verdict(
+            "unprotected",
+            "No privacy: unprotected run",
+            "Nothing was clipped and no noise was added. This page is a record, not a claim.",
+        )
+    elif _is_simulation(found):
+        yield Verdict(
+            "simulation",
+            "Simulation: no guarantee",
+            "All sites ran on one machine, and their noise came from a seed that is written down. "
+            "Whoever has the seed can take the noise away. The figures are what a real federation "
+            "with the same terms would spend.",
+        )
+
+
+def _is_simulation(found: Evidence) -> bool:
+    seeded = found.contract.privacy.randomness == "seeded"
+    marked = any(spent.simulation or spent.seeded for spent in found.spent)
+    return found.contract.simulation or seeded or marked
+
+
+def _sentence(found: Evidence, spent: Spent) -> str:
+    covered = len({s.site for s in found.of_run})
+    record = "record" if found.contract.privacy.unit == "example" else found.contract.privacy.unit
+    return (
+        f"For {_sites(covered, 'the site', 'each of the {n} sites')}: whatever anyone concludes "
+        "from all that the site released of these data, in this and every other run of its ledger, "
+        "even if they know the data of all other sites, adding or taking away any one "
+        f"{record} of the site’s data makes that conclusion at most "
+        f"{factor(spent.epsilon or 0.0)} times as likely "
+        f"(ε\u00a0=\u00a0{spent.epsilon:.4f}), plus a probability of at most {spent.delta:g} (δ)."
+    )
+
+
+def _sites(count: int, one: str, many: str) -> str:
+    return one if count == 1 else many.format(n=count)
+
+
+def _missing_evidence(found: Evidence) -> Iterator[str]:
+    if found.missing:
+        yield f"The ledgers of {', '.join(found.missing[:20])}: none is in the folder."
+    open_ended = [s.site for s in found.spent if not s.anchors]
+    if open_ended:
+        yield (
+            f"Whether the end of a ledger was cut off ({', '.join(open_ended[:20])}): no head was "
+            "seen elsewhere."
+        )
+    if found.mechanism is None:
+        yield (
+            "Whether the noise, the clipping and the sampling are as claimed: no audit of the "
+            "mechanism was given (bract audit experiment)."
+        )
+    else:
+        yield (
+            "Whether the machines of this run did what the experiment in audit.json did: it ran "
+            "the same code on public or made-up data, elsewhere."
+        )
+        yield from (f"By that experiment: {one}." for one in found.mechanism.not_checked)
+    if found.membership is None:
+        yield "How attacks on the released model fare: no audit of the result was given."
+    if not found.agreement:
+        yield "ε by a third accountant: no table of agreement was given."
+
+
+def _beyond_ledgers(found: Evidence) -> Iterator[str]:
+    yield (
+        "Whose keys these are. They come from contract.json in the folder: compare the "
+        "coordinator’s and the sites’ keys below with their holders, by another way."
+    )
+    if any(spent.anchors for spent in found.spent):
+        yield (
+            "Where the heads come from that the ends of ledgers were held against: they lie in the "
+            "same folder. Compare the last entries below with the site’s and the server’s own."
+        )
+    yield (
+        "That noise was really added, by a source that nobody can predict: a ledger records what "
+        "the site’s software said of itself."
+    )
+    yield (
+        "The true data: that they are what the domain says, that none of them are counted under "
+        "another domain or at another site too, and how many records one person has. A person "
+        "with several records is protected less."
+    )
+    yield (
+        "A site and a server that act together: they can write another history and countersign it."
+    )
+    yield (
+        "Everything else that left a site: other software, publications, backups, the model’s use "
+        "inside the site."
+    )
+    yield (
+        "Floating point and timing. The claim is of the idealised mechanism with real numbers; "
+        "attacks on its implementation are made harder, not excluded."
+    )
+    if any(spent.filter_order is not None for spent in found.spent):
+        yield (
+            "Whether contracts were chosen after looking at earlier releases. If they were, the ε "
+            "that holds is that of the site’s filter, in the table by site."
+        )
+    yield "Accuracy and scores: they are the server’s words, measured on its public examples."
+    yield (
+        "That the model file was made of these updates: ledgers hold hashes of what each site "
+        "sent, and none of the sum."
+    )
+    if found.contract.evaluation is not None:
+        yield "Local accuracies, which are noised counts of the sites’ own."

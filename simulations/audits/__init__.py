@@ -1,0 +1,1 @@
+"""Audits by experiment, of what is released and of how it is made."""
