@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -103,7 +104,11 @@ class DataTerms(_Grown):
 
     def __hash__(self) -> int:
         """Returns a hash of all terms; the options, a dict, have none of their own."""
-        return hash(self.model_dump_json())
+        return hash(self._text)
+
+    @cached_property
+    def _text(self) -> str:
+        return self.model_dump_json()
 
     @property
     def rows_per_person(self) -> int | None:
@@ -259,7 +264,11 @@ class Contract(Frozen):
 
     def site(self, name: str) -> SiteTerms | None:
         """Returns the terms of one site, or None where it is not in the cohort."""
-        return next((site for site in self.cohort if site.name == name), None)
+        return self._sites.get(name)
+
+    @cached_property
+    def _sites(self) -> dict[str, SiteTerms]:
+        return {site.name: site for site in self.cohort}
 
     def evaluates(self, round_number: int) -> bool:
         """Returns whether sites score the weights of a round on their own examples."""
@@ -282,7 +291,7 @@ class Contract(Frozen):
         """
         return self.privacy.sampling_rate * site.nominal_size
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """The contract's name: SHA-256 of its canonical JSON."""
         return canonical.sha256(canonical.encode(self.model_dump(mode="json")))
@@ -296,6 +305,10 @@ class SignedContract(Frozen):
 
     def to_bytes(self) -> bytes:
         """Returns the canonical JSON that travels and rests as contract.json."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> bytes:
         return canonical.encode(self.model_dump(mode="json"))
 
     def verify(self, coordinator: str) -> Contract:
@@ -342,6 +355,11 @@ def from_bytes(text: bytes, *, source: str = "contract") -> SignedContract:
         VerificationFailed: where the text is not canonical.
         UsageError: where a field is missing, unknown or out of range.
     """
+    return _from_bytes(text, source)
+
+
+@lru_cache(maxsize=8)  # every order of a run carries the same one
+def _from_bytes(text: bytes, source: str) -> SignedContract:
     try:
         value: Any = canonical.decode(text)
     except VerificationFailed as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -84,13 +85,17 @@ class Policy(Frozen):
                 raise ValueError(f"domain {name!r} overlaps {missing[0]!r}, which is not declared")
         return domains
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """The policy's name in every ledger entry: SHA-256 of its canonical JSON."""
         return canonical.sha256(self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """Returns the canonical JSON of the policy."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> bytes:
         return canonical.encode(self.model_dump(mode="json"))
 
     def charged_domains(self, domain: str) -> tuple[str, ...]:

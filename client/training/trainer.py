@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bract.client.training import admission, gradients, scoring, views
 from bract.client.training.bookkeeping import Loss
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum
-from bract.client.training.optimizer import PrivateOptimizer
+from bract.client.training.optimizer import PrivateOptimizer, Sgd
 from bract.client.training.randomness import RandomStream
 from bract.client.training.views import Moves
 from bract.shared import models, tasks
@@ -167,10 +167,8 @@ class Trainer:
         training, privacy = self._contract.training, self._contract.privacy
         private = privacy.mechanism == "dp-sgd"
         return PrivateOptimizer(
-            torch.optim.SGD(
-                list(self.parameters.values()),
-                lr=training.learning_rate,
-                momentum=training.momentum,
+            Sgd(
+                self.parameters.values(), lr=training.learning_rate, momentum=training.momentum
             ),
             noise_multiplier=privacy.noise_multiplier if private else 0.0,
             clip_norm=privacy.clip_norm,
