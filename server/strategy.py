@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -19,7 +20,7 @@ from bract.shared.contract import Contract, SignedContract, SiteTerms
 from bract.shared.errors import Reason, RolledBack, VerificationFailed
 from bract.shared.models import Shape
 from bract.shared.privacy import entries
-from bract.shared.updates import ProtectedUpdate
+from bract.shared.updates import ProtectedUpdate, Update
 
 logger = logging.getLogger("bract.server")
 
@@ -56,6 +57,7 @@ class PublicFedAvg(FedAvg):
         self.replied: dict[str, wire.Receipt] = {}
         self.refused: list[tuple[str, str]] = []
         self.update_bytes: int | None = None
+        self._adds_up = False
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -69,6 +71,8 @@ class PublicFedAvg(FedAvg):
             config: not used: what is asked stands in the contract.
             grid: knows which nodes are there.
         """
+        # Only of a grid in this very process, which checks each update as `check_update` does.
+        self._adds_up = bool(getattr(grid, "adds_up", False))
         return [
             Message(
                 content=wire.encode_order(
@@ -116,10 +120,16 @@ class PublicFedAvg(FedAvg):
         """
         self.replied, self.refused, self.update_bytes = {}, [], None
         updates: dict[str, Arrays] = {}
+        sums = Sums()
         for message in list(replies):
             reply = self._sort(message, server_round)
-            if reply is not None:
+            if isinstance(reply, wire.SummedReply):
+                sums.add_(reply)
+            elif reply is not None:
                 updates[reply.receipt.site] = reply.update.arrays
+        if sums:
+            average = self._of_sums(sums, updates)
+            return (wire.pack(average) if average else None), None
         # In the contract's order: the sum of floats is the same whoever answers first.
         cohort = [site for site in self._signed.contract.cohort if site.name in updates]
         total = sum(site.nominal_size for site in cohort)
@@ -133,13 +143,37 @@ class PublicFedAvg(FedAvg):
                     average[name] = value * share
         return (wire.pack(average) if average else None), None
 
-    def _sort(self, message: Message, server_round: int) -> wire.TrainReply | None:
+    def _of_sums(self, sums: Sums, updates: Mapping[str, Arrays]) -> dict[str, Array]:
+        """Returns the mean where updates were added up in the processes that trained them."""
+        added, lost = sums.whole()
+        for site in lost:
+            self.replied.pop(site, None)
+            self._refuse(site, FAILED, "its sum holds an update that is not used")
+        terms = {site.name: site for site in self._signed.contract.cohort}
+        total = sum(terms[name].nominal_size for name in self.replied)
+        for name in sorted(updates):
+            size = terms[name].nominal_size
+            added.append({key: np.float64(size) * value for key, value in updates[name].items()})
+        if not added:
+            return {}
+        return {
+            name: (sum(part[name] for part in added) / total).astype(np.float32)
+            for name in self._shapes
+        }
+
+    def _sort(
+        self, message: Message, server_round: int
+    ) -> wire.TrainReply | wire.SummedReply | None:
         """Returns the reply whose update is accepted, None where there is none."""
         node = message.metadata.src_node_id
         if message.has_error():
             self._refuse(self._name(node), FAILED, "the node gave none")
             return None
         try:
+            summed = wire.decode_summed(message.content) if self._adds_up else None
+            if summed is not None:
+                self._accept_summed(summed, server_round, node)
+                return summed
             reply = wire.decode_reply(message.content)
             if isinstance(reply, wire.RefusalReply):
                 # A node that is known speaks for its own site, whatever it calls itself.
@@ -176,6 +210,28 @@ class PublicFedAvg(FedAvg):
         return self._names.get(node, f"node {node}")
 
     def _accept(self, reply: wire.TrainReply, server_round: int, node: int) -> None:
+        self._accept_receipt(
+            reply,
+            server_round,
+            node,
+            lambda terms: check_update(reply.update, self._signed.contract, terms, self._shapes),
+        )
+
+    def _accept_summed(self, reply: wire.SummedReply, server_round: int, node: int) -> None:
+        def added(terms: SiteTerms) -> None:
+            if terms.name not in reply.members:
+                raise VerificationFailed("left out of its sum: the update will not do")
+
+        self._accept_receipt(reply.signed, server_round, node, added)
+        self.update_bytes = 4 * sum(math.prod(shape) for shape in self._shapes.values())
+
+    def _accept_receipt(
+        self,
+        reply: wire.TrainReply | wire.SignedReceipt,
+        server_round: int,
+        node: int,
+        check: Callable[[SiteTerms], None],
+    ) -> None:
         contract, receipt = self._signed.contract, reply.receipt
         terms = contract.site(receipt.site)
         if terms is None:
@@ -183,14 +239,7 @@ class PublicFedAvg(FedAvg):
         reply.verify(terms.key)
         if (receipt.contract, receipt.round) != (contract.sha256, server_round):
             raise VerificationFailed("of another contract or round")
-        private = contract.privacy.mechanism == "dp-sgd"
-        if private != isinstance(reply.update, ProtectedUpdate):
-            raise VerificationFailed("of another mechanism than the contract's")
-        fault = named.fault(reply.update.arrays, self._shapes)
-        if fault:
-            raise VerificationFailed(fault)
-        if private and _norm(reply.update.arrays) > greatest_norm(contract, terms, self._shapes):
-            raise VerificationFailed("of a norm that the contract's steps cannot reach")
+        check(terms)
         if contract.evaluates(server_round) != (receipt.evaluation is not None):
             raise VerificationFailed("with or without an evaluation, unlike the contract's round")
         if receipt.site in self.replied:
@@ -200,6 +249,54 @@ class PublicFedAvg(FedAvg):
         self.desk.check(reply, terms.domain, cost=entries.event_for(contract))
         self.replied[receipt.site] = receipt
         self._names[node] = receipt.site
+
+
+@dataclass(slots=True)
+class Sums:
+    """The sums of a round, as the replies come that say who is in them."""
+
+    _totals: dict[int, Mapping[str, wire.Sum]] = field(default_factory=dict)
+    _members: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    _replied: dict[int, set[str]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self._members)
+
+    def add_(self, reply: wire.SummedReply) -> None:
+        """Takes an accepted reply."""
+        self._members[reply.place] = reply.members
+        self._replied.setdefault(reply.place, set()).add(reply.signed.receipt.site)
+        if reply.total is not None:
+            self._totals[reply.place] = reply.total
+
+    def whole(self) -> tuple[list[Mapping[str, wire.Sum]], list[str]]:
+        """Returns the sums whose every member was accepted, in order, and the sites of others."""
+        places = sorted(self._members)
+        good = [
+            place
+            for place in places
+            if place in self._totals and self._replied[place] == set(self._members[place])
+        ]
+        lost = [name for place in places if place not in good for name in self._replied[place]]
+        return [self._totals[place] for place in good], sorted(lost)
+
+
+def check_update(
+    update: Update, contract: Contract, terms: SiteTerms, shapes: Mapping[str, Shape]
+) -> None:
+    """Returns where an update is such as a site's honest one: mechanism, shape, finite, norm.
+
+    Raises:
+        VerificationFailed: otherwise.
+    """
+    private = contract.privacy.mechanism == "dp-sgd"
+    if private != isinstance(update, ProtectedUpdate):
+        raise VerificationFailed("of another mechanism than the contract's")
+    fault = named.fault(update.arrays, shapes)
+    if fault:
+        raise VerificationFailed(fault)
+    if private and _norm(update.arrays) > greatest_norm(contract, terms, shapes):
+        raise VerificationFailed("of a norm that the contract's steps cannot reach")
 
 
 def greatest_norm(contract: Contract, site: SiteTerms, shapes: Mapping[str, Shape]) -> float:

@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from bract.shared import keyfiles
+from bract.shared import canonical, keyfiles
 from bract.shared.errors import UsageError, VerificationFailed
 
 
@@ -35,6 +35,16 @@ class SigningKey:
 def generate() -> SigningKey:
     """Returns a new key from the operating system's randomness."""
     return _with_public(Ed25519PrivateKey.generate())
+
+
+def derived(root: SigningKey, name: str) -> SigningKey:
+    """Returns the key of a name under another key: the same each time, and no file of its own.
+
+    For simulated sites, of which one process holds thousands.
+    """
+    secret = root.private.private_bytes_raw()
+    seed = canonical.tagged("derived-key/1", secret, name.encode())
+    return _with_public(Ed25519PrivateKey.from_private_bytes(seed))
 
 
 def save(key: SigningKey, path: Path) -> None:

@@ -6,16 +6,21 @@ update   site → server   update (or unprotected-update): arrays   receipt: sig
 refusal  site → server   refusal: reason, site, round
 close    server → site   close: contract, witness
 closed   site → server   closed: site
+
+Where a simulation adds updates up in the process that trained them, a reply is
+summed   site → server   summed: place and members of the sum; receipt; ledger
+                         sum: arrays, in one reply of each sum
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
@@ -30,9 +35,11 @@ from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate, Update
 _WEIGHTS, _ORDER = "weights", "order"
 _UPDATE, _UNPROTECTED, _RECEIPT, _REFUSAL = "update", "unprotected-update", "receipt", "refusal"
 _LEDGER, _CLOSE, _CLOSED = "ledger", "close", "closed"
+_SUMMED, _SUM = "summed", "sum"
 _STYPE = "numpy.ndarray.raw"
 _GREATEST = 2.0**53  # no count is larger; sums of such stay finite, whoever sends them
 _T = TypeVar("_T")
+Sum = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +79,24 @@ class Receipt:
 
     def digest(self) -> bytes:
         """Returns what the site signs."""
-        return canonical.tagged("receipt/1", canonical.encode(asdict(self)))
+        return canonical.tagged("receipt/1", canonical.encode(_facts(self)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SignedReceipt:
+    """A receipt, the site's signature of it, and what its ledger grew by."""
+
+    receipt: Receipt
+    signature: bytes
+    ledger: Extension = NOTHING
+
+    def verify(self, key: str) -> None:
+        """Returns where the site's key signed the receipt.
+
+        Raises:
+            VerificationFailed: otherwise.
+        """
+        keys.verify(key, self.signature, self.receipt.digest())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +119,23 @@ class TrainReply:
             raise VerificationFailed("the receipt is of another update")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SummedReply:
+    """A receipt of an update that was checked and added up where it was made, and is not sent.
+
+    Args:
+        signed: the receipt.
+        place: of the sum among those of a round.
+        members: the sites whose updates the sum holds.
+        total: the sum, float64, each update times its site's weight; in one reply of each sum.
+    """
+
+    signed: SignedReceipt
+    place: int
+    members: tuple[str, ...]
+    total: Mapping[str, Sum] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class RefusalReply:
     """A reason of the closed list; nothing of the site's data."""
@@ -104,7 +145,7 @@ class RefusalReply:
     reason: Reason
 
 
-def pack(arrays: Arrays) -> ArrayRecord:
+def pack(arrays: Arrays | Mapping[str, Sum]) -> ArrayRecord:
     """Returns arrays as they travel; messages to many sites share one such record."""
     return ArrayRecord(
         {
@@ -153,12 +194,34 @@ def decode_order(content: RecordDict) -> TrainOrder:
     Raises:
         VerificationFailed: for a message of any other form.
     """
+    return _order(content, {})
+
+
+def decode_orders(contents: Iterable[RecordDict]) -> list[TrainOrder | VerificationFailed]:
+    """Returns the train order in each message, or why it is none.
+
+    Orders that share a record of weights share its arrays too.
+    """
+    unpacked: dict[int, Arrays] = {}
+    orders: list[TrainOrder | VerificationFailed] = []
+    for content in contents:
+        try:
+            orders.append(_order(content, unpacked))
+        except VerificationFailed as error:
+            orders.append(error)
+    return orders
+
+
+def _order(content: RecordDict, unpacked: dict[int, Arrays]) -> TrainOrder:
     records = _exactly(content, {_WEIGHTS, _ORDER})
     terms = _config(records[_ORDER], {"contract", "round", "witness"})
+    record = records[_WEIGHTS]
+    if id(record) not in unpacked:  # the messages that are being read keep their records alive
+        unpacked[id(record)] = unpack(record)
     return TrainOrder(
         contract=_contract(terms),
         round=_typed(terms, "round", int),
-        weights=unpack(records[_WEIGHTS]),
+        weights=unpacked[id(record)],
         witness=_witness(terms),
     )
 
@@ -192,7 +255,20 @@ def encode_closed(site: str) -> RecordDict:
 def encode_reply(reply: TrainReply) -> RecordDict:
     """Returns the content of an update; a protected and an unprotected one differ in their key."""
     name = _UPDATE if isinstance(reply.update, ProtectedUpdate) else _UNPROTECTED
-    facts = {**asdict(reply.receipt), "evaluation": list(reply.receipt.evaluation or ())}
+    return RecordDict({name: pack(reply.update.arrays), **_signed(reply)})
+
+
+def encode_summed(reply: SummedReply) -> RecordDict:
+    """Returns the content of a reply whose update is in a sum."""
+    summed = ConfigRecord({"place": reply.place, "members": list(reply.members)})
+    content = RecordDict({_SUMMED: summed, **_signed(reply.signed)})
+    if reply.total is not None:
+        content[_SUM] = pack(reply.total)
+    return content
+
+
+def _signed(reply: TrainReply | SignedReceipt) -> dict[str, ConfigRecord]:
+    facts = {**_facts(reply.receipt), "evaluation": list(reply.receipt.evaluation or ())}
     receipt = ConfigRecord({**facts, "signature": reply.signature})
     ledger = ConfigRecord(
         {
@@ -201,7 +277,11 @@ def encode_reply(reply: TrainReply) -> RecordDict:
             "bodies": [link.body for link in reply.ledger.links],
         }
     )
-    return RecordDict({name: pack(reply.update.arrays), _RECEIPT: receipt, _LEDGER: ledger})
+    return {_RECEIPT: receipt, _LEDGER: ledger}
+
+
+def _facts(receipt: Receipt) -> dict[str, Any]:
+    return {name: getattr(receipt, name) for name in Receipt.__dataclass_fields__}
 
 
 def encode_refusal(refusal: RefusalReply) -> RecordDict:
@@ -229,7 +309,33 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
         )
     name = _UPDATE if _UPDATE in content else _UNPROTECTED
     records = _exactly(content, {name, _RECEIPT, _LEDGER})
-    values = unpack(records[name])
+    values, signed = unpack(records[name]), _signed_receipt(records)
+    made = ProtectedUpdate if name == _UPDATE else UnprotectedUpdate
+    return TrainReply(made(values), signed.receipt, signed.signature, signed.ledger)
+
+
+def decode_summed(content: RecordDict) -> SummedReply | None:
+    """Returns the receipt of an update that is in a sum, None for a message of another kind.
+
+    Only for a grid that adds up in its own processes: a stranger's sum could not be checked.
+
+    Raises:
+        VerificationFailed: for a message that is not quite of that form.
+    """
+    if _SUMMED not in content:
+        return None
+    with_total = {_SUM} & set(content)
+    records = _exactly(content, {_SUMMED, _RECEIPT, _LEDGER, *with_total})
+    summed = _config(records[_SUMMED], {"place", "members"})
+    return SummedReply(
+        signed=_signed_receipt(records),
+        place=_typed(summed, "place", int),
+        members=tuple(_typed(summed, "members", list)),
+        total=unpack_sum(records[_SUM]) if with_total else None,
+    )
+
+
+def _signed_receipt(records: Mapping[str, Any]) -> SignedReceipt:
     facts = _config(records[_RECEIPT], {*Receipt.__dataclass_fields__, "signature"})
     receipt = Receipt(
         contract=_typed(facts, "contract", str),
@@ -242,9 +348,7 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
         head_hash=_typed(facts, "head_hash", str),
         evaluation=_evaluation(facts),
     )
-    made = ProtectedUpdate if name == _UPDATE else UnprotectedUpdate
-    return TrainReply(
-        update=made(values),
+    return SignedReceipt(
         receipt=receipt,
         signature=_typed(facts, "signature", bytes),
         ledger=_extension(_config(records[_LEDGER], {"since", "hashes", "bodies"})),
@@ -294,21 +398,38 @@ def unpack(record: Any) -> dict[str, named.Array]:
     Raises:
         VerificationFailed: where it is anything else.
     """
+    return {name: _view(name, value) for name, value in _arrays(record)}
+
+
+def unpack_sum(record: Any) -> dict[str, Sum]:
+    """Returns copies of the float64 arrays in a record.
+
+    Raises:
+        VerificationFailed: where it is anything else.
+    """
+    return {
+        name: _view(name, value, np.dtype(np.float64)).copy() for name, value in _arrays(record)
+    }
+
+
+def _arrays(record: Any) -> Iterable[tuple[str, FlowerArray]]:
     if not isinstance(record, ArrayRecord):
         raise VerificationFailed("a message without arrays")
-    return {name: _view(name, value) for name, value in record.items()}
+    return record.items()
 
 
-def _view(name: str, value: FlowerArray) -> named.Array:
+def _view(
+    name: str, value: FlowerArray, kind: np.dtype[Any] = np.dtype(np.float32)
+) -> npt.NDArray[Any]:
     # Never np.load: raw float32 bytes cannot hold an object, so nothing is unpickled.
     shape = tuple(value.shape)
     # math.prod has no width that a hostile shape could overflow.
-    expected = 4 * math.prod(shape) if all(n >= 0 for n in shape) else -1
-    if value.stype != _STYPE or value.dtype != "float32" or len(value.data) != expected:
-        raise VerificationFailed(f"array {name!r} is not raw float32 of its shape")
+    expected = kind.itemsize * math.prod(shape) if all(n >= 0 for n in shape) else -1
+    if value.stype != _STYPE or value.dtype != kind.name or len(value.data) != expected:
+        raise VerificationFailed(f"array {name!r} is not raw {kind.name} of its shape")
     try:
         # A read-only view of immutable bytes: nothing that is done with it can reach the message.
-        return np.frombuffer(value.data, dtype=np.float32).reshape(shape)
+        return np.frombuffer(value.data, dtype=kind).reshape(shape)
     except (ValueError, OverflowError) as error:  # no elements, yet an axis beyond numpy's
         raise VerificationFailed(f"array {name!r} has a shape that cannot be held") from error
 

@@ -21,6 +21,7 @@ from bract.client.app import app as client_app
 from bract.server.app import app as server_app
 from bract.shared.errors import UsageError
 from bract.simulations import flower
+from bract.simulations.cohort import CohortGrid
 from bract.simulations.grid import RUN, SERVER, LocalGrid
 from bract.simulations.sites import FACTORY, PLAN_VARIABLE, node_config, open_plan
 
@@ -38,9 +39,13 @@ class LocalEngine:
 
     def run(self, plan: Path, *, sites: int, workers: int, run_config: Mapping[str, Any]) -> int:
         """Returns the number of workers, when the ServerApp has ended."""
-        node_configs = [node_config(plan, place) for place in range(sites)]
         count = min(workers, sites)
-        grid = LocalGrid(client_app, node_configs, workers=count)
+        grid: LocalGrid | CohortGrid
+        if open_plan(plan).shares_a_file:
+            grid = CohortGrid(plan, sites=sites, workers=count)
+        else:
+            node_configs = [node_config(plan, place) for place in range(sites)]
+            grid = LocalGrid(client_app, node_configs, workers=count)
         try:
             server_app(
                 grid, flower.context(run=RUN, node=SERVER, node_config={}, run_config=run_config)

@@ -179,7 +179,7 @@ class Simulation:
         cohort = tuple(
             SiteTerms(
                 name=name,
-                key=keys.load_or_generate(state.key(name)).public,
+                key=state.site_key(name, experiment.sites).public,
                 domain=plan.domain_of(name),
                 nominal_size=size,
             )

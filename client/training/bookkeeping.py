@@ -8,7 +8,7 @@ norm, then the weighted sums.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -131,14 +131,22 @@ class BookKeepingSum:
 
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         """Adds the clipped gradients of a physical batch."""
+        self.add_parts_([(sums, layers.EVERY)], inputs, targets)
+
+    def add_parts_(
+        self, parts: Sequence[tuple[dict[str, Tensor], slice]], inputs: Tensor, targets: Tensor
+    ) -> None:
+        """Adds to each sums the clipped gradients of its part of the examples, in one pass."""
         try:
-            self._add_(sums, inputs, targets)
+            self._add_(parts, inputs, targets)
         except BaseException:
             self._module.clear()
             layers.give_back(self._names)
             raise
 
-    def _add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
+    def _add_(
+        self, parts: Sequence[tuple[dict[str, Tensor], slice]], inputs: Tensor, targets: Tensor
+    ) -> None:
         total = self._loss(self._outputs(inputs), targets).sum()
         torch.autograd.grad([total], self._module.sources, allow_unused=True)
         with torch.no_grad():
@@ -148,7 +156,9 @@ class BookKeepingSum:
                 raise RuntimeError(f"no per-example gradient reached {names}")
             factors = clip_factors(joint_norms([share.norms for share in shares]), self._clip_norm)
             for share in shares:
-                share.add_(sums[self._names[share.parameter]], factors)
+                name = self._names[share.parameter]
+                for sums, part in parts:
+                    share.add_(sums[name], factors, part)
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         """Returns the model's outputs; images lie with their channels last, if the model can.
