@@ -17,7 +17,7 @@ from bract.client.training.randomness import Kind
 from bract.client.updates import Updates
 from bract.shared import arrays, canonical, versions
 from bract.shared.configuration import parse
-from bract.shared.contract import ADJACENCY, Contract, SignedContract, SiteTerms
+from bract.shared.contract import ADJACENCY, Contract, SignedContract, SiteTerms, Unit
 from bract.shared.data import Examples
 from bract.shared.errors import (
     LedgerError,
@@ -42,7 +42,7 @@ from bract.shared.privacy.entries import (
 )
 from bract.shared.privacy.ledger import Ledger, Transaction
 from bract.shared.privacy.witness import Witness
-from bract.shared.updates import ProtectedScore, ProtectedUpdate, UnprotectedUpdate, Update
+from bract.shared.updates import KINDS, ProtectedScore, Update
 from bract.shared.wire import Receipt, SignedReceipt, TrainOrder, TrainReply
 
 
@@ -245,7 +245,8 @@ class Gate:
         """
         contract = order.contract.contract
         first, *shared = self.policy.charged_domains(terms.domain)
-        primary, key = self._chain(transaction, first), (contract.sha256, order.round)
+        unit, key = contract.privacy.unit, (contract.sha256, order.round)
+        primary = self._chain(transaction, first, unit)
         if order.witness is not None:
             transaction.keep_witness(order.witness)
         earlier = primary.charges.get(key, [])
@@ -254,7 +255,7 @@ class Gate:
         stored = self._stored(transaction, primary, contract, order.round)
         if stored is not None:
             return stored  # before other chains are begun: it costs nothing and writes nothing
-        chains = [primary, *(self._chain(transaction, domain) for domain in shared)]
+        chains = [primary, *(self._chain(transaction, domain, unit) for domain in shared)]
         for chain in chains:
             limits = self.policy.domains[chain.domain]
             budget.check_room(chain, contract, limits, round_number=order.round)
@@ -299,7 +300,7 @@ class Gate:
             weights=weights,
             event=entries.event_for(contract),
             clip_norm=privacy.clip_norm.hex(),
-            clipping="flat-l2" if privacy.mechanism == "dp-sgd" else "none",
+            clipping=entries.clipping_for(contract),
             normaliser=contract.normaliser(terms).hex(),
             sampler="poisson",
             mechanism=privacy.mechanism,
@@ -324,7 +325,7 @@ class Gate:
         )
         transaction.append(chain, body, self.key)
 
-    def _chain(self, transaction: Transaction, domain: str) -> Chain:
+    def _chain(self, transaction: Transaction, domain: str, unit: Unit = "example") -> Chain:
         """Returns a domain's chain, begun where it is new, its fixed terms held to the policy."""
         chain = transaction.chain(self.policy.site, domain, key=self.key.public)
         if chain.genesis is None:
@@ -334,7 +335,7 @@ class Gate:
                 kind="genesis",
                 nonce=secrets.token_hex(16),  # a ledger begun anew is another ledger
                 simulation=self.simulation,
-                unit="example",
+                unit=unit,
                 adjacency=ADJACENCY,
                 delta=terms.delta.hex(),
                 composition=budget.fixed_rule(terms),
@@ -365,8 +366,7 @@ class Gate:
         values = self.updates.find(release.update) if release else None
         if release is None or values is None:
             return None
-        private = contract.privacy.mechanism == "dp-sgd"
-        update = ProtectedUpdate(values) if private else UnprotectedUpdate(values)
+        update = KINDS[contract.privacy.mechanism](values)
         return _with_update(self._receipt(transaction, chain, contract, release), update)
 
     def _receipt(

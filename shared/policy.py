@@ -9,7 +9,14 @@ from pydantic import Field, field_validator
 
 from bract.shared import canonical
 from bract.shared.configuration import Frozen
-from bract.shared.contract import Contract, EvaluationTerms, Hex32, Name, SiteTerms
+from bract.shared.contract import (
+    Contract,
+    EvaluationTerms,
+    Hex32,
+    Mechanism,
+    Name,
+    SiteTerms,
+)
 from bract.shared.errors import Reason, Refusal, UsageError
 
 # Above this standard error a noised accuracy says nothing, and would be paid for all the same.
@@ -71,7 +78,7 @@ class Policy(Frozen):
     coordinators: tuple[Hex32, ...] = Field(min_length=1)
     domains: dict[Name, DomainPolicy] = Field(min_length=1)
     models: tuple[str, ...] = Field(min_length=1)
-    mechanisms: tuple[Literal["dp-sgd", "none"], ...] = ("dp-sgd",)
+    mechanisms: tuple[Mechanism, ...] = ("dp-sgd",)
     min_noise_multiplier: float = Field(default=0.3, gt=0)
     max_sampling_rate: float = Field(default=1.0, gt=0, le=1)
     evaluation: bool = False
@@ -131,6 +138,10 @@ def check(policy: Policy, contract: Contract) -> SiteTerms:
         raise Refusal(Reason.POLICY_MECHANISM, f"mechanism {privacy.mechanism!r} is not allowed")
     if privacy.mechanism == "dp-sgd":
         _check_private(policy, contract, terms)
+    elif privacy.mechanism == "user-level" and (
+        privacy.noise_multiplier < policy.min_noise_multiplier
+    ):
+        raise Refusal(Reason.POLICY_NOISE, f"σ {privacy.noise_multiplier} is too low")
     if contract.evaluation is not None:
         _check_evaluation(policy, contract.evaluation, terms)
     return terms

@@ -1,15 +1,16 @@
 """The messages between server and site: the only place that knows their keys.
 
 train    server → site   weights: arrays   order: contract, round, witness
-update   site → server   update (or unprotected-update): arrays   receipt: signed facts
+update   site → server   update (or clipped-, unprotected-update): arrays
+                         receipt: signed facts
                          ledger: the entries since the last witness
 refusal  site → server   refusal: reason, site, round
 close    server → site   close: contract, witness
 closed   site → server   closed: site
 
-Where a simulation adds updates up in the process that trained them, a reply is
-summed   site → server   summed: place and members of the sum; receipt; ledger
-                         sum: arrays, in one reply of each sum
+Where a simulation adds updates up in the process that trained them, many replies are one:
+summed   site → server   summed: the receipts and ledgers of the sites that are in it
+                         sum: arrays
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,14 +32,21 @@ from bract.shared.arrays import Arrays
 from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, UsageError, VerificationFailed
 from bract.shared.privacy.witness import NOTHING, Extension, Link, Witness, from_bytes
-from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate, Update
+from bract.shared.updates import ClippedUpdate, ProtectedUpdate, UnprotectedUpdate, Update
 
 _WEIGHTS, _ORDER = "weights", "order"
-_UPDATE, _UNPROTECTED, _RECEIPT, _REFUSAL = "update", "unprotected-update", "receipt", "refusal"
+_UPDATE, _RECEIPT, _REFUSAL = "update", "receipt", "refusal"
+_KINDS: dict[str, type[Update]] = {
+    _UPDATE: ProtectedUpdate,
+    "clipped-update": ClippedUpdate,
+    "unprotected-update": UnprotectedUpdate,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
 _LEDGER, _CLOSE, _CLOSED = "ledger", "close", "closed"
 _SUMMED, _SUM = "summed", "sum"
 _STYPE = "numpy.ndarray.raw"
 _GREATEST = 2.0**53  # no count is larger; sums of such stay finite, whoever sends them
+_FLOAT32 = np.dtype(np.float32)
 _T = TypeVar("_T")
 Sum = npt.NDArray[np.float64]
 
@@ -79,7 +88,11 @@ class Receipt:
 
     def digest(self) -> bytes:
         """Returns what the site signs."""
-        return canonical.tagged("receipt/1", canonical.encode(_facts(self)))
+        return canonical.tagged("receipt/1", self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Returns its canonical JSON."""
+        return canonical.encode(_facts(self))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,19 +134,17 @@ class TrainReply:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SummedReply:
-    """A receipt of an update that was checked and added up where it was made, and is not sent.
+    """The replies of sites whose updates were checked and added up where they were made.
 
     Args:
-        signed: the receipt.
         place: of the sum among those of a round.
-        members: the sites whose updates the sum holds.
-        total: the sum, float64, each update times its site's weight; in one reply of each sum.
+        receipts: of every update in the sum, by the node of its site.
+        total: float64, each update times its site's weight.
     """
 
-    signed: SignedReceipt
     place: int
-    members: tuple[str, ...]
-    total: Mapping[str, Sum] | None = None
+    receipts: Mapping[int, SignedReceipt]
+    total: Mapping[str, Sum]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +176,7 @@ def bytes_of(record: ArrayRecord) -> int:
 def update_bytes(content: RecordDict) -> int:
     """Returns the bytes of the update in a reply, as they travelled."""
     return sum(
-        bytes_of(content.array_records[name])
-        for name in (_UPDATE, _UNPROTECTED)
-        if name in content.array_records
+        bytes_of(content.array_records[name]) for name in _KINDS if name in content.array_records
     )
 
 
@@ -254,17 +263,26 @@ def encode_closed(site: str) -> RecordDict:
 
 def encode_reply(reply: TrainReply) -> RecordDict:
     """Returns the content of an update; a protected and an unprotected one differ in their key."""
-    name = _UPDATE if isinstance(reply.update, ProtectedUpdate) else _UNPROTECTED
+    name = _NAMES[type(reply.update)]
     return RecordDict({name: pack(reply.update.arrays), **_signed(reply)})
 
 
 def encode_summed(reply: SummedReply) -> RecordDict:
-    """Returns the content of a reply whose update is in a sum."""
-    summed = ConfigRecord({"place": reply.place, "members": list(reply.members)})
-    content = RecordDict({_SUMMED: summed, **_signed(reply.signed)})
-    if reply.total is not None:
-        content[_SUM] = pack(reply.total)
-    return content
+    """Returns the content of the one message that stands for the replies of a sum's sites."""
+    signed = list(reply.receipts.values())
+    summed = ConfigRecord(
+        {
+            "place": reply.place,
+            "nodes": list(reply.receipts),
+            "receipts": [one.receipt.to_bytes() for one in signed],
+            "signatures": [one.signature for one in signed],
+            "since": [_optional(one.ledger.since) for one in signed],
+            "lengths": [len(one.ledger.links) for one in signed],
+            "hashes": [link.body_hash for one in signed for link in one.ledger.links],
+            "bodies": [link.body for one in signed for link in one.ledger.links],
+        }
+    )
+    return RecordDict({_SUMMED: summed, _SUM: pack(reply.total)})
 
 
 def _signed(reply: TrainReply | SignedReceipt) -> dict[str, ConfigRecord]:
@@ -307,15 +325,14 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
         return RefusalReply(
             site=_typed(record, "site", str), round=_typed(record, "round", int), reason=reason
         )
-    name = _UPDATE if _UPDATE in content else _UNPROTECTED
+    name = next((name for name in _KINDS if name in content), _UPDATE)
     records = _exactly(content, {name, _RECEIPT, _LEDGER})
     values, signed = unpack(records[name]), _signed_receipt(records)
-    made = ProtectedUpdate if name == _UPDATE else UnprotectedUpdate
-    return TrainReply(made(values), signed.receipt, signed.signature, signed.ledger)
+    return TrainReply(_KINDS[name](values), signed.receipt, signed.signature, signed.ledger)
 
 
 def decode_summed(content: RecordDict) -> SummedReply | None:
-    """Returns the receipt of an update that is in a sum, None for a message of another kind.
+    """Returns the replies that are in a sum, None for a message of another kind.
 
     Only for a grid that adds up in its own processes: a stranger's sum could not be checked.
 
@@ -324,15 +341,31 @@ def decode_summed(content: RecordDict) -> SummedReply | None:
     """
     if _SUMMED not in content:
         return None
-    with_total = {_SUM} & set(content)
-    records = _exactly(content, {_SUMMED, _RECEIPT, _LEDGER, *with_total})
-    summed = _config(records[_SUMMED], {"place", "members"})
-    return SummedReply(
-        signed=_signed_receipt(records),
-        place=_typed(summed, "place", int),
-        members=tuple(_typed(summed, "members", list)),
-        total=unpack_sum(records[_SUM]) if with_total else None,
+    records = _exactly(content, {_SUMMED, _SUM})
+    columns = ["nodes", "receipts", "signatures", "since", "lengths", "hashes", "bodies"]
+    summed = _config(records[_SUMMED], {"place", *columns})
+    nodes, receipts, signatures, since, lengths, hashes, bodies = (
+        _typed(summed, name, list) for name in columns
     )
+    links = iter(_links(hashes, bodies))
+    each = zip(nodes, receipts, signatures, since, lengths, strict=True)
+    return SummedReply(
+        place=_typed(summed, "place", int),
+        receipts={
+            node: SignedReceipt(
+                receipt=_receipt(text),
+                signature=signature,
+                ledger=Extension(from_bytes(seen) if seen else None, tuple(islice(links, count))),
+            )
+            for node, text, signature, seen, count in each
+        },
+        total=unpack_sum(records[_SUM]),
+    )
+
+
+def _receipt(text: bytes) -> Receipt:
+    facts = canonical.decode(text)
+    return Receipt(**{**facts, "evaluation": _pair(facts["evaluation"] or [])})
 
 
 def _signed_receipt(records: Mapping[str, Any]) -> SignedReceipt:
@@ -357,7 +390,10 @@ def _signed_receipt(records: Mapping[str, Any]) -> SignedReceipt:
 
 def _evaluation(record: Mapping[str, Any]) -> tuple[float, float] | None:
     """Returns the noised pair, None for an empty list: a record cannot hold 'none'."""
-    values = _typed(record, "evaluation", list)
+    return _pair(_typed(record, "evaluation", list))
+
+
+def _pair(values: list[Any]) -> tuple[float, float] | None:
     if not values:
         return None
     if len(values) != 2 or not all(type(v) is float and abs(v) <= _GREATEST for v in values):
@@ -383,13 +419,16 @@ def _contract(record: Mapping[str, Any]) -> SignedContract:
 
 def _extension(record: Mapping[str, Any]) -> Extension:
     hashes, bodies = _typed(record, "hashes", list), _typed(record, "bodies", list)
+    return Extension(since=_witness(record, "since"), links=_links(hashes, bodies))
+
+
+def _links(hashes: list[Any], bodies: list[Any]) -> tuple[Link, ...]:
     if len(hashes) != len(bodies) or not all(
         type(one) is bytes and len(one) == 32 and type(other) is bytes
         for one, other in zip(hashes, bodies, strict=True)
     ):
         raise VerificationFailed("the entries since a witness are not hashes and bodies")
-    links = tuple(Link(*pair) for pair in zip(hashes, bodies, strict=True))
-    return Extension(since=_witness(record, "since"), links=links)
+    return tuple(Link(*pair) for pair in zip(hashes, bodies, strict=True))
 
 
 def unpack(record: Any) -> dict[str, named.Array]:
@@ -418,9 +457,7 @@ def _arrays(record: Any) -> Iterable[tuple[str, FlowerArray]]:
     return record.items()
 
 
-def _view(
-    name: str, value: FlowerArray, kind: np.dtype[Any] = np.dtype(np.float32)
-) -> npt.NDArray[Any]:
+def _view(name: str, value: FlowerArray, kind: np.dtype[Any] = _FLOAT32) -> npt.NDArray[Any]:
     # Never np.load: raw float32 bytes cannot hold an object, so nothing is unpickled.
     shape = tuple(value.shape)
     # math.prod has no width that a hostile shape could overflow.

@@ -14,7 +14,7 @@ import math
 import mmap
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,6 @@ from bract.client import cohort
 from bract.client.gate import Permit
 from bract.client.site import Site
 from bract.client.training.trainer import Job
-from bract.server.grid import SingleRunGrid
 from bract.server.strategy import check_update
 from bract.shared import arrays, wire
 from bract.shared.arrays import Arrays
@@ -36,7 +35,7 @@ from bract.shared.models import Shape
 from bract.shared.privacy.ledger import Transaction
 from bract.shared.updates import ProtectedScore, Update
 from bract.simulations import flower
-from bract.simulations.grid import FIRST_NODE, RUN, SERVER, failed
+from bract.simulations.grid import FIRST_NODE, RUN, SERVER, SimulatedGrid, failed
 from bract.simulations.sites import site_of
 from bract.simulations.workers import Pool
 
@@ -193,7 +192,7 @@ class ShardTrainer:
             logger.warning("an update of %s is left out: %s", site.name, error)
             return Outcome(name, score=score)
         for key, value in update.arrays.items():
-            total[key] += np.float64(permit.terms.nominal_size) * value
+            total[key] += np.float64(self._contract.weight(permit.terms)) * value
         return Outcome(name, added=True, score=score)
 
     def _members(self, shard: Shard) -> Iterator[tuple[Site, Permit]]:
@@ -205,7 +204,7 @@ class ShardTrainer:
             yield site, site.gate.permit(self._contract, terms, shard.round, attempt)
 
 
-class CohortGrid(SingleRunGrid):
+class CohortGrid(SimulatedGrid):
     """Carries messages to the sites of a plan that keep their chains in one ledger file.
 
     Args:
@@ -317,26 +316,27 @@ class CohortGrid(SingleRunGrid):
         trained: Trained,
         permits: Mapping[int, tuple[Message, Permit]],
     ) -> Iterator[Message]:
-        places = [place for place, _ in trained.shard.members]
-        members = tuple(
-            site_of(self._plan, place).name
-            for place, outcome in zip(places, trained.outcomes, strict=True)
-            if outcome.added
-        )
-        total: Mapping[str, wire.Sum] | None = trained.total
-        for place, outcome in zip(places, trained.outcomes, strict=True):
+        """Yields a shard's sum with its receipts, and what its other sites answer."""
+        receipts: dict[int, wire.SignedReceipt] = {}
+        whole, first = True, None
+        for (place, _), outcome in zip(trained.shard.members, trained.outcomes, strict=True):
             (message, permit), site = permits[place], site_of(self._plan, place)
             if outcome.update is None:
                 yield failed(message)
                 continue
             signed = cohort.release(transaction, site, permit, outcome.update, outcome.score)
             if isinstance(signed, wire.RefusalReply):
+                whole &= not outcome.added
                 yield Message(wire.encode_refusal(signed), reply_to=message)
-                continue
-            reply = wire.SummedReply(signed, trained.shard.place, members)
-            if outcome.added:
-                reply, total = replace(reply, total=total), None
-            yield Message(wire.encode_summed(reply), reply_to=message)
+            elif outcome.added:
+                receipts[message.metadata.dst_node_id], first = signed, first or message
+            else:
+                yield failed(message)
+        if first is not None and whole:
+            reply = wire.SummedReply(trained.shard.place, receipts, trained.total)
+            yield Message(wire.encode_summed(reply), reply_to=first)
+        elif not whole:  # a sum with an update that was not released is not given out
+            yield from (failed(permits[node - FIRST_NODE][0]) for node in receipts)
 
     def _begun(self, order: wire.TrainOrder) -> Pool[Shard, Trained]:
         """Returns the workers, with the round's weights before them."""

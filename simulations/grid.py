@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
@@ -26,7 +28,13 @@ FIRST_NODE = 1000
 _FAILED = 2
 
 
-class LocalGrid(SingleRunGrid):
+class SimulatedGrid(SingleRunGrid):
+    """A grid in this process, which may noise sums with what a seed gives: a simulation's only."""
+
+    noise: Callable[[int], Callable[[int], npt.NDArray[np.float64]]] | None = None
+
+
+class LocalGrid(SimulatedGrid):
     """Carries messages to sites in this process or in workers.
 
     Args:

@@ -199,6 +199,7 @@ class Simulation:
             privacy=_privacy_terms(experiment, sizes),
             evaluation=experiment.evaluation,
             cohort=cohort,
+            sites_per_round=experiment.sites_per_round,
         )
         return contract.sign(agreed, keys.load(state.key("coordinator")))
 
@@ -272,7 +273,7 @@ def _check(experiment: Experiment, data: DataTerms, folder: Path | None) -> None
         sizes = [nominal_size(len(part)) for part in _parts(experiment, splits)]
     else:
         sizes = [max(nominal_size(len(splits.train) // experiment.sites), 1)]
-    check_delta(experiment.privacy.delta, max(sizes))
+    check_delta(experiment.privacy.delta, _protected(experiment, sizes))
     rate_of(experiment.privacy.batch, sizes)
 
 
@@ -313,7 +314,7 @@ def _domain_facts(experiment: Experiment) -> dict[str, Any]:
 
 def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:
     privacy = experiment.privacy
-    check_delta(privacy.delta, max(sizes))
+    check_delta(privacy.delta, _protected(experiment, sizes))
     rate = rate_of(privacy.batch, sizes)
     if privacy.mechanism == "none":
         sigma = 0.0
@@ -324,10 +325,16 @@ def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:
     return PrivacyTerms(
         mechanism=privacy.mechanism,
         randomness="seeded",
+        unit="client" if privacy.mechanism == "user-level" else "example",
         sampling_rate=rate,
         noise_multiplier=sigma,
         clip_norm=privacy.clip_norm,
     )
+
+
+def _protected(experiment: Experiment, sizes: list[int]) -> int:
+    """Returns how many units one mechanism protects at the most: δ must be below one over it."""
+    return experiment.sites if experiment.privacy.mechanism == "user-level" else max(sizes)
 
 
 def _calibrated(experiment: Experiment, rate: float) -> float:
@@ -335,6 +342,8 @@ def _calibrated(experiment: Experiment, rate: float) -> float:
     privacy, ceiling = experiment.privacy, experiment.policy
     attempts = experiment.rounds + experiment.spare_attempts
     steps = attempts * experiment.training.local_steps
+    if privacy.mechanism == "user-level":
+        rate, steps = 1.0, attempts
     beside = entries.events_of_evaluations(
         experiment.evaluation, attempts=attempts, completed=experiment.rounds
     )

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from flwr.app import Context
@@ -19,7 +18,7 @@ from bract.client.updates import UpdateStore
 from bract.shared import arrays
 from bract.shared.arrays import Arrays
 from bract.shared.configuration import Frozen
-from bract.shared.contract import DataTerms
+from bract.shared.contract import DataTerms, Mechanism
 from bract.shared.data import Examples, load
 from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, Policy
@@ -47,7 +46,7 @@ class Plan(Frozen):
     seed: int
     coordinator: str
     model: str
-    mechanism: Literal["dp-sgd", "none"]
+    mechanism: Mechanism
     delta: float
     policy: PolicySettings
     evaluation: bool = False
@@ -66,10 +65,11 @@ class Plan(Frozen):
     def domain_of(self, site: str) -> str:
         """Returns the id of a site's data domain.
 
-        Runs without privacy take a domain of their own, so that they leave the others' finite.
+        Runs without privacy take a domain of their own, so that they leave the others' finite; and
+        a ledger protects one unit.
         """
-        suffix = ".unprotected" if self.mechanism == "none" else ""
-        return f"{self.domain}.{site}{suffix}"
+        suffixes = {"dp-sgd": "", "user-level": ".clients", "none": ".unprotected"}
+        return f"{self.domain}.{site}{suffixes[self.mechanism]}"
 
     @property
     def shares_a_file(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from bract.client.training.randomness import RandomStream
 
 GRID_BITS = 20
+_TOGETHER = 1 << 17
 
 
 class Sgd:
@@ -105,20 +106,45 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         The grid of σC·2⁻²⁰ hides the low bits, whose pattern could tell the sum from the noise
         (Mironov 2012); rounding is post-processing.
         """
-        for parameter in self.params:
-            _check_processed_flag(parameter.summed_grad)
-            total = parameter.summed_grad.detach().to("cpu", torch.float64).numpy()
-            noisy = self._stream.normals(total.size).reshape(total.shape)
+        if self._stddev == 0:
+            for parameter in self.params:
+                _check_processed_flag(parameter.summed_grad)
+                parameter.grad = parameter.summed_grad.to(parameter.dtype)
+                _mark_as_processed(parameter.summed_grad)
+            return
+        for together in _groups(self.params):
+            # An odd count's last normal is thrown away, as if each were drawn alone.
+            even = [p.numel() + p.numel() % 2 for p in together]
+            noisy, start = self._stream.normals(sum(even)), 0
             noisy *= self._stddev
-            noisy += total
-            released = torch.from_numpy(on_grid(noisy, self._stddev))
-            parameter.grad = released.to(parameter.device, parameter.dtype).view_as(parameter)
-            _mark_as_processed(parameter.summed_grad)
+            for parameter, count in zip(together, even, strict=True):
+                _check_processed_flag(parameter.summed_grad)
+                total = parameter.summed_grad.detach().to("cpu", torch.float64).numpy()
+                noisy[start : start + total.size] += total.reshape(-1)
+                _mark_as_processed(parameter.summed_grad)
+                start += count
+            released = torch.from_numpy(on_grid(noisy, self._stddev).astype(np.float32))
+            pieces = torch.split(released.to(together[0].device), even)
+            for parameter, piece in zip(together, pieces, strict=True):
+                gradient = piece[: parameter.numel()].view(parameter.shape)
+                parameter.grad = gradient.to(parameter.dtype)
 
     def scale_grad(self) -> None:
         """Divides by the public normaliser."""
         for parameter in self.params:
             parameter.grad /= self._normaliser
+
+
+def _groups(parameters: list[Any]) -> Iterator[list[Any]]:
+    """Yields parameters on one device that are noised in one draw: the small ones together."""
+    group: list[Any] = []
+    for parameter in parameters:
+        size = sum(p.numel() for p in group) + parameter.numel()
+        if group and (size > _TOGETHER or parameter.device != group[0].device):
+            yield group
+            group = []
+        group.append(parameter)
+    yield group
 
 
 def on_grid(values: np.ndarray, stddev: float) -> np.ndarray:

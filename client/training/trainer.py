@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from bract.client.training import admission, gradients, scoring, views
 from bract.client.training.bookkeeping import BookKeepingSum, Loss
+from bract.client.training.clipping import SLACK
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum
 from bract.client.training.optimizer import PrivateOptimizer, Sgd
 from bract.client.training.randomness import RandomStream
@@ -23,7 +25,7 @@ from bract.shared.contract import Contract, SiteTerms
 from bract.shared.data import Examples
 from bract.shared.errors import ModelRejected, Reason, Refusal
 from bract.shared.models.frozen import Features, FrozenFront
-from bract.shared.updates import ProtectedScore, ProtectedUpdate, UnprotectedUpdate, Update
+from bract.shared.updates import KINDS, ProtectedScore, Update
 
 # Above this, weights that a server chose to cancel could make the rounding of one example's
 # gradient, which varies with the size of the batch, as large as the clip norm. Public, so that
@@ -151,7 +153,7 @@ class Trainer:
             and self._features is None
             and training.local_steps == 1
             and training.augmentation == "none"
-            and 1 < sites
+            and sites > 1
             and sites * size <= _TOGETHER
         )
 
@@ -277,9 +279,21 @@ class Trainer:
             name: np.ascontiguousarray(parameter.detach().cpu().numpy() - weights[name])
             for name, parameter in self.parameters.items()
         }
-        if self._contract.privacy.mechanism == "dp-sgd":
-            return ProtectedUpdate(values)
-        return UnprotectedUpdate(values)
+        if self._contract.privacy.mechanism == "user-level":
+            values = clipped(values, self._contract.privacy.clip_norm)
+        return KINDS[self._contract.privacy.mechanism](values)
+
+
+def clipped(update: Arrays, clip_norm: float) -> dict[str, Array]:
+    """Returns an update whose joint norm is C(1 − 1e-3) at the most; zeros where it is not finite.
+
+    The slack is for float32, in which the scaled numbers are rounded.
+    """
+    norm = math.sqrt(sum(np.square(v, dtype=np.float64).sum() for v in update.values()))
+    if not math.isfinite(norm):
+        return {name: np.zeros_like(value) for name, value in update.items()}
+    factor = min(1.0, clip_norm * (1 - SLACK) / norm) if norm > 0 else 1.0
+    return {name: (value * factor).astype(np.float32) for name, value in update.items()}
 
 
 def _summer(

@@ -140,6 +140,12 @@ class Chain:
         self._check(
             private or self.genesis.simulation, number, "seeded or without noise on a real ledger"
         )
+        client = charge.mechanism == "user-level"
+        self._check(
+            charge.mechanism == "none" or client == (self.genesis.unit == "client"),
+            number,
+            "the ledger protects another unit",
+        )
         event = event_of(charge)
         self._check(not isinstance(event, events.Spent), number, "charges a ceiling")
         unbounded = isinstance(event, Unbounded)

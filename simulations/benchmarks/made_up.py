@@ -29,9 +29,7 @@ _CHUNK = 1 << 14
 class Images:
     """Images in a folder; see `bract.shared.data.own.OwnData`."""
 
-    terms: DataTerms = DataTerms(
-        name="made-up", shape=SHAPE, classes=CLASSES, offset=72.94, scale=90.02
-    )
+    terms: DataTerms
 
     def train(self, folder: Path | None) -> Examples:
         """Returns the training examples, whose images are read when they are taken."""
@@ -48,7 +46,9 @@ class Images:
 
 def images() -> Images:
     """Returns the data set."""
-    return Images()
+    return Images(
+        DataTerms(name="made-up", shape=SHAPE, classes=CLASSES, offset=72.94, scale=90.02)
+    )
 
 
 def cnn(shape: tuple[int, ...], classes: int) -> nn.Module:

@@ -1,10 +1,8 @@
-"""Many sites in one process: one transaction for a cohort's charges, sums where updates are made."""
+"""Many sites in one process: a cohort is charged at once, and updates are added up where made."""
 
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bract.shared.errors import BractError
-from bract.shared.privacy.ledger import Ledger
-from bract.simulations import cohort, simulation, state
+from bract.client.training.trainer import clipped
+from bract.server import app
+from bract.shared import contract, models
+from bract.shared.privacy import accounting, ledger
+from bract.shared.privacy.events import PoissonGaussian
+from bract.simulations import simulation, state
 from bract.simulations.engines import LocalEngine
 from bract.simulations.experiment import Experiment, load
 
@@ -37,8 +38,10 @@ def experiment(*more: str, rounds: int = 3) -> Experiment:
     return load("digits", model=None, overrides=overrides, settings=(*SETTINGS, *more))
 
 
-def completed(out: Path, *more: str, workers: int = 1) -> Any:
-    run = simulation.begin(experiment(*more), out=out, state=None, data_dir=None, workers=workers)
+def completed(out: Path, *more: str, workers: int = 1, rounds: int = 3) -> Any:
+    run = simulation.begin(
+        experiment(*more, rounds=rounds), out=out, state=None, data_dir=None, workers=workers
+    )
     return run.complete(LocalEngine())
 
 
@@ -66,3 +69,67 @@ def test_a_shared_ledger_gives_the_weights_and_epsilons_of_ledgers_apart(
         for name, site in summary.per_site.items():
             assert site.charges == 3
             assert site.epsilon == apart.per_site[name].epsilon
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_round_asks_as_many_sites_as_the_contract_says_and_charges_no_other(
+    tmp_path: Path, shared: None
+) -> None:
+    summary = completed(tmp_path / "run", "sites_per_round=4", rounds=5)
+    assert summary.rounds == 5
+    assert [line["replied"] for line in lines(tmp_path / "run")] == [4] * 5
+    charges = [site.charges for site in summary.per_site.values()]
+    assert sum(charges) == 20
+    assert 4 < sum(count > 0 for count in charges) <= SITES
+    held = ledger.contents(tmp_path / "run/ledgers/all.sqlite")
+    assert len(held.rows) == sum(count > 0 for count in charges)
+
+
+@pytest.mark.parametrize("threshold", [SITES, SITES + 1], ids=["one file", "files apart"])
+def test_user_level_noise_is_added_once_to_the_sum_of_clipped_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: int
+) -> None:
+    monkeypatch.setattr(state, "SHARED_FILE_FROM", threshold)
+    clip, sigma = 1e-3, 4.0  # so that noise is all there is to see
+    summary = completed(
+        tmp_path / "run",
+        "privacy.mechanism=user-level",
+        f"privacy.noise_multiplier={sigma}",
+        f"privacy.clip_norm={clip}",
+        "training.local_steps=3",
+        "training.server_momentum=0.0",
+        rounds=1,
+    )
+    assert (summary.unit, summary.guarantee) == ("client", "none: simulation")
+    assert summary.mechanism == "user-level"
+    (spent,) = {site.epsilon for site in summary.per_site.values()}
+    assert spent == pytest.approx(accounting.epsilon([PoissonGaussian(1.0, sigma, 1)], 1e-5))
+    begun = load_weights(tmp_path / "run")
+    moved = np.concatenate(
+        [(value - begun[name]).ravel() for name, value in weights(tmp_path / "run").items()]
+    )
+    stddev = sigma * clip / SITES
+    # The mean of clipped updates has a norm under C: beside 25 times as much noise it is not seen.
+    assert moved.std() == pytest.approx(stddev, rel=0.15)
+
+
+def load_weights(run: Path) -> dict[str, np.ndarray]:
+    """The weights before round 1, as the server makes them."""
+    agreed = contract.read(run / "contract.json").contract
+    model = app._initial_model(agreed, 5)
+    return {n: p.detach().numpy() for n, p in models.released_parameters(model).items()}
+
+
+def test_an_update_is_clipped_as_a_whole_and_nothing_of_what_is_not_finite_is_left() -> None:
+    update = {"a": np.full((3, 2), 2.0, np.float32), "b": np.full(5, -1.0, np.float32)}
+    inside = clipped(update, 1.0)
+    norm = np.sqrt(sum(np.square(v, dtype=np.float64).sum() for v in inside.values()))
+    assert 0.998 < norm <= 1.0
+    np.testing.assert_allclose(inside["a"] / inside["a"][0, 0], update["a"] / update["a"][0, 0])
+    assert all((clipped(update, 100.0)[n] == v).all() for n, v in update.items())
+    assert not clipped({"a": np.zeros(3, np.float32)}, 1.0)["a"].any()
+    for bad in (np.nan, np.inf):
+        assert not any(v.any() for v in clipped({**update, "c": np.float32([bad])}, 1.0).values())
