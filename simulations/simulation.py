@@ -179,7 +179,7 @@ class Simulation:
         cohort = tuple(
             SiteTerms(
                 name=name,
-                key=state.site_key(name, experiment.sites).public,
+                key=state.site_key(name, many=plan.many).public,
                 domain=plan.domain_of(name),
                 nominal_size=size,
             )

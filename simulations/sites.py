@@ -23,6 +23,7 @@ from bract.shared.data import Examples, load
 from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy.ledger import Ledger
+from bract.simulations import state
 from bract.simulations.experiment import ExecutionSettings, PolicySettings
 from bract.simulations.randomness import SeededRandomness
 from bract.simulations.state import State
@@ -74,7 +75,12 @@ class Plan(Frozen):
     @property
     def shares_a_file(self) -> bool:
         """Whether all sites keep their chains in one ledger file."""
-        return self.state.shares_a_file(self.name_of(0), self.sites)
+        return self.state.shares_a_file(self.name_of(0), many=self.many)
+
+    @property
+    def many(self) -> bool:
+        """Whether sites share a ledger file that none has one of its own beside."""
+        return self.sites >= state.SHARED_FILE_FROM or self.mechanism == "user-level"
 
     def policy_of(self, site: str) -> Policy:
         """Returns the policy that a simulated site enforces."""
@@ -138,11 +144,11 @@ def _site(plan_path: str, index: int) -> Site:
     plan = _plan(plan_path)
     name = plan.name_of(index)
     randomness = SeededRandomness(plan.seed, name)
-    shared = plan.state.shares_a_file(name, plan.sites)
+    shared = plan.state.shares_a_file(name, many=plan.many)
     gate = Gate(
         policy=plan.policy_of(name),
-        key=plan.state.site_key(name, plan.sites),
-        ledger=_ledger(str(plan.state.ledger(name, plan.sites))),
+        key=plan.state.site_key(name, many=plan.many),
+        ledger=_ledger(str(plan.state.ledger(name, many=plan.many))),
         updates=NotKept() if shared else UpdateStore(plan.state.updates(name)),
         holdings=_Part(plan_path, index),
         simulation=True,

@@ -20,9 +20,10 @@ SHARED_FILE_FROM = 100
 class State:
     """The folders of the sites' lasting state.
 
-    `ledgers` holds SITE.sqlite, or all.sqlite for 100 sites and more; `private` holds keys, updates
-    and what the state was begun with. Sites that share a ledger file have their keys from one, and
-    keep no update: a round that was killed is charged again.
+    `ledgers` holds SITE.sqlite, or all.sqlite for 100 sites and more and where a whole site is
+    protected; `private` holds keys, updates and what the state was begun with. Sites that share a
+    ledger file have their keys from one, and keep no update: a round that was killed is charged
+    again.
     """
 
     ledgers: Path
@@ -38,19 +39,19 @@ class State:
         """Returns the state of a run that shares it with no other: it lies in the run folder."""
         return cls(ledgers=out / "ledgers", private=out / "state")
 
-    def shares_a_file(self, site: str, sites: int) -> bool:
-        """Returns whether a site among `sites` keeps its chains beside the others'."""
+    def shares_a_file(self, site: str, *, many: bool) -> bool:
+        """Returns whether a site, one of many, keeps its chains beside the others'."""
         # What a site has charged in a file of its own is never left behind.
-        return sites >= SHARED_FILE_FROM and not (self.ledgers / f"{site}.sqlite").exists()
+        return many and not (self.ledgers / f"{site}.sqlite").exists()
 
-    def ledger(self, site: str, sites: int) -> Path:
-        """Returns the ledger file of a site among `sites`."""
-        return self.ledgers / f"{'all' if self.shares_a_file(site, sites) else site}.sqlite"
+    def ledger(self, site: str, *, many: bool) -> Path:
+        """Returns the ledger file of a site."""
+        return self.ledgers / f"{'all' if self.shares_a_file(site, many=many) else site}.sqlite"
 
-    def site_key(self, site: str, sites: int) -> keys.SigningKey:
-        """Returns the key of a site among `sites`, made where there is none yet."""
+    def site_key(self, site: str, *, many: bool) -> keys.SigningKey:
+        """Returns the key of a site, made where there is none yet."""
         path = self.key(site)
-        if path.exists() or not self.shares_a_file(site, sites):
+        if path.exists() or not self.shares_a_file(site, many=many):
             return keys.load_or_generate(path)
         return keys.derived(_root(self.key("sites")), site)
 

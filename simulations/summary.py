@@ -32,7 +32,7 @@ def publish_ledgers(plan: Plan, agreed: Contract, out: Path) -> list[Path]:
     """Returns the ledger files in the run folder; copied there where the state lies elsewhere."""
     target = State.of_run(out)
     paths = []
-    for name in sorted({plan.state.ledger(s.name, plan.sites) for s in agreed.cohort}):
+    for name in sorted({plan.state.ledger(s.name, many=plan.many) for s in agreed.cohort}):
         if not name.exists():
             continue
         path = target.ledgers / name.name

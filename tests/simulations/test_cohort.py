@@ -18,6 +18,7 @@ from bract.shared.privacy.events import PoissonGaussian
 from bract.simulations import simulation, state
 from bract.simulations.engines import LocalEngine
 from bract.simulations.experiment import Experiment, load
+from bract.simulations.sites import Plan
 
 SITES = 12
 SETTINGS = (
@@ -88,11 +89,11 @@ def test_a_round_asks_as_many_sites_as_the_contract_says_and_charges_no_other(
     assert len(held.rows) == sum(count > 0 for count in charges)
 
 
-@pytest.mark.parametrize("threshold", [SITES, SITES + 1], ids=["one file", "files apart"])
+@pytest.mark.parametrize("shared_file", [True, False], ids=["one file", "files apart"])
 def test_user_level_noise_is_added_once_to_the_sum_of_clipped_updates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_file: bool
 ) -> None:
-    monkeypatch.setattr(state, "SHARED_FILE_FROM", threshold)
+    monkeypatch.setattr(Plan, "many", shared_file)
     clip, sigma = 1e-3, 4.0  # so that noise is all there is to see
     summary = completed(
         tmp_path / "run",
