@@ -268,7 +268,8 @@ def _check(experiment: Experiment, data: DataTerms, folder: Path | None) -> None
     check_budget(experiment.privacy.epsilon, experiment.privacy.delta)
     devices.resolve(experiment.device)
     splits = load(data, folder)
-    admission.admit(models.of(experiment.model, data), data=data, name=experiment.model.name)
+    model = models.of(experiment.model, data)
+    admission.admit_once(model, terms=experiment.model, data=data)
     if experiment.data.partition.kind == "natural":
         sizes = [nominal_size(len(part)) for part in _parts(experiment, splits)]
     else:

@@ -76,7 +76,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         model = models.of(contract.model, contract.data)
-        admission.admit(model, data=contract.data, name=contract.model.name)
+        admission.admit_once(model, terms=contract.model, data=contract.data)
         self._device = torch.device(execution.device)
         model = model.to(self._device).train()
         self._features = None

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.serverapp import Grid
 
 from bract.client.training.randomness import RandomStream
 from bract.client.training.trainer import Execution, Trainer
+from bract.server.checkpoint import RoundState
 from bract.server.rounds import RoundLoop
 from bract.shared import models
 from bract.shared.contract import Mechanism
@@ -243,7 +245,7 @@ def _rounds(run: Simulation) -> tuple[list[float], list[float]]:
     cpu: list[float] = []
     inner = RoundLoop._round
 
-    def timed(loop: Any, grid: Any, state: Any) -> Any:
+    def timed(loop: RoundLoop, grid: Grid, state: RoundState) -> RoundState | None:
         started, spent = time.perf_counter(), _cpu_seconds()
         found = inner(loop, grid, state)
         wall.append(time.perf_counter() - started)

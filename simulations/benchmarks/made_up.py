@@ -65,13 +65,12 @@ def lay_out(folder: Path, examples: int) -> None:
     """Writes so many training images, and a few public ones, into a folder."""
     generator = np.random.default_rng(0)  # made up: no secret
     for name, count in (("train", examples), ("public", _PUBLIC)):
-        inputs = np.lib.format.open_memmap(
-            folder / f"{name}-inputs.npy", mode="w+", dtype=np.uint8, shape=(count, *SHAPE)
-        )
-        for start in range(0, count, _CHUNK):
-            part = inputs[start : start + _CHUNK]
-            part[:] = generator.integers(0, 256, part.shape, dtype=np.uint8)
-        inputs.flush()
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *SHAPE)}
+        with (folder / f"{name}-inputs.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, count, _CHUNK):
+                shape = (min(_CHUNK, count - start), *SHAPE)
+                file.write(generator.integers(0, 256, shape, dtype=np.uint8).tobytes())
         np.save(folder / f"{name}-targets.npy", generator.integers(0, CLASSES, count))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bract.client.training.trainer import clipped
+from bract.client.training.trainer import Trainer, clipped
 from bract.server import app
 from bract.shared import contract, models
 from bract.shared.privacy import accounting, ledger
 from bract.shared.privacy.events import PoissonGaussian
-from bract.simulations import simulation, state
+from bract.simulations import cohort, simulation, state
 from bract.simulations.engines import LocalEngine
 from bract.simulations.experiment import Experiment, load
 from bract.simulations.sites import Plan
@@ -70,6 +72,100 @@ def test_a_shared_ledger_gives_the_weights_and_epsilons_of_ledgers_apart(
         for name, site in summary.per_site.items():
             assert site.charges == 3
             assert site.epsilon == apart.per_site[name].epsilon
+
+
+def begun(out: Path, *more: str, workers: int = 1) -> simulation.Simulation:
+    asked = experiment(*more)
+    return simulation.begin(asked, out=out, state=None, data_dir=None, workers=workers)
+
+
+def test_a_killed_cohort_is_charged_again_and_ends_with_the_same_weights(
+    tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = completed(tmp_path / "whole")
+    run = begun(tmp_path / "run")
+    inner, calls = cohort.ShardTrainer.train, [0]
+
+    def killed(trainer: cohort.ShardTrainer, shard: cohort.Shard) -> cohort.Trained:
+        calls[0] += 1
+        if shard.round == 2:
+            raise KeyboardInterrupt
+        return inner(trainer, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cohort.ShardTrainer, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.complete(LocalEngine())
+    assert calls[0] > 1
+    resumed = simulation.resume(tmp_path / "run", workers=1).complete(LocalEngine())
+    assert {site.charges for site in resumed.per_site.values()} == {4}  # never refunded
+    assert resumed.epsilon > whole.epsilon
+    for name, value in weights(tmp_path / "whole").items():
+        assert np.array_equal(weights(tmp_path / "run")[name], value)
+
+
+def test_every_charge_of_a_cohort_stands_before_any_of_it_is_read(
+    tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = begun(tmp_path / "run"), []
+    inner = cohort.ShardTrainer.read
+
+    def looked(trainer: cohort.ShardTrainer, shard: cohort.Shard) -> None:
+        path = tmp_path / "run/ledgers/all.sqlite"
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+        query = 'SELECT count(*) FROM entries WHERE body LIKE \'%"kind":"charge"%\''
+        seen.append((shard.round, connection.execute(query).fetchone()[0]))
+        connection.close()
+        inner(trainer, shard)
+
+    monkeypatch.setattr(cohort.ShardTrainer, "read", looked)
+    run.complete(LocalEngine())
+    assert len(seen) > 3
+    assert all(count == SITES * number for number, count in seen)
+
+
+def test_a_worker_that_dies_costs_its_shards_and_no_other(
+    tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(tmp_path / "run", workers=2)
+    inner = cohort.ShardTrainer.train
+
+    def dies(trainer: cohort.ShardTrainer, shard: cohort.Shard) -> cohort.Trained:
+        if shard.round == 2 and shard.place == 0:
+            os._exit(1)
+        return inner(trainer, shard)
+
+    monkeypatch.setattr(cohort.ShardTrainer, "train", dies)
+    summary = run.complete(LocalEngine())
+    assert summary.rounds == 3
+    assert {refusal.reason for refusal in summary.refused} == {"node-failed"}
+    replied = [line["replied"] for line in lines(tmp_path / "run")]
+    assert replied[0] == replied[2] == SITES
+    assert 0 < replied[1] < SITES
+    assert {site.charges for site in summary.per_site.values()} == {3}
+
+
+def test_an_update_that_the_server_would_not_take_is_released_and_left_out_of_the_sum(
+    tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(tmp_path / "run")
+    inner = Trainer.train_together
+
+    def spoilt(trainer: Trainer, jobs: Any, given: Any) -> Any:
+        first, *rest = inner(trainer, jobs, given)
+        if jobs[0].terms.name != "site-03":
+            return [first, *rest]
+        huge = {name: np.full_like(value, 1e6) for name, value in first.arrays.items()}
+        return [type(first)(huge), *rest]
+
+    monkeypatch.setattr(Trainer, "train_together", spoilt)
+    summary = run.complete(LocalEngine())
+    assert {refusal.reason for refusal in summary.refused} == {"node-failed"}
+    assert [line["replied"] for line in lines(tmp_path / "run")] == [SITES - 1] * 3
+    assert all(np.abs(value).max() < 100 for value in weights(tmp_path / "run").values())
+    held = ledger.contents(tmp_path / "run/ledgers/all.sqlite")
+    (chain,) = (rows for (site, _), rows in held.rows.items() if site == "site-03")
+    assert [json.loads(text)["kind"] for _, text, _ in chain].count("release") == 3
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
