@@ -7,16 +7,17 @@ commit the charge → train → one durable write of update and release hash →
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from bract.client.holdings import Holdings
 from bract.client.training.randomness import Kind
-from bract.client.updates import UpdateStore
+from bract.client.updates import Updates
 from bract.shared import arrays, canonical, versions
 from bract.shared.configuration import parse
-from bract.shared.contract import ADJACENCY, Contract, SignedContract, SiteTerms
+from bract.shared.contract import ADJACENCY, Contract, SignedContract, SiteTerms, Unit
 from bract.shared.data import Examples
 from bract.shared.errors import (
     LedgerError,
@@ -41,8 +42,8 @@ from bract.shared.privacy.entries import (
 )
 from bract.shared.privacy.ledger import Ledger, Transaction
 from bract.shared.privacy.witness import Witness
-from bract.shared.updates import ProtectedScore, ProtectedUpdate, UnprotectedUpdate, Update
-from bract.shared.wire import Receipt, TrainOrder, TrainReply
+from bract.shared.updates import KINDS, ProtectedScore, Update
+from bract.shared.wire import Receipt, SignedReceipt, TrainOrder, TrainReply
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Gate:
     policy: Policy
     key: SigningKey
     ledger: Ledger
-    updates: UpdateStore
+    updates: Updates
     holdings: Holdings
     simulation: bool
     randomness: Kind
@@ -89,15 +90,9 @@ class Gate:
         Raises:
             Refusal: with a reason; nothing was charged.
         """
-        contract, terms = self.check(order)
-        weights = arrays.digest(order.weights)
-        try:
-            with self.ledger.transaction() as transaction:
-                return self._decide(transaction, contract, terms, order, weights)
-        except RolledBack as error:
-            raise Refusal(Reason.LEDGER_ROLLED_BACK, str(error)) from error
-        except (LedgerError, VerificationFailed) as error:
-            raise Refusal(Reason.LEDGER_UNAVAILABLE, str(error)) from error
+        terms, weights = self.check(order), arrays.digest(order.weights)
+        with as_refusals(), self.ledger.transaction() as transaction:
+            return self.decide(transaction, terms, order, weights)
 
     def check_ledger(self) -> None:
         """Returns where the ledger holds everything that was seen of it before.
@@ -149,19 +144,18 @@ class Gate:
             Refusal: where contract or witness is not trusted, the contract charged nothing here,
                 or what was seen is not in the chain.
         """
+        with as_refusals(), self.ledger.transaction() as transaction:
+            self.add_witness(transaction, signed, seen)
+
+    def add_witness(self, transaction: Transaction, signed: SignedContract, seen: Witness) -> None:
+        """Stores the last witness of a run within a transaction; raises as `keep_witness` does."""
         terms = self._trusted(signed)
         self._check_witness(signed.contract, terms, seen)
-        try:
-            with self.ledger.transaction() as transaction:
-                chain = self._chain(transaction, terms.domain)
-                transaction.keep_witness(seen)
-                if not chain.attempts[signed.contract.sha256]:
-                    # An auditor refuses a witness whose key no contract in the ledger names.
-                    raise Refusal(Reason.WITNESS_INVALID, "of a contract that charged nothing")
-        except RolledBack as error:
-            raise Refusal(Reason.LEDGER_ROLLED_BACK, str(error)) from error
-        except (LedgerError, VerificationFailed) as error:
-            raise Refusal(Reason.LEDGER_UNAVAILABLE, str(error)) from error
+        chain = self._chain(transaction, terms.domain)
+        transaction.keep_witness(seen)
+        if not chain.attempts[signed.contract.sha256]:
+            # An auditor refuses a witness whose key no contract in the ledger names.
+            raise Refusal(Reason.WITNESS_INVALID, "of a contract that charged nothing")
 
     def release(
         self, permit: Permit, update: Update, score: ProtectedScore | None = None
@@ -173,20 +167,32 @@ class Gate:
         """
         stored = self.updates.keep(update.arrays)
         with self.ledger.transaction() as transaction:
-            chain = self._chain(transaction, permit.terms.domain)
-            body = Release(
-                **self._common(chain, permit.attempt),
-                kind="release",
-                contract=permit.contract.sha256,
-                round=permit.round,
-                update=stored,
-                evaluation=[score.correct.hex(), score.total.hex()] if score else None,
-            )
-            transaction.append(chain, body, self.key)
-            return self._reply(transaction, chain, permit.contract, body, update)
+            return _with_update(self.record(transaction, permit, stored, score), update)
 
-    def check(self, order: TrainOrder) -> tuple[Contract, SiteTerms]:
-        """Returns the contract and this site's terms where signature and policy hold.
+    def record(
+        self, transaction: Transaction, permit: Permit, update: str, score: ProtectedScore | None
+    ) -> SignedReceipt:
+        """Returns the receipt of an update, by its hash, whose release is added to the ledger.
+
+        It may leave once the transaction is committed.
+
+        Raises:
+            VerificationFailed: where a score was not charged, or was charged and is missing.
+        """
+        chain = self._chain(transaction, permit.terms.domain)
+        body = Release(
+            **self._common(chain, permit.attempt),
+            kind="release",
+            contract=permit.contract.sha256,
+            round=permit.round,
+            update=update,
+            evaluation=[score.correct.hex(), score.total.hex()] if score else None,
+        )
+        transaction.append(chain, body, self.key)
+        return self._receipt(transaction, chain, permit.contract, body)
+
+    def check(self, order: TrainOrder) -> SiteTerms:
+        """Returns this site's terms where the contract's signature and the policy hold.
 
         Raises:
             Refusal: with a reason; the ledger is not looked at.
@@ -199,7 +205,7 @@ class Gate:
             raise Refusal(Reason.ROUND_OUT_OF_RANGE, f"round {order.round}")
         if order.witness is not None:
             self._check_witness(contract, terms, order.witness)
-        return contract, terms
+        return terms
 
     def _trusted(self, signed: SignedContract) -> SiteTerms:
         contract = signed.contract
@@ -222,16 +228,25 @@ class Gate:
         if (seen.site, seen.domain) != (self.policy.site, terms.domain):
             raise Refusal(Reason.WITNESS_INVALID, "a witness of another ledger")
 
-    def _decide(
-        self,
-        transaction: Transaction,
-        contract: Contract,
-        terms: SiteTerms,
-        order: TrainOrder,
-        weights: str,
+    def decide(
+        self, transaction: Transaction, terms: SiteTerms, order: TrainOrder, weights: str
     ) -> Permit | TrainReply:
+        """Returns what `admit` does for a checked order, within a transaction.
+
+        Args:
+            transaction: of this gate's ledger; what is permitted holds once it is committed.
+            terms: as `check` returned them.
+            order: what is asked.
+            weights: the hash of the order's.
+
+        Raises:
+            Refusal: where the budget does not hold it.
+            LedgerError, VerificationFailed: where the ledger itself is at fault.
+        """
+        contract = order.contract.contract
         first, *shared = self.policy.charged_domains(terms.domain)
-        primary, key = self._chain(transaction, first), (contract.sha256, order.round)
+        unit, key = contract.privacy.unit, (contract.sha256, order.round)
+        primary = self._chain(transaction, first, unit)
         if order.witness is not None:
             transaction.keep_witness(order.witness)
         earlier = primary.charges.get(key, [])
@@ -240,7 +255,7 @@ class Gate:
         stored = self._stored(transaction, primary, contract, order.round)
         if stored is not None:
             return stored  # before other chains are begun: it costs nothing and writes nothing
-        chains = [primary, *(self._chain(transaction, domain) for domain in shared)]
+        chains = [primary, *(self._chain(transaction, domain, unit) for domain in shared)]
         for chain in chains:
             limits = self.policy.domains[chain.domain]
             budget.check_room(chain, contract, limits, round_number=order.round)
@@ -250,11 +265,17 @@ class Gate:
             self._charge(transaction, chain, contract, terms, order.round, weights)
             if contract.evaluation is not None and contract.evaluates(order.round):
                 self._charge_evaluation(transaction, chain, contract, order.round)
+        return self.permit(contract, terms, order.round, len(primary.charges[key]))
+
+    def permit(
+        self, contract: Contract, terms: SiteTerms, round_number: int, attempt: int
+    ) -> Permit:
+        """Returns the permit of a charge that this gate, here or in another process, committed."""
         return Permit(
             contract=contract,
             terms=terms,
-            round=order.round,
-            attempt=len(primary.charges[key]),
+            round=round_number,
+            attempt=attempt,
             open_examples=lambda: self.holdings.open(terms.domain, contract.data),
         )
 
@@ -279,7 +300,7 @@ class Gate:
             weights=weights,
             event=entries.event_for(contract),
             clip_norm=privacy.clip_norm.hex(),
-            clipping="flat-l2" if privacy.mechanism == "dp-sgd" else "none",
+            clipping=entries.clipping_for(contract),
             normaliser=contract.normaliser(terms).hex(),
             sampler="poisson",
             mechanism=privacy.mechanism,
@@ -304,7 +325,7 @@ class Gate:
         )
         transaction.append(chain, body, self.key)
 
-    def _chain(self, transaction: Transaction, domain: str) -> Chain:
+    def _chain(self, transaction: Transaction, domain: str, unit: Unit = "example") -> Chain:
         """Returns a domain's chain, begun where it is new, its fixed terms held to the policy."""
         chain = transaction.chain(self.policy.site, domain, key=self.key.public)
         if chain.genesis is None:
@@ -314,7 +335,7 @@ class Gate:
                 kind="genesis",
                 nonce=secrets.token_hex(16),  # a ledger begun anew is another ledger
                 simulation=self.simulation,
-                unit="example",
+                unit=unit,
                 adjacency=ADJACENCY,
                 delta=terms.delta.hex(),
                 composition=budget.fixed_rule(terms),
@@ -345,18 +366,12 @@ class Gate:
         values = self.updates.find(release.update) if release else None
         if release is None or values is None:
             return None
-        private = contract.privacy.mechanism == "dp-sgd"
-        update = ProtectedUpdate(values) if private else UnprotectedUpdate(values)
-        return self._reply(transaction, chain, contract, release, update)
+        update = KINDS[contract.privacy.mechanism](values)
+        return _with_update(self._receipt(transaction, chain, contract, release), update)
 
-    def _reply(
-        self,
-        transaction: Transaction,
-        chain: Chain,
-        contract: Contract,
-        release: Release,
-        update: Update,
-    ) -> TrainReply:
+    def _receipt(
+        self, transaction: Transaction, chain: Chain, contract: Contract, release: Release
+    ) -> SignedReceipt:
         head, site = chain.head, self.policy.site
         assert head is not None  # noqa: S101  something was released
         since = (
@@ -368,14 +383,13 @@ class Gate:
             site=site,
             round=release.round,
             attempt=release.attempt,
-            update=arrays.digest(update.arrays),
+            update=release.update,
             head_domain=chain.domain,
             head_sequence=head.sequence,
             head_hash=head.hash,
             evaluation=_numbers(release.evaluation),
         )
-        return TrainReply(
-            update=update,
+        return SignedReceipt(
             receipt=receipt,
             signature=self.key.sign(receipt.digest()),
             ledger=witness.show(since, after, contract=contract.sha256),
@@ -393,6 +407,21 @@ class Gate:
             "policy": self.policy.sha256,
             "attempt": attempt,
         }
+
+
+@contextmanager
+def as_refusals() -> Iterator[None]:
+    """Turns what is wrong with a ledger into what may leave the site."""
+    try:
+        yield
+    except RolledBack as error:
+        raise Refusal(Reason.LEDGER_ROLLED_BACK, str(error)) from error
+    except (LedgerError, VerificationFailed) as error:
+        raise Refusal(Reason.LEDGER_UNAVAILABLE, str(error)) from error
+
+
+def _with_update(signed: SignedReceipt, update: Update) -> TrainReply:
+    return TrainReply(update, signed.receipt, signed.signature, signed.ledger)
 
 
 def _numbers(pair: list[str] | None) -> tuple[float, float] | None:

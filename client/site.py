@@ -6,23 +6,18 @@ import logging
 import traceback
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from bract.client.fingerprint import Fingerprints
 from bract.client.gate import Gate, Permit
 from bract.client.training.randomness import Randomness
-from bract.client.training.trainer import Execution, Trainer
-from bract.shared import arrays
-from bract.shared.contract import Contract
+from bract.client.training.trainer import Execution, Job, Trainer
+from bract.shared.arrays import Arrays
+from bract.shared.contract import Contract, SiteTerms
+from bract.shared.data import Examples
 from bract.shared.errors import BractError, Reason, Refusal
+from bract.shared.updates import ProtectedScore, Update
 from bract.shared.wire import RefusalReply, TrainOrder, TrainReply
 
 logger = logging.getLogger("bract.client")
-
-# Above this, weights that a server chose to cancel could make the rounding of one example's
-# gradient, which varies with the size of the batch, as large as the clip norm. Public, so that
-# refusing tells nothing; trained weights stay far below it.
-GREATEST_WEIGHT = 1e3
 
 
 @dataclass(slots=True)
@@ -57,34 +52,55 @@ class Site:
         """
         try:
             return self._train(order)
-        except Refusal as refusal:
-            reason = refusal.reason
-            logger.warning(
-                "%s",
-                refusal,
-                extra={"event": "refused", "site": self.name, "reason": reason.value},
-            )
-        except BractError as error:
-            reason = Reason.SITE_FAILED
-            logger.error("site failed: %s", error, extra={"site": self.name})
         except Exception as error:
+            return self.refusal(error, order.round)
+
+    def refusal(self, error: Exception, round_number: int) -> RefusalReply:
+        """Returns what may leave of a failure, and notes it in the site's own log."""
+        reason = Reason.SITE_FAILED
+        if isinstance(error, Refusal):
+            reason, told = error.reason, {"event": "refused", "reason": error.reason.value}
+            logger.warning("%s", error, extra={"site": self.name, **told})
+        elif isinstance(error, BractError):
+            logger.error("site failed: %s", error, extra={"site": self.name})
+        else:
             # Only the type: the text of a library's exception may hold a value of the data.
-            reason = Reason.SITE_FAILED
             logger.error("site failed: %s", type(error).__name__, extra={"site": self.name})
             logger.debug("at %s", "".join(traceback.format_tb(error.__traceback__)))
-        return RefusalReply(site=self.name, round=order.round, reason=reason)
+        return RefusalReply(site=self.name, round=round_number, reason=reason)
+
+    def check(self, order: TrainOrder) -> SiteTerms:
+        """Returns this site's terms where order and weights will do; nothing is charged yet.
+
+        Raises:
+            Refusal: otherwise.
+            ModelRejected: where the model cannot be trained privately.
+        """
+        # Trust before construction: a model's factory is run only for a contract the gate takes.
+        terms = self.gate.check(order)
+        self.trainers.of(order.contract.contract).check(order.weights)
+        return terms
 
     def _train(self, order: TrainOrder) -> TrainReply:
-        trainer = self._trainer(order)
-        fault = arrays.fault(order.weights, trainer.shapes)
-        if fault or any(
-            np.abs(value).max(initial=0) > GREATEST_WEIGHT for value in order.weights.values()
-        ):
-            raise Refusal(Reason.WEIGHTS_INVALID, fault or f"a weight is over {GREATEST_WEIGHT:g}")
+        self.check(order)
         admitted = self.gate.admit(order)
         if not isinstance(admitted, Permit):
             return admitted
-        examples = admitted.open_examples()
+        update, score = self._trained(admitted, admitted.open_examples(), order.weights)
+        return self.gate.release(admitted, update, score)
+
+    def _trained(
+        self, admitted: Permit, examples: Examples, weights: Arrays
+    ) -> tuple[Update, ProtectedScore | None]:
+        job = self.job(admitted, examples)
+        trainer = self.trainers.of(admitted.contract)
+        update = trainer.train(
+            terms=job.terms, examples=examples, weights=weights, stream=job.stream
+        )
+        return update, self.score(admitted, job, weights)
+
+    def job(self, admitted: Permit, examples: Examples) -> Job:
+        """Returns what training under a permit needs."""
         domain = admitted.terms.domain
         if self.fingerprints and self.fingerprints.changed(domain, examples):
             logger.warning(
@@ -93,16 +109,14 @@ class Site:
                 domain,
                 extra={"site": self.name},
             )
-        stream = self.randomness.stream(admitted.round)
-        update = trainer.train(
-            terms=admitted.terms, examples=examples, weights=order.weights, stream=stream
-        )
-        score = None
-        if admitted.evaluates:  # after training, so that what is trained is the same without it
-            score = trainer.score(examples=examples, weights=order.weights, stream=stream)
-        return self.gate.release(admitted, update, score)
+        return Job(admitted.terms, examples, self.randomness.stream(admitted.round))
 
-    def _trainer(self, order: TrainOrder) -> Trainer:
-        # Trust before construction: a model's factory is run only for a contract the gate takes.
-        self.gate.check(order)
-        return self.trainers.of(order.contract.contract)
+    def score(self, admitted: Permit, job: Job, weights: Arrays) -> ProtectedScore | None:
+        """Returns the noised score that a permit asks for, if it does.
+
+        After training, so that what is trained is the same without it.
+        """
+        if not admitted.evaluates:
+            return None
+        trainer = self.trainers.of(admitted.contract)
+        return trainer.score(examples=job.examples, weights=weights, stream=job.stream)

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from bract.shared import arrays, canonical
 from bract.shared.arrays import Arrays
 from bract.shared.errors import LedgerUnwritable, VerificationFailed
+
+
+class Updates(Protocol):
+    """Where a gate keeps what it releases."""
+
+    def keep(self, values: Arrays) -> str:
+        """Returns the update's hash."""
+
+    def find(self, name: str) -> dict[str, arrays.Array] | None:
+        """Returns the update of a hash, or None where it is not kept."""
 
 
 class UpdateStore:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -13,13 +13,13 @@ from flwr.serverapp.strategy import FedAvg
 
 from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays as named
-from bract.shared import wire
+from bract.shared import canonical, wire
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract, SignedContract, SiteTerms
-from bract.shared.errors import Reason, RolledBack, VerificationFailed
+from bract.shared.errors import BractError, Reason, RolledBack, VerificationFailed
 from bract.shared.models import Shape
 from bract.shared.privacy import entries
-from bract.shared.updates import ProtectedUpdate
+from bract.shared.updates import KINDS, Update
 
 logger = logging.getLogger("bract.server")
 
@@ -56,6 +56,8 @@ class PublicFedAvg(FedAvg):
         self.replied: dict[str, wire.Receipt] = {}
         self.refused: list[tuple[str, str]] = []
         self.update_bytes: int | None = None
+        self._adds_up = False
+        self._noise: Callable[[int], Callable[[int], wire.Sum]] | None = None
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -69,6 +71,9 @@ class PublicFedAvg(FedAvg):
             config: not used: what is asked stands in the contract.
             grid: knows which nodes are there.
         """
+        # Only of a grid in this very process, which checks each update as `check_update` does.
+        self._adds_up = bool(getattr(grid, "adds_up", False))
+        self._noise = getattr(grid, "noise", None)  # a simulation's alone
         return [
             Message(
                 content=wire.encode_order(
@@ -84,8 +89,23 @@ class PublicFedAvg(FedAvg):
                 dst_node_id=node,
                 group_id=str(server_round),
             )
-            for node in self.available(grid)
+            for node in self.chosen(grid, server_round)
         ]
+
+    def chosen(self, grid: Grid, server_round: int) -> list[int]:
+        """Returns whom a round asks: all that are there, or as many as the contract says.
+
+        The choice follows from contract and round, so that a round which is run again asks the
+        same sites. It is no secret, and nobody's privacy rests on it.
+        """
+        nodes, wanted = self.available(grid), self._signed.contract.sites_per_round
+        if wanted is None or len(nodes) <= wanted:
+            return nodes
+        seed = canonical.tagged(
+            "chosen/1", bytes.fromhex(self._signed.contract.sha256), str(server_round).encode()
+        )
+        chosen = np.random.default_rng(list(seed)).choice(len(nodes), wanted, replace=False)
+        return sorted(nodes[place] for place in chosen)
 
     def configure_close(self, grid: Grid) -> list[Message]:
         """Returns the last message of the run, for each node that has a witness to be given."""
@@ -116,10 +136,18 @@ class PublicFedAvg(FedAvg):
         """
         self.replied, self.refused, self.update_bytes = {}, [], None
         updates: dict[str, Arrays] = {}
+        sums: dict[int, Mapping[str, wire.Sum]] = {}
         for message in list(replies):
+            summed = self._summed(message)
+            if summed is not None:
+                if self._accept_summed(summed, server_round):
+                    sums[summed.place] = summed.total
+                continue
             reply = self._sort(message, server_round)
             if reply is not None:
                 updates[reply.receipt.site] = reply.update.arrays
+        if sums or (updates and self._signed.contract.privacy.unit == "client"):
+            return wire.pack(self._of_sums(sums, updates, server_round)), None
         # In the contract's order: the sum of floats is the same whoever answers first.
         cohort = [site for site in self._signed.contract.cohort if site.name in updates]
         total = sum(site.nominal_size for site in cohort)
@@ -132,6 +160,68 @@ class PublicFedAvg(FedAvg):
                 else:
                     average[name] = value * share
         return (wire.pack(average) if average else None), None
+
+    def _of_sums(
+        self,
+        sums: Mapping[int, Mapping[str, wire.Sum]],
+        updates: Mapping[str, Arrays],
+        server_round: int,
+    ) -> dict[str, Array]:
+        """Returns the mean of a float64 sum, which the processes that trained may have formed.
+
+        Where a client is protected the sum is noised here, and divided by the planned cohort: a
+        number of replies that varies would change what one client adds.
+        """
+        contract = self._signed.contract
+        terms = {name: contract.site(name) for name in self.replied}
+        weights = {name: contract.weight(site) for name, site in terms.items() if site is not None}
+        parts = [sums[place] for place in sorted(sums)]
+        for name in sorted(updates):
+            parts.append({k: np.float64(weights[name]) * v for k, v in updates[name].items()})
+        total = {name: np.zeros(shape) for name, shape in self._shapes.items()}
+        for part in parts:
+            for name, value in part.items():
+                total[name] += value
+        divisor = sum(weights.values())
+        if contract.privacy.unit == "client":
+            divisor = contract.planned
+            self._noise_(total, server_round)
+        return {name: (value / divisor).astype(np.float32) for name, value in total.items()}
+
+    def _noise_(self, total: Mapping[str, wire.Sum], server_round: int) -> None:
+        """Adds N(0, (σC)²) to every number of a sum of clipped updates, in place.
+
+        Raises:
+            BractError: where the grid has no noise to give: it is no simulation's.
+        """
+        if self._noise is None:
+            raise BractError("this grid has no noise for the mechanism 'user-level'")
+        privacy, draw = self._signed.contract.privacy, self._noise(server_round)
+        for value in total.values():
+            noise = draw(value.size).reshape(value.shape)
+            value += privacy.noise_multiplier * privacy.clip_norm * noise
+
+    def _summed(self, message: Message) -> wire.SummedReply | None:
+        """Returns the replies in a sum; only of a grid that adds up in this very process."""
+        if not self._adds_up or message.has_error():
+            return None
+        return wire.decode_summed(message.content)
+
+    def _accept_summed(self, reply: wire.SummedReply, server_round: int) -> bool:
+        """Returns whether a sum is used: where every receipt in it is accepted."""
+        before = dict(self.replied)
+        for node, signed in reply.receipts.items():
+            try:
+                self._accept_receipt(signed, server_round, node)
+            except Exception as error:
+                self._refuse(self._name(node), INVALID_UPDATE, str(error))
+        if len(self.replied) < len(before) + len(reply.receipts):
+            for name in self.replied.keys() - before.keys():
+                self._refuse(name, FAILED, "its sum holds an update that is not used")
+            self.replied = before
+            return False
+        self.update_bytes = 4 * sum(math.prod(shape) for shape in self._shapes.values())
+        return True
 
     def _sort(self, message: Message, server_round: int) -> wire.TrainReply | None:
         """Returns the reply whose update is accepted, None where there is none."""
@@ -149,7 +239,7 @@ class PublicFedAvg(FedAvg):
                 if Reason(reply.reason).final:
                     self._retired.add(node)
                 return None
-            self._accept(reply, server_round, node)
+            self._accept_receipt(reply, server_round, node)
             self.update_bytes = max(self.update_bytes or 0, wire.update_bytes(message.content))
             return reply
         except RolledBack as error:
@@ -175,7 +265,9 @@ class PublicFedAvg(FedAvg):
     def _name(self, node: int) -> str:
         return self._names.get(node, f"node {node}")
 
-    def _accept(self, reply: wire.TrainReply, server_round: int, node: int) -> None:
+    def _accept_receipt(
+        self, reply: wire.TrainReply | wire.SignedReceipt, server_round: int, node: int
+    ) -> None:
         contract, receipt = self._signed.contract, reply.receipt
         terms = contract.site(receipt.site)
         if terms is None:
@@ -183,14 +275,8 @@ class PublicFedAvg(FedAvg):
         reply.verify(terms.key)
         if (receipt.contract, receipt.round) != (contract.sha256, server_round):
             raise VerificationFailed("of another contract or round")
-        private = contract.privacy.mechanism == "dp-sgd"
-        if private != isinstance(reply.update, ProtectedUpdate):
-            raise VerificationFailed("of another mechanism than the contract's")
-        fault = named.fault(reply.update.arrays, self._shapes)
-        if fault:
-            raise VerificationFailed(fault)
-        if private and _norm(reply.update.arrays) > greatest_norm(contract, terms, self._shapes):
-            raise VerificationFailed("of a norm that the contract's steps cannot reach")
+        if isinstance(reply, wire.TrainReply):  # else where it was added to its sum
+            check_update(reply.update, contract, terms, self._shapes)
         if contract.evaluates(server_round) != (receipt.evaluation is not None):
             raise VerificationFailed("with or without an evaluation, unlike the contract's round")
         if receipt.site in self.replied:
@@ -200,6 +286,26 @@ class PublicFedAvg(FedAvg):
         self.desk.check(reply, terms.domain, cost=entries.event_for(contract))
         self.replied[receipt.site] = receipt
         self._names[node] = receipt.site
+
+
+def check_update(
+    update: Update, contract: Contract, terms: SiteTerms, shapes: Mapping[str, Shape]
+) -> None:
+    """Returns where an update is such as a site's honest one: mechanism, shape, finite, norm.
+
+    Raises:
+        VerificationFailed: otherwise.
+    """
+    mechanism = contract.privacy.mechanism
+    if not isinstance(update, KINDS[mechanism]):
+        raise VerificationFailed("of another mechanism than the contract's")
+    fault = named.fault(update.arrays, shapes)
+    if fault:
+        raise VerificationFailed(fault)
+    if mechanism == "dp-sgd" and _norm(update.arrays) > greatest_norm(contract, terms, shapes):
+        raise VerificationFailed("of a norm that the contract's steps cannot reach")
+    if mechanism == "user-level" and _norm(update.arrays) > contract.privacy.clip_norm:
+        raise VerificationFailed("of a norm over the contract's clip norm")
 
 
 def greatest_norm(contract: Contract, site: SiteTerms, shapes: Mapping[str, Shape]) -> float:

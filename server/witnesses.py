@@ -42,7 +42,13 @@ class WitnessDesk:
             return None
         return witness.sign(site, *seen, self._key)
 
-    def check(self, reply: wire.TrainReply, domain: str, *, cost: Mapping[str, Any]) -> None:
+    def check(
+        self,
+        reply: wire.TrainReply | wire.SignedReceipt,
+        domain: str,
+        *,
+        cost: Mapping[str, Any],
+    ) -> None:
         """Returns where an update's ledger extends what was seen and holds a charge before it.
 
         Args:
@@ -84,7 +90,9 @@ class WitnessDesk:
 
 
 def _is_paid(
-    body: Charge | Evaluation, reply: wire.TrainReply, cost: Mapping[str, Any] | None = None
+    body: Charge | Evaluation,
+    reply: wire.TrainReply | wire.SignedReceipt,
+    cost: Mapping[str, Any] | None = None,
 ) -> bool:
     receipt = reply.receipt
     return (body.contract, body.site, body.domain, body.round, body.attempt, body.event) == (
@@ -97,7 +105,7 @@ def _is_paid(
     )
 
 
-def _is_release(body: Release, reply: wire.TrainReply) -> bool:
+def _is_release(body: Release, reply: wire.TrainReply | wire.SignedReceipt) -> bool:
     receipt = reply.receipt
     evaluation = [value.hex() for value in receipt.evaluation] if receipt.evaluation else None
     return (

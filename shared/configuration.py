@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,9 +13,19 @@ from bract.shared.errors import UnknownName, UsageError
 
 
 class Frozen(BaseModel):
-    """A value: immutable, strict about its keys, finite in its numbers."""
+    """A value: immutable, strict about its keys, finite in its numbers.
+
+    What is computed of it may be kept (`cached_property`); a changed copy computes it anew.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Returns a copy with other values; nothing that was kept of the old ones is in it."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[name]
+        return copied
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,6 +24,9 @@ Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,199}$")]
 Scalar = bool | int | float | str
 Task = Literal["classes", "next-token", "value"]
+
+Mechanism = Literal["dp-sgd", "user-level", "none"]
+Unit = Literal["example", "client"]
 
 ADJACENCY: Literal["add-or-remove-one"] = "add-or-remove-one"
 MAX_STEPS = 10_000_000
@@ -103,7 +107,11 @@ class DataTerms(_Grown):
 
     def __hash__(self) -> int:
         """Returns a hash of all terms; the options, a dict, have none of their own."""
-        return hash(self.model_dump_json())
+        return hash(self._text)
+
+    @cached_property
+    def _text(self) -> str:
+        return self.model_dump_json()
 
     @property
     def rows_per_person(self) -> int | None:
@@ -152,20 +160,32 @@ class TrainingTerms(_Grown):
 
 
 class PrivacyTerms(Frozen):
-    """The mechanism at each site: Poisson sampling at rate q, clip to C, noise of stddev σ·C."""
+    """The mechanism: clipping to C, and noise of standard deviation σ·C.
 
-    mechanism: Literal["dp-sgd", "none"] = "dp-sgd"
+    "dp-sgd" protects an example: each site samples at rate q, clips every example's gradient and
+    noises the sum of each step. "user-level" protects a site, the unit "client": its steps are
+    plain, its whole update is clipped, and the server noises the sum of a round once. That server
+    sees what is not noised yet, so only a simulation may run it. McMahan, Ramage, Talwar & Zhang
+    2018 (arXiv 1710.06963), without amplification: sites are chosen by the server.
+    """
+
+    mechanism: Mechanism = "dp-sgd"
     randomness: Literal["csprng", "seeded"] = "csprng"
     adjacency: Literal["add-or-remove-one"] = ADJACENCY
-    unit: Literal["example"] = "example"
+    unit: Unit = "example"
     sampling_rate: float = Field(gt=0, le=1)
     noise_multiplier: float = Field(ge=0)
     clip_norm: float = Field(gt=0)
 
     @model_validator(mode="after")
     def _noise_where_promised(self) -> PrivacyTerms:
-        if self.mechanism == "dp-sgd" and self.noise_multiplier <= 0:
-            raise ValueError("noise_multiplier must be above 0 for the mechanism 'dp-sgd'")
+        if self.mechanism != "none" and self.noise_multiplier <= 0:
+            raise ValueError(
+                f"noise_multiplier must be above 0 for the mechanism {self.mechanism!r}"
+            )
+        unit = "client" if self.mechanism == "user-level" else "example"
+        if self.unit != unit:
+            raise ValueError(f"unit must be {unit!r} for the mechanism {self.mechanism!r}")
         return self
 
 
@@ -208,13 +228,17 @@ class SiteTerms(Frozen):
     nominal_size: int = Field(ge=1)
 
 
-class Contract(Frozen):
+class Contract(_Grown):
     """One run, as every site and the server read it.
 
     `max_attempts` ≥ `rounds` bounds the charges at one site: a crashed round is charged again, so
     the budget is checked for `max_attempts`, not for `rounds`. `witness` is the key by which the
-    server countersigns the heads of the sites' ledgers.
+    server countersigns the heads of the sites' ledgers. `sites_per_round` is how many sites of the
+    cohort a round asks, None where it asks all: whom the server chooses is known to it, and makes
+    no charge smaller.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"sites_per_round"})
 
     schema_version: Literal[1] = 1
     run: Name
@@ -230,6 +254,7 @@ class Contract(Frozen):
     privacy: PrivacyTerms
     evaluation: EvaluationTerms | None = None
     cohort: tuple[SiteTerms, ...] = Field(min_length=1)
+    sites_per_round: int | None = Field(default=None, ge=1)
 
     @field_validator("cohort")
     @classmethod
@@ -249,6 +274,12 @@ class Contract(Frozen):
         if self.max_attempts < self.rounds:
             raise ValueError("max_attempts must be at least rounds")
         check_evaluation(self.evaluation, self.rounds)
+        if self.sites_per_round is not None and self.sites_per_round > len(self.cohort):
+            raise ValueError(
+                f"sites_per_round {self.sites_per_round} is over the {len(self.cohort)} sites"
+            )
+        if self.evaluation is not None and self.privacy.unit == "client":
+            raise ValueError("evaluation protects an example, not a client: leave it out")
         if self.evaluation is not None and self.data.task != "classes":
             raise ValueError(
                 f"evaluation counts right labels, and the task {self.data.task!r} has none: leave "
@@ -263,12 +294,18 @@ class Contract(Frozen):
             )
         private = self.privacy.mechanism == "dp-sgd" and self.privacy.randomness == "csprng"
         if not self.simulation and not private:
-            raise ValueError("only a simulation may be seeded or without noise")
+            raise ValueError(
+                "only a simulation may be seeded, without noise, or noised at the server alone"
+            )
         return self
 
     def site(self, name: str) -> SiteTerms | None:
         """Returns the terms of one site, or None where it is not in the cohort."""
-        return next((site for site in self.cohort if site.name == name), None)
+        return self._sites.get(name)
+
+    @cached_property
+    def _sites(self) -> dict[str, SiteTerms]:
+        return {site.name: site for site in self.cohort}
 
     def evaluates(self, round_number: int) -> bool:
         """Returns whether sites score the weights of a round on their own examples."""
@@ -284,6 +321,16 @@ class Contract(Frozen):
             return 0
         return self.evaluation.most(attempts=self.max_attempts, completed=self.rounds)
 
+    def weight(self, site: SiteTerms) -> int:
+        """Returns the public weight of a site's update in the mean of a round."""
+        # One client must change a noised sum by C at the most, however large it is.
+        return 1 if self.privacy.unit == "client" else site.nominal_size
+
+    @property
+    def planned(self) -> int:
+        """How many sites a round asks, where none has refused for good."""
+        return self.sites_per_round or len(self.cohort)
+
     def normaliser(self, site: SiteTerms) -> float:
         """Returns the public constant that divides a site's noisy sum: q · nominal size.
 
@@ -291,7 +338,7 @@ class Contract(Frozen):
         """
         return self.privacy.sampling_rate * site.nominal_size
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """The contract's name: SHA-256 of its canonical JSON."""
         return canonical.sha256(canonical.encode(self.model_dump(mode="json")))
@@ -305,6 +352,10 @@ class SignedContract(Frozen):
 
     def to_bytes(self) -> bytes:
         """Returns the canonical JSON that travels and rests as contract.json."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> bytes:
         return canonical.encode(self.model_dump(mode="json"))
 
     def verify(self, coordinator: str) -> Contract:
@@ -351,6 +402,11 @@ def from_bytes(text: bytes, *, source: str = "contract") -> SignedContract:
         VerificationFailed: where the text is not canonical.
         UsageError: where a field is missing, unknown or out of range.
     """
+    return _from_bytes(text, source)
+
+
+@lru_cache(maxsize=8)  # every order of a run carries the same one
+def _from_bytes(text: bytes, source: str) -> SignedContract:
     try:
         value: Any = canonical.decode(text)
     except VerificationFailed as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from bract.shared import keyfiles
+from bract.shared import canonical, keyfiles
 from bract.shared.errors import UsageError, VerificationFailed
 
 
@@ -22,7 +23,10 @@ class SigningKey:
 
     def sign(self, digest: bytes) -> bytes:
         """Returns the 64-byte signature of a tagged digest."""
-        return self.private.sign(digest)
+        signature = self.private.sign(digest)
+        # By the key itself, not by what `public` says of it.
+        _remember((self.private.public_key().public_bytes_raw(), signature, digest))
+        return signature
 
     def __repr__(self) -> str:
         return f"SigningKey(public={self.public})"
@@ -31,6 +35,16 @@ class SigningKey:
 def generate() -> SigningKey:
     """Returns a new key from the operating system's randomness."""
     return _with_public(Ed25519PrivateKey.generate())
+
+
+def derived(root: SigningKey, name: str) -> SigningKey:
+    """Returns the key of a name under another key: the same each time, and no file of its own.
+
+    For simulated sites, of which one process holds thousands.
+    """
+    secret = root.private.private_bytes_raw()
+    seed = canonical.tagged("derived-key/1", secret, name.encode())
+    return _with_public(Ed25519PrivateKey.from_private_bytes(seed))
 
 
 def save(key: SigningKey, path: Path) -> None:
@@ -82,9 +96,25 @@ def verify(public: str, signature: bytes, digest: bytes) -> None:
         VerificationFailed: for any other outcome, with no more said.
     """
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(signature, digest)
+        key = bytes.fromhex(public)
+        if (key, signature, digest) in _HOLD:
+            return
+        Ed25519PublicKey.from_public_bytes(key).verify(signature, digest)
+        _remember((key, signature, digest))
     except (InvalidSignature, ValueError, TypeError) as error:
         raise VerificationFailed("signature does not verify") from error
+
+
+_KEPT = 4096
+# Signatures that this process made or verified, the newest: a contract comes with every order, and
+# a ledger reads again what it wrote. Equal in all three parts, a signature holds again.
+_HOLD: OrderedDict[tuple[bytes, bytes, bytes], None] = OrderedDict()
+
+
+def _remember(held: tuple[bytes, bytes, bytes]) -> None:
+    _HOLD[held] = None
+    while len(_HOLD) > _KEPT:
+        _HOLD.popitem(last=False)
 
 
 def _with_public(private: Ed25519PrivateKey) -> SigningKey:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from bract.shared import canonical
 from bract.shared.configuration import Frozen
-from bract.shared.contract import Contract, EvaluationTerms, Hex32, Name, SiteTerms
+from bract.shared.contract import (
+    Contract,
+    EvaluationTerms,
+    Hex32,
+    Mechanism,
+    Name,
+    SiteTerms,
+)
 from bract.shared.errors import Reason, Refusal, UsageError
 
 # Above this standard error a noised accuracy says nothing, and would be paid for all the same.
@@ -70,7 +78,7 @@ class Policy(Frozen):
     coordinators: tuple[Hex32, ...] = Field(min_length=1)
     domains: dict[Name, DomainPolicy] = Field(min_length=1)
     models: tuple[str, ...] = Field(min_length=1)
-    mechanisms: tuple[Literal["dp-sgd", "none"], ...] = ("dp-sgd",)
+    mechanisms: tuple[Mechanism, ...] = ("dp-sgd",)
     min_noise_multiplier: float = Field(default=0.3, gt=0)
     max_sampling_rate: float = Field(default=1.0, gt=0, le=1)
     evaluation: bool = False
@@ -84,13 +92,17 @@ class Policy(Frozen):
                 raise ValueError(f"domain {name!r} overlaps {missing[0]!r}, which is not declared")
         return domains
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """The policy's name in every ledger entry: SHA-256 of its canonical JSON."""
         return canonical.sha256(self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """Returns the canonical JSON of the policy."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> bytes:
         return canonical.encode(self.model_dump(mode="json"))
 
     def charged_domains(self, domain: str) -> tuple[str, ...]:
@@ -126,6 +138,10 @@ def check(policy: Policy, contract: Contract) -> SiteTerms:
         raise Refusal(Reason.POLICY_MECHANISM, f"mechanism {privacy.mechanism!r} is not allowed")
     if privacy.mechanism == "dp-sgd":
         _check_private(policy, contract, terms)
+    elif privacy.mechanism == "user-level" and (
+        privacy.noise_multiplier < policy.min_noise_multiplier
+    ):
+        raise Refusal(Reason.POLICY_NOISE, f"σ {privacy.noise_multiplier} is too low")
     if contract.evaluation is not None:
         _check_evaluation(policy, contract.evaluation, terms)
     return terms

@@ -7,6 +7,7 @@ weights after a round and before, by parameter name.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from bract.shared.arrays import Arrays
 
@@ -14,6 +15,16 @@ from bract.shared.arrays import Arrays
 @dataclass(frozen=True, slots=True, eq=False)
 class ProtectedUpdate:
     """A difference of weights whose every step was clipped and noised."""
+
+    arrays: Arrays
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClippedUpdate:
+    """A difference of weights, clipped as a whole: private only once a sum of many is noised.
+
+    Only a simulation's ledger admits it.
+    """
 
     arrays: Arrays
 
@@ -33,4 +44,9 @@ class ProtectedScore:
     total: float
 
 
-Update = ProtectedUpdate | UnprotectedUpdate
+Update = ProtectedUpdate | ClippedUpdate | UnprotectedUpdate
+KINDS: Final[dict[str, type[Update]]] = {
+    "dp-sgd": ProtectedUpdate,
+    "user-level": ClippedUpdate,
+    "none": UnprotectedUpdate,
+}

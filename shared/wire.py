@@ -1,21 +1,28 @@
 """The messages between server and site: the only place that knows their keys.
 
 train    server → site   weights: arrays   order: contract, round, witness
-update   site → server   update (or unprotected-update): arrays   receipt: signed facts
+update   site → server   update (or clipped-, unprotected-update): arrays
+                         receipt: signed facts
                          ledger: the entries since the last witness
 refusal  site → server   refusal: reason, site, round
 close    server → site   close: contract, witness
 closed   site → server   closed: site
+
+Where a simulation adds updates up in the process that trained them, many replies are one:
+summed   site → server   summed: the receipts and ledgers of the sites that are in it
+                         sum: arrays
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
@@ -25,14 +32,23 @@ from bract.shared.arrays import Arrays
 from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, UsageError, VerificationFailed
 from bract.shared.privacy.witness import NOTHING, Extension, Link, Witness, from_bytes
-from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate, Update
+from bract.shared.updates import ClippedUpdate, ProtectedUpdate, UnprotectedUpdate, Update
 
 _WEIGHTS, _ORDER = "weights", "order"
-_UPDATE, _UNPROTECTED, _RECEIPT, _REFUSAL = "update", "unprotected-update", "receipt", "refusal"
+_UPDATE, _RECEIPT, _REFUSAL = "update", "receipt", "refusal"
+_KINDS: dict[str, type[Update]] = {
+    _UPDATE: ProtectedUpdate,
+    "clipped-update": ClippedUpdate,
+    "unprotected-update": UnprotectedUpdate,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
 _LEDGER, _CLOSE, _CLOSED = "ledger", "close", "closed"
+_SUMMED, _SUM = "summed", "sum"
 _STYPE = "numpy.ndarray.raw"
 _GREATEST = 2.0**53  # no count is larger; sums of such stay finite, whoever sends them
+_FLOAT32 = np.dtype(np.float32)
 _T = TypeVar("_T")
+Sum = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +88,28 @@ class Receipt:
 
     def digest(self) -> bytes:
         """Returns what the site signs."""
-        return canonical.tagged("receipt/1", canonical.encode(asdict(self)))
+        return canonical.tagged("receipt/1", self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """Returns its canonical JSON."""
+        return canonical.encode(_facts(self))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SignedReceipt:
+    """A receipt, the site's signature of it, and what its ledger grew by."""
+
+    receipt: Receipt
+    signature: bytes
+    ledger: Extension = NOTHING
+
+    def verify(self, key: str) -> None:
+        """Returns where the site's key signed the receipt.
+
+        Raises:
+            VerificationFailed: otherwise.
+        """
+        keys.verify(key, self.signature, self.receipt.digest())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +132,21 @@ class TrainReply:
             raise VerificationFailed("the receipt is of another update")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SummedReply:
+    """The replies of sites whose updates were checked and added up where they were made.
+
+    Args:
+        place: of the sum among those of a round.
+        receipts: of every update in the sum, by the node of its site.
+        total: float64, each update times its site's weight.
+    """
+
+    place: int
+    receipts: Mapping[int, SignedReceipt]
+    total: Mapping[str, Sum]
+
+
 @dataclass(frozen=True, slots=True)
 class RefusalReply:
     """A reason of the closed list; nothing of the site's data."""
@@ -104,7 +156,7 @@ class RefusalReply:
     reason: Reason
 
 
-def pack(arrays: Arrays) -> ArrayRecord:
+def pack(arrays: Arrays | Mapping[str, Sum]) -> ArrayRecord:
     """Returns arrays as they travel; messages to many sites share one such record."""
     return ArrayRecord(
         {
@@ -124,9 +176,7 @@ def bytes_of(record: ArrayRecord) -> int:
 def update_bytes(content: RecordDict) -> int:
     """Returns the bytes of the update in a reply, as they travelled."""
     return sum(
-        bytes_of(content.array_records[name])
-        for name in (_UPDATE, _UNPROTECTED)
-        if name in content.array_records
+        bytes_of(content.array_records[name]) for name in _KINDS if name in content.array_records
     )
 
 
@@ -153,12 +203,34 @@ def decode_order(content: RecordDict) -> TrainOrder:
     Raises:
         VerificationFailed: for a message of any other form.
     """
+    return _order(content, {})
+
+
+def decode_orders(contents: Iterable[RecordDict]) -> list[TrainOrder | VerificationFailed]:
+    """Returns the train order in each message, or why it is none.
+
+    Orders that share a record of weights share its arrays too.
+    """
+    unpacked: dict[int, Arrays] = {}
+    orders: list[TrainOrder | VerificationFailed] = []
+    for content in contents:
+        try:
+            orders.append(_order(content, unpacked))
+        except VerificationFailed as error:
+            orders.append(error)
+    return orders
+
+
+def _order(content: RecordDict, unpacked: dict[int, Arrays]) -> TrainOrder:
     records = _exactly(content, {_WEIGHTS, _ORDER})
     terms = _config(records[_ORDER], {"contract", "round", "witness"})
+    record = records[_WEIGHTS]
+    if id(record) not in unpacked:  # the messages that are being read keep their records alive
+        unpacked[id(record)] = unpack(record)
     return TrainOrder(
         contract=_contract(terms),
         round=_typed(terms, "round", int),
-        weights=unpack(records[_WEIGHTS]),
+        weights=unpacked[id(record)],
         witness=_witness(terms),
     )
 
@@ -191,8 +263,30 @@ def encode_closed(site: str) -> RecordDict:
 
 def encode_reply(reply: TrainReply) -> RecordDict:
     """Returns the content of an update; a protected and an unprotected one differ in their key."""
-    name = _UPDATE if isinstance(reply.update, ProtectedUpdate) else _UNPROTECTED
-    facts = {**asdict(reply.receipt), "evaluation": list(reply.receipt.evaluation or ())}
+    name = _NAMES[type(reply.update)]
+    return RecordDict({name: pack(reply.update.arrays), **_signed(reply)})
+
+
+def encode_summed(reply: SummedReply) -> RecordDict:
+    """Returns the content of the one message that stands for the replies of a sum's sites."""
+    signed = list(reply.receipts.values())
+    summed = ConfigRecord(
+        {
+            "place": reply.place,
+            "nodes": list(reply.receipts),
+            "receipts": [one.receipt.to_bytes() for one in signed],
+            "signatures": [one.signature for one in signed],
+            "since": [_optional(one.ledger.since) for one in signed],
+            "lengths": [len(one.ledger.links) for one in signed],
+            "hashes": [link.body_hash for one in signed for link in one.ledger.links],
+            "bodies": [link.body for one in signed for link in one.ledger.links],
+        }
+    )
+    return RecordDict({_SUMMED: summed, _SUM: pack(reply.total)})
+
+
+def _signed(reply: TrainReply | SignedReceipt) -> dict[str, ConfigRecord]:
+    facts = {**_facts(reply.receipt), "evaluation": list(reply.receipt.evaluation or ())}
     receipt = ConfigRecord({**facts, "signature": reply.signature})
     ledger = ConfigRecord(
         {
@@ -201,7 +295,11 @@ def encode_reply(reply: TrainReply) -> RecordDict:
             "bodies": [link.body for link in reply.ledger.links],
         }
     )
-    return RecordDict({name: pack(reply.update.arrays), _RECEIPT: receipt, _LEDGER: ledger})
+    return {_RECEIPT: receipt, _LEDGER: ledger}
+
+
+def _facts(receipt: Receipt) -> dict[str, Any]:
+    return {name: getattr(receipt, name) for name in Receipt.__dataclass_fields__}
 
 
 def encode_refusal(refusal: RefusalReply) -> RecordDict:
@@ -227,9 +325,50 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
         return RefusalReply(
             site=_typed(record, "site", str), round=_typed(record, "round", int), reason=reason
         )
-    name = _UPDATE if _UPDATE in content else _UNPROTECTED
+    name = next((name for name in _KINDS if name in content), _UPDATE)
     records = _exactly(content, {name, _RECEIPT, _LEDGER})
-    values = unpack(records[name])
+    values, signed = unpack(records[name]), _signed_receipt(records)
+    return TrainReply(_KINDS[name](values), signed.receipt, signed.signature, signed.ledger)
+
+
+def decode_summed(content: RecordDict) -> SummedReply | None:
+    """Returns the replies that are in a sum, None for a message of another kind.
+
+    Only for a grid that adds up in its own processes: a stranger's sum could not be checked.
+
+    Raises:
+        VerificationFailed: for a message that is not quite of that form.
+    """
+    if _SUMMED not in content:
+        return None
+    records = _exactly(content, {_SUMMED, _SUM})
+    columns = ["nodes", "receipts", "signatures", "since", "lengths", "hashes", "bodies"]
+    summed = _config(records[_SUMMED], {"place", *columns})
+    nodes, receipts, signatures, since, lengths, hashes, bodies = (
+        _typed(summed, name, list) for name in columns
+    )
+    links = iter(_links(hashes, bodies))
+    each = zip(nodes, receipts, signatures, since, lengths, strict=True)
+    return SummedReply(
+        place=_typed(summed, "place", int),
+        receipts={
+            node: SignedReceipt(
+                receipt=_receipt(text),
+                signature=signature,
+                ledger=Extension(from_bytes(seen) if seen else None, tuple(islice(links, count))),
+            )
+            for node, text, signature, seen, count in each
+        },
+        total=unpack_sum(records[_SUM]),
+    )
+
+
+def _receipt(text: bytes) -> Receipt:
+    facts = canonical.decode(text)
+    return Receipt(**{**facts, "evaluation": _pair(facts["evaluation"] or [])})
+
+
+def _signed_receipt(records: Mapping[str, Any]) -> SignedReceipt:
     facts = _config(records[_RECEIPT], {*Receipt.__dataclass_fields__, "signature"})
     receipt = Receipt(
         contract=_typed(facts, "contract", str),
@@ -242,9 +381,7 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
         head_hash=_typed(facts, "head_hash", str),
         evaluation=_evaluation(facts),
     )
-    made = ProtectedUpdate if name == _UPDATE else UnprotectedUpdate
-    return TrainReply(
-        update=made(values),
+    return SignedReceipt(
         receipt=receipt,
         signature=_typed(facts, "signature", bytes),
         ledger=_extension(_config(records[_LEDGER], {"since", "hashes", "bodies"})),
@@ -253,7 +390,10 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
 
 def _evaluation(record: Mapping[str, Any]) -> tuple[float, float] | None:
     """Returns the noised pair, None for an empty list: a record cannot hold 'none'."""
-    values = _typed(record, "evaluation", list)
+    return _pair(_typed(record, "evaluation", list))
+
+
+def _pair(values: list[Any]) -> tuple[float, float] | None:
     if not values:
         return None
     if len(values) != 2 or not all(type(v) is float and abs(v) <= _GREATEST for v in values):
@@ -279,13 +419,16 @@ def _contract(record: Mapping[str, Any]) -> SignedContract:
 
 def _extension(record: Mapping[str, Any]) -> Extension:
     hashes, bodies = _typed(record, "hashes", list), _typed(record, "bodies", list)
+    return Extension(since=_witness(record, "since"), links=_links(hashes, bodies))
+
+
+def _links(hashes: list[Any], bodies: list[Any]) -> tuple[Link, ...]:
     if len(hashes) != len(bodies) or not all(
         type(one) is bytes and len(one) == 32 and type(other) is bytes
         for one, other in zip(hashes, bodies, strict=True)
     ):
         raise VerificationFailed("the entries since a witness are not hashes and bodies")
-    links = tuple(Link(*pair) for pair in zip(hashes, bodies, strict=True))
-    return Extension(since=_witness(record, "since"), links=links)
+    return tuple(Link(*pair) for pair in zip(hashes, bodies, strict=True))
 
 
 def unpack(record: Any) -> dict[str, named.Array]:
@@ -294,21 +437,36 @@ def unpack(record: Any) -> dict[str, named.Array]:
     Raises:
         VerificationFailed: where it is anything else.
     """
+    return {name: _view(name, value) for name, value in _arrays(record)}
+
+
+def unpack_sum(record: Any) -> dict[str, Sum]:
+    """Returns copies of the float64 arrays in a record.
+
+    Raises:
+        VerificationFailed: where it is anything else.
+    """
+    return {
+        name: _view(name, value, np.dtype(np.float64)).copy() for name, value in _arrays(record)
+    }
+
+
+def _arrays(record: Any) -> Iterable[tuple[str, FlowerArray]]:
     if not isinstance(record, ArrayRecord):
         raise VerificationFailed("a message without arrays")
-    return {name: _view(name, value) for name, value in record.items()}
+    return record.items()
 
 
-def _view(name: str, value: FlowerArray) -> named.Array:
+def _view(name: str, value: FlowerArray, kind: np.dtype[Any] = _FLOAT32) -> npt.NDArray[Any]:
     # Never np.load: raw float32 bytes cannot hold an object, so nothing is unpickled.
     shape = tuple(value.shape)
     # math.prod has no width that a hostile shape could overflow.
-    expected = 4 * math.prod(shape) if all(n >= 0 for n in shape) else -1
-    if value.stype != _STYPE or value.dtype != "float32" or len(value.data) != expected:
-        raise VerificationFailed(f"array {name!r} is not raw float32 of its shape")
+    expected = kind.itemsize * math.prod(shape) if all(n >= 0 for n in shape) else -1
+    if value.stype != _STYPE or value.dtype != kind.name or len(value.data) != expected:
+        raise VerificationFailed(f"array {name!r} is not raw {kind.name} of its shape")
     try:
         # A read-only view of immutable bytes: nothing that is done with it can reach the message.
-        return np.frombuffer(value.data, dtype=np.float32).reshape(shape)
+        return np.frombuffer(value.data, dtype=kind).reshape(shape)
     except (ValueError, OverflowError) as error:  # no elements, yet an axis beyond numpy's
         raise VerificationFailed(f"array {name!r} has a shape that cannot be held") from error
 

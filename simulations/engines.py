@@ -21,7 +21,9 @@ from bract.client.app import app as client_app
 from bract.server.app import app as server_app
 from bract.shared.errors import UsageError
 from bract.simulations import flower
+from bract.simulations.cohort import CohortGrid
 from bract.simulations.grid import RUN, SERVER, LocalGrid
+from bract.simulations.randomness import SeededRandomness
 from bract.simulations.sites import FACTORY, PLAN_VARIABLE, node_config, open_plan
 
 
@@ -38,9 +40,16 @@ class LocalEngine:
 
     def run(self, plan: Path, *, sites: int, workers: int, run_config: Mapping[str, Any]) -> int:
         """Returns the number of workers, when the ServerApp has ended."""
-        node_configs = [node_config(plan, place) for place in range(sites)]
         count = min(workers, sites)
-        grid = LocalGrid(client_app, node_configs, workers=count)
+        grid: LocalGrid | CohortGrid
+        planned = open_plan(plan)
+        if planned.shares_a_file:
+            grid = CohortGrid(plan, sites=sites, workers=count)
+        else:
+            node_configs = [node_config(plan, place) for place in range(sites)]
+            grid = LocalGrid(client_app, node_configs, workers=count)
+        server = SeededRandomness(planned.seed, "server")
+        grid.noise = lambda round_number: server.stream(round_number).normals
         try:
             server_app(
                 grid, flower.context(run=RUN, node=SERVER, node_config={}, run_config=run_config)

@@ -11,7 +11,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from bract.shared.configuration import Frozen, parse, read_toml
-from bract.shared.contract import EvaluationTerms, ModelTerms, TrainingTerms, check_evaluation
+from bract.shared.contract import (
+    EvaluationTerms,
+    Mechanism,
+    ModelTerms,
+    TrainingTerms,
+    check_evaluation,
+)
 from bract.shared.data.choice import DataChoice
 from bract.shared.data.images import schema_of
 from bract.shared.data.partitions import Partition
@@ -56,10 +62,11 @@ class DataSettings(DataChoice):
 class PrivacySettings(Frozen):
     """What a run may cost a site; σ is calibrated to ε unless it is given.
 
+    With the mechanism "user-level" ε is that of a whole site; its `batch` is not protected apart.
     `batch` is the expected logical batch at a site of mean size: q = batch / mean nominal size.
     """
 
-    mechanism: Literal["dp-sgd", "none"] = "dp-sgd"
+    mechanism: Mechanism = "dp-sgd"
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     clip_norm: float = Field(gt=0)
@@ -87,6 +94,7 @@ class ExecutionSettings(Frozen):
 class Experiment(Frozen):
     """A simulated federation.
 
+    `sites_per_round` of all sites are asked in a round, chosen anew each time; None asks all.
     `spare_attempts` is what crashed and void rounds may cost: σ is calibrated to
     rounds + spare_attempts. `seed` makes partition, start, sampling and noise repeatable, which is
     why a simulation never carries a guarantee. `evaluation` asks the sites, whose policies then
@@ -96,6 +104,7 @@ class Experiment(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")
     seed: int = Field(ge=0, lt=2**63)
     sites: int = Field(ge=1, le=1_000_000)
+    sites_per_round: int | None = Field(default=None, ge=1)
     rounds: int = Field(ge=1)
     spare_attempts: int = Field(default=2, ge=0)
     device: str = "cpu"
@@ -110,7 +119,13 @@ class Experiment(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
         check_evaluation(self.evaluation, self.rounds)
-        if self.privacy.mechanism == "dp-sgd" and self.privacy.epsilon > self.policy.epsilon:
+        if self.sites_per_round is not None and self.sites_per_round > self.sites:
+            raise ValueError(
+                f"sites_per_round {self.sites_per_round} is over the {self.sites} sites; lower it"
+            )
+        if self.evaluation is not None and self.privacy.mechanism == "user-level":
+            raise ValueError("evaluation protects an example, not a client: leave it out")
+        if self.privacy.mechanism != "none" and self.privacy.epsilon > self.policy.epsilon:
             raise ValueError(
                 f"privacy.epsilon {self.privacy.epsilon} is over policy.epsilon "
                 f"{self.policy.epsilon}; no site would take part"

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
@@ -22,11 +24,17 @@ from bract.simulations.workers import Pool
 logger = logging.getLogger("bract.simulations")
 
 RUN, SERVER = 1, 1
-_FIRST_NODE = 1000
+FIRST_NODE = 1000
 _FAILED = 2
 
 
-class LocalGrid(SingleRunGrid):
+class SimulatedGrid(SingleRunGrid):
+    """A grid in this process, which may noise sums with what a seed gives: a simulation's only."""
+
+    noise: Callable[[int], Callable[[int], npt.NDArray[np.float64]]] | None = None
+
+
+class LocalGrid(SimulatedGrid):
     """Carries messages to sites in this process or in workers.
 
     Args:
@@ -39,7 +47,7 @@ class LocalGrid(SingleRunGrid):
         self, client: ClientApp, node_configs: Sequence[Mapping[str, Any]], *, workers: int
     ) -> None:
         flower.bind_server(RUN, SERVER)
-        nodes = {_FIRST_NODE + place: config for place, config in enumerate(node_configs)}
+        nodes = {FIRST_NODE + place: config for place, config in enumerate(node_configs)}
 
         def answer(message: Message) -> Message:
             node = message.metadata.dst_node_id
@@ -49,10 +57,10 @@ class LocalGrid(SingleRunGrid):
             except Exception as error:
                 logger.error("node %d failed: %s", node, type(error).__name__)
                 logger.debug("at %s", "".join(traceback.format_tb(error.__traceback__)))
-                return _failed(message)
+                return failed(message)
 
         self._nodes = list(nodes)
-        self._pool = Pool(answer, _failed, workers=workers)
+        self._pool = Pool(answer, failed, workers=workers)
         self._replies: dict[str, Message] = {}
         self._sent = 0
 
@@ -90,6 +98,7 @@ class LocalGrid(SingleRunGrid):
         self._pool.close()
 
 
-def _failed(message: Message) -> Message:
+def failed(message: Message) -> Message:
+    """Returns the answer of a node that has none."""
     # No text: an exception could quote private data.
     return Message(Error(_FAILED), reply_to=message)

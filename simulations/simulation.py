@@ -188,7 +188,7 @@ class Simulation:
         cohort = tuple(
             SiteTerms(
                 name=name,
-                key=keys.load_or_generate(state.key(name)).public,
+                key=state.site_key(name, many=plan.many).public,
                 domain=plan.domain_of(name),
                 nominal_size=size,
             )
@@ -208,6 +208,7 @@ class Simulation:
             privacy=_privacy_terms(experiment, sizes),
             evaluation=experiment.evaluation,
             cohort=cohort,
+            sites_per_round=experiment.sites_per_round,
         )
         return contract.sign(agreed, keys.load(state.key("coordinator")))
 
@@ -276,12 +277,13 @@ def _check(experiment: Experiment, data: DataTerms, folder: Path | None) -> None
     check_budget(experiment.privacy.epsilon, experiment.privacy.delta)
     devices.resolve(experiment.device)
     splits = load(data, folder)
-    admission.admit(models.of(experiment.model, data), data=data, name=experiment.model.name)
+    model = models.of(experiment.model, data)
+    admission.admit_once(model, terms=experiment.model, data=data)
     if experiment.data.partition.kind == "natural":
         sizes = [nominal_size(len(part)) for part in _parts(experiment, splits)]
     else:
         sizes = [max(nominal_size(len(splits.train) // experiment.sites), 1)]
-    check_delta(experiment.privacy.delta, max(sizes))
+    check_delta(experiment.privacy.delta, _protected(experiment, sizes))
     rate_of(experiment.privacy.batch, sizes)
 
 
@@ -322,7 +324,7 @@ def _domain_facts(experiment: Experiment) -> dict[str, Any]:
 
 def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:
     privacy = experiment.privacy
-    check_delta(privacy.delta, max(sizes))
+    check_delta(privacy.delta, _protected(experiment, sizes))
     rate = rate_of(privacy.batch, sizes)
     if privacy.mechanism == "none":
         sigma = 0.0
@@ -333,10 +335,16 @@ def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:
     return PrivacyTerms(
         mechanism=privacy.mechanism,
         randomness="seeded",
+        unit="client" if privacy.mechanism == "user-level" else "example",
         sampling_rate=rate,
         noise_multiplier=sigma,
         clip_norm=privacy.clip_norm,
     )
+
+
+def _protected(experiment: Experiment, sizes: list[int]) -> int:
+    """Returns how many units one mechanism protects at the most: δ must be below one over it."""
+    return experiment.sites if experiment.privacy.mechanism == "user-level" else max(sizes)
 
 
 def _calibrated(experiment: Experiment, rate: float) -> float:
@@ -344,6 +352,8 @@ def _calibrated(experiment: Experiment, rate: float) -> float:
     privacy, ceiling = experiment.privacy, experiment.policy
     attempts = experiment.rounds + experiment.spare_attempts
     steps = attempts * experiment.training.local_steps
+    if privacy.mechanism == "user-level":
+        rate, steps = 1.0, attempts
     beside = entries.events_of_evaluations(
         experiment.evaluation, attempts=attempts, completed=experiment.rounds
     )

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from flwr.app import Context
@@ -16,13 +15,15 @@ from bract.client.gate import Gate
 from bract.client.site import Site, Trainers
 from bract.client.training.trainer import Execution
 from bract.client.updates import UpdateStore
-from bract.shared import keys
+from bract.shared import arrays
+from bract.shared.arrays import Arrays
 from bract.shared.configuration import Frozen
-from bract.shared.contract import DataTerms
+from bract.shared.contract import DataTerms, Mechanism
 from bract.shared.data import Examples, load
 from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy.ledger import Ledger
+from bract.simulations import state
 from bract.simulations.experiment import ExecutionSettings, PolicySettings
 from bract.simulations.randomness import SeededRandomness
 from bract.simulations.state import State
@@ -46,7 +47,7 @@ class Plan(Frozen):
     seed: int
     coordinator: str
     model: str
-    mechanism: Literal["dp-sgd", "none"]
+    mechanism: Mechanism
     delta: float
     policy: PolicySettings
     evaluation: bool = False
@@ -65,10 +66,21 @@ class Plan(Frozen):
     def domain_of(self, site: str) -> str:
         """Returns the id of a site's data domain.
 
-        Runs without privacy take a domain of their own, so that they leave the others' finite.
+        Runs without privacy take a domain of their own, so that they leave the others' finite; and
+        a ledger protects one unit.
         """
-        suffix = ".unprotected" if self.mechanism == "none" else ""
-        return f"{self.domain}.{site}{suffix}"
+        suffixes = {"dp-sgd": "", "user-level": ".clients", "none": ".unprotected"}
+        return f"{self.domain}.{site}{suffixes[self.mechanism]}"
+
+    @property
+    def shares_a_file(self) -> bool:
+        """Whether all sites keep their chains in one ledger file."""
+        return self.state.shares_a_file(self.name_of(0), many=self.many)
+
+    @property
+    def many(self) -> bool:
+        """Whether sites share a ledger file that none has one of its own beside."""
+        return self.sites >= state.SHARED_FILE_FROM or self.mechanism == "user-level"
 
     def policy_of(self, site: str) -> Policy:
         """Returns the policy that a simulated site enforces."""
@@ -117,21 +129,27 @@ def node_config(plan: Path, place: int) -> dict[str, str | int]:
     return {"site-factory": FACTORY, "plan": str(plan), "partition-id": place}
 
 
+def site_of(plan: Path, place: int) -> Site:
+    """Returns a site of a plan, warm where this process has opened it of late."""
+    return _site(str(plan), place)
+
+
 def open_plan(path: Path) -> Plan:
     """Returns the plan that a simulation wrote."""
     return _plan(str(path))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _site(plan_path: str, index: int) -> Site:
     plan = _plan(plan_path)
     name = plan.name_of(index)
     randomness = SeededRandomness(plan.seed, name)
+    shared = plan.state.shares_a_file(name, many=plan.many)
     gate = Gate(
         policy=plan.policy_of(name),
-        key=keys.load(plan.state.key(name)),
-        ledger=_ledger(str(plan.state.ledger(name, plan.sites))),
-        updates=UpdateStore(plan.state.updates(name)),
+        key=plan.state.site_key(name, many=plan.many),
+        ledger=_ledger(str(plan.state.ledger(name, many=plan.many))),
+        updates=NotKept() if shared else UpdateStore(plan.state.updates(name)),
         holdings=_Part(plan_path, index),
         simulation=True,
         randomness=randomness.kind,
@@ -141,8 +159,21 @@ def _site(plan_path: str, index: int) -> Site:
         gate=gate,
         randomness=randomness,
         trainers=_trainers(plan_path),
-        fingerprints=Fingerprints(plan.state.private / "fingerprints" / name),
+        # Of many sites the state's own facts say what data they hold.
+        fingerprints=None if shared else Fingerprints(plan.state.private / "fingerprints" / name),
     )
+
+
+class NotKept:
+    """Updates of sites that share a ledger file: they never leave the process that made them."""
+
+    def keep(self, values: Arrays) -> str:
+        """Returns the update's hash."""
+        return arrays.digest(values)
+
+    def find(self, name: str) -> dict[str, arrays.Array] | None:
+        """Returns None: the round is charged again."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)

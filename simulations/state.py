@@ -6,21 +6,24 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bract.shared import canonical, locks
+from bract.shared import canonical, keys, locks
 from bract.shared.errors import UsageError
 
-SHARED_FILE_ABOVE = 100
+SHARED_FILE_FROM = 100
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """The folders of the sites' lasting state.
 
-    `ledgers` holds SITE.sqlite, or all.sqlite for over 100 sites; `private` holds keys, updates
-    and what the state was begun with.
+    `ledgers` holds SITE.sqlite, or all.sqlite for 100 sites and more and where a whole site is
+    protected; `private` holds keys, updates and what the state was begun with. Sites that share a
+    ledger file have their keys from one, and keep no update: a round that was killed is charged
+    again.
     """
 
     ledgers: Path
@@ -36,9 +39,21 @@ class State:
         """Returns the state of a run that shares it with no other: it lies in the run folder."""
         return cls(ledgers=out / "ledgers", private=out / "state")
 
-    def ledger(self, site: str, sites: int) -> Path:
-        """Returns the ledger file of a site among `sites`."""
-        return self.ledgers / ("all.sqlite" if sites > SHARED_FILE_ABOVE else f"{site}.sqlite")
+    def shares_a_file(self, site: str, *, many: bool) -> bool:
+        """Returns whether a site, one of many, keeps its chains beside the others'."""
+        # What a site has charged in a file of its own is never left behind.
+        return many and not (self.ledgers / f"{site}.sqlite").exists()
+
+    def ledger(self, site: str, *, many: bool) -> Path:
+        """Returns the ledger file of a site."""
+        return self.ledgers / f"{'all' if self.shares_a_file(site, many=many) else site}.sqlite"
+
+    def site_key(self, site: str, *, many: bool) -> keys.SigningKey:
+        """Returns the key of a site, made where there is none yet."""
+        path = self.key(site)
+        if path.exists() or not self.shares_a_file(site, many=many):
+            return keys.load_or_generate(path)
+        return keys.derived(_root(self.key("sites")), site)
 
     def key(self, name: str) -> Path:
         """Returns the file of a signing key."""
@@ -91,3 +106,8 @@ class State:
                 f"{self.private.parent} was begun with {name} {begun.get(name)!r}, this run has "
                 f"{facts[name]!r}: another partition is another domain; use another --state"
             )
+
+
+@lru_cache(maxsize=4)
+def _root(path: Path) -> keys.SigningKey:
+    return keys.load_or_generate(path)

@@ -32,7 +32,7 @@ def publish_ledgers(plan: Plan, agreed: Contract, out: Path) -> list[Path]:
     """Returns the ledger files in the run folder; copied there where the state lies elsewhere."""
     target = State.of_run(out)
     paths = []
-    for name in sorted({plan.state.ledger(s.name, plan.sites) for s in agreed.cohort}):
+    for name in sorted({plan.state.ledger(s.name, many=plan.many) for s in agreed.cohort}):
         if not name.exists():
             continue
         path = target.ledgers / name.name
@@ -102,7 +102,7 @@ def proven(
     }
     return Summary(
         **facts_of(agreed),
-        **_worst(list(used.values()), per_site, delta, agreed.data.rows_per_person),
+        **_worst(list(used.values()), per_site, delta, _rows_per_person(agreed)),
         per_site=per_site,
         heads={
             name: LedgerHead(
@@ -122,6 +122,11 @@ def save(summary: Summary, out: Path) -> None:
     canonical.write_atomically(
         out / "summary.json", canonical.encode(summary.model_dump(mode="json"))
     )
+
+
+def _rows_per_person(agreed: Contract) -> int | None:
+    # Of a whole site's protection nothing follows that is not said already.
+    return None if agreed.privacy.unit == "client" else agreed.data.rows_per_person
 
 
 def _guarantee(agreed: Contract, chains: Iterable[Chain]) -> Guarantee:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import queue
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -27,6 +29,7 @@ class Pool(Generic[Task, Answer]):
         handler: what answers one task; it must not raise.
         lost: the answer for a task whose worker died.
         workers: how many processes; 1 answers here.
+        ahead: what a worker does for its next task, in a thread, while it answers the one before.
     """
 
     def __init__(
@@ -35,10 +38,12 @@ class Pool(Generic[Task, Answer]):
         lost: Callable[[Task], Answer],
         *,
         workers: int,
+        ahead: Callable[[Task], None] | None = None,
     ) -> None:
         # One thread everywhere: sums of floats must not depend on how work is spread.
         torch.set_num_threads(1)
         self._handler, self._lost = handler, lost
+        self._depth = 1 if ahead is None else 2
         self._workers: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
         # fork shares the data sets already read; macOS cannot fork after its frameworks are up.
@@ -48,7 +53,7 @@ class Pool(Generic[Task, Answer]):
             ours, theirs = start.Pipe()
             inherited = [*self._workers, ours] if fork else []
             process = start.Process(
-                target=_serve, args=(theirs, handler, inherited, os.getpid()), daemon=True
+                target=_serve, args=(theirs, handler, ahead, inherited, os.getpid()), daemon=True
             )
             process.start()
             theirs.close()
@@ -61,21 +66,26 @@ class Pool(Generic[Task, Answer]):
             for task in tasks:
                 yield copy.deepcopy(self._handler(copy.deepcopy(task)))
             return
-        waiting, busy = deque(tasks), dict[Connection, Task]()
+        waiting, busy = deque(tasks), dict[Connection, deque[Task]]()
         while waiting or busy:
-            for worker in [w for w in self._workers if w not in busy]:
-                if waiting:
-                    self._send(worker, waiting, busy)
+            for _ in range(self._depth):  # one for each worker, before any has a second
+                for worker in list(self._workers):
+                    if waiting and len(busy.get(worker, ())) < self._depth:
+                        self._send(worker, waiting, busy)
             if waiting and not self._workers:
                 raise BractError("every worker process died: lower --workers, or free some memory")
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)  # noqa: S101  only connections were given
-                task = busy.pop(ready)
                 try:
-                    yield ready.recv()
+                    answer = ready.recv()
                 except (EOFError, OSError):
                     self._workers.remove(ready)
-                    yield self._lost(task)
+                    yield from map(self._lost, busy.pop(ready))
+                    continue
+                busy[ready].popleft()
+                if not busy[ready]:
+                    del busy[ready]
+                yield answer
 
     def close(self) -> None:
         """Ends the workers."""
@@ -86,19 +96,23 @@ class Pool(Generic[Task, Answer]):
             if process.is_alive():
                 process.terminate()
 
-    def _send(self, worker: Connection, waiting: deque[Task], busy: dict[Connection, Task]) -> None:
+    def _send(
+        self, worker: Connection, waiting: deque[Task], busy: dict[Connection, deque[Task]]
+    ) -> None:
         task = waiting.popleft()
         try:
             worker.send(task)
-            busy[worker] = task
+            busy.setdefault(worker, deque()).append(task)
         except OSError:
-            self._workers.remove(worker)
             waiting.appendleft(task)
+            if worker not in busy:  # else what it has not answered is told as lost
+                self._workers.remove(worker)
 
 
 def _serve(
     tasks: Connection,
     handler: Callable[[Task], Answer],
+    ahead: Callable[[Task], None] | None,
     inherited: Sequence[Connection],
     parent: int,
 ) -> None:
@@ -107,8 +121,34 @@ def _serve(
         end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    while os.getppid() == parent:
+    received = _received(tasks) if ahead is None else _read_ahead(tasks, ahead)
+    for task in received:
+        if os.getppid() != parent:
+            return
         try:
-            tasks.send(handler(tasks.recv()))
+            tasks.send(handler(task))
         except (EOFError, OSError):
             return
+
+
+def _received(tasks: Connection) -> Iterator[Any]:
+    while True:
+        try:
+            yield tasks.recv()
+        except (EOFError, OSError):
+            return
+
+
+def _read_ahead(tasks: Connection, ahead: Callable[[Any], None]) -> Iterator[Any]:
+    """Yields tasks whose reading was done while the one before was answered."""
+    ready: queue.Queue[Any] = queue.Queue(maxsize=1)
+
+    def read() -> None:
+        for task in _received(tasks):
+            ahead(task)
+            ready.put((task,))
+        ready.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while (item := ready.get()) is not None:
+        yield item[0]

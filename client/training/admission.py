@@ -14,10 +14,34 @@ from torch import Tensor, nn
 
 from bract.client.training.bookkeeping import Loss
 from bract.client.training.gradients import expected_warnings
-from bract.shared import tasks
-from bract.shared.contract import DataTerms
+from bract.shared import canonical, models, tasks
+from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.errors import ModelRejected
 from bract.shared.models import released_parameters
+
+_KEPT = 16
+_ADMITTED: dict[tuple[models.Factory, bytes, DataTerms], None] = {}
+
+
+def admit_once(model: nn.Module, *, terms: ModelTerms, data: DataTerms) -> None:
+    """Returns as `admit` does; what was admitted in this process is not looked at again.
+
+    Args:
+        model: on the CPU, as its factory built it from the terms.
+        terms: its name and options.
+        data: what an example looks like, and what is learned of it.
+
+    Raises:
+        ModelRejected: as `admit` does.
+    """
+    # By the factory itself: another module of the same name makes another model.
+    options = canonical.encode(terms.options)
+    key = (models.factory(terms.name), options, data)
+    if key not in _ADMITTED:
+        admit(model, data=data, name=terms.name)
+        _ADMITTED[key] = None
+        while len(_ADMITTED) > _KEPT:
+            del _ADMITTED[next(iter(_ADMITTED))]
 
 
 def admit(model: nn.Module, *, data: DataTerms, name: str) -> None:

@@ -8,7 +8,7 @@ norm, then the weighted sums.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -117,6 +117,39 @@ def _full(value: Tensor) -> Tensor:
     return value.float() if value.dtype == torch.bfloat16 else value
 
 
+class Layout:
+    """Runs a model for images with their channels last in memory, if the model can.
+
+    Pooling, patches and convolutions are up to several times faster so. A model that views its
+    tensors as if the channels came first fails, whatever the data, and is taken back.
+
+    Args:
+        model: whose weights are laid so.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._channels_last = any(p.dim() == 4 for p in model.parameters())
+        if self._channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def outputs(self, run: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Returns what running the model on inputs gives."""
+        if not self._channels_last:
+            return run(inputs)
+        lying = inputs
+        if inputs.dim() == 4:  # and not views of images, which have an axis of their own
+            lying = inputs.contiguous(memory_format=torch.channels_last)
+        try:
+            return run(lying)
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+            self._channels_last = False
+            self._model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            return run(inputs)
+
+
 class BookKeepingSum:
     """Sums of clipped gradients by a rule for each kind of layer, else by Opacus' samplers.
 
@@ -135,23 +168,29 @@ class BookKeepingSum:
         self, model: nn.Module, loss: Loss, clip_norm: float, *, halves: bool = False
     ) -> None:
         self._module = _Recorder(model, self.rules)
-        self._channels_last = any(p.dim() == 4 for p in model.parameters())
-        if self._channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._layout = Layout(model)
         named = model.named_parameters()
         self._names: dict[Tensor, str] = {p: name for name, p in named if p.requires_grad}
         self._loss, self._clip_norm, self._halves = loss, clip_norm, halves
 
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         """Adds the clipped gradients of a physical batch."""
+        self.add_parts_([(sums, layers.EVERY)], inputs, targets)
+
+    def add_parts_(
+        self, parts: Sequence[tuple[dict[str, Tensor], slice]], inputs: Tensor, targets: Tensor
+    ) -> None:
+        """Adds to each sums the clipped gradients of its part of the examples, in one pass."""
         try:
-            self._add_(sums, inputs, targets)
+            self._add_(parts, inputs, targets)
         except BaseException:
             self._module.clear()
             layers.give_back(self._names)
             raise
 
-    def _add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
+    def _add_(
+        self, parts: Sequence[tuple[dict[str, Tensor], slice]], inputs: Tensor, targets: Tensor
+    ) -> None:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._halves):
             outputs = self._outputs(inputs)
         total = self._loss(_full(outputs), targets).sum()
@@ -163,31 +202,17 @@ class BookKeepingSum:
                 raise RuntimeError(f"no per-example gradient reached {names}")
             factors = clip_factors(joint_norms([share.norms for share in shares]), self._clip_norm)
             for share in shares:
-                share.add_(sums[self._names[share.parameter]], factors)
+                name = self._names[share.parameter]
+                for sums, part in parts:
+                    share.add_(sums[name], factors, part)
 
     def _outputs(self, inputs: Tensor) -> Tensor:
-        """Returns the model's outputs; images lie with their channels last, if the model can.
+        return self._layout.outputs(self._run, inputs)
 
-        Pooling and patches are several times faster so. A model that views its tensors as if the
-        channels came first fails, whatever the data, and is taken back.
-        """
+    def _run(self, inputs: Tensor) -> Tensor:
         self._module.clear()
-        outputs: Tensor
-        if not self._channels_last:
-            outputs = self._module(inputs)
-            return outputs
-        lying = inputs
-        if inputs.dim() == 4:  # and not views of images, which have an axis of their own
-            lying = inputs.contiguous(memory_format=torch.channels_last)
-        try:
-            outputs = self._module(lying)
-            return outputs
-        except RuntimeError as error:
-            if "view size is not compatible" not in str(error):
-                raise
-            self._channels_last = False
-            self._module.to(memory_format=torch.contiguous_format)
-            return self._outputs(inputs)
+        outputs: Tensor = self._module(inputs)
+        return outputs
 
 
 class GhostSum(BookKeepingSum):

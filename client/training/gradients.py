@@ -16,7 +16,7 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
-from bract.client.training.bookkeeping import BookKeepingSum, GhostSum, Loss
+from bract.client.training.bookkeeping import BookKeepingSum, GhostSum, Layout, Loss
 from bract.client.training.clipping import clip_factors, joint_norms, row_norms, weighted_sum
 from bract.shared.errors import UsageError
 
@@ -64,11 +64,13 @@ class PlainSum:
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         self._model, self._parameters, self._loss = model, _released(model), loss
+        self._layout = Layout(model)
 
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         """Adds the gradients of a physical batch."""
         values = list(self._parameters.values())
-        total = self._loss(self._model(inputs), targets).sum()
+        outputs = self._layout.outputs(self._model, inputs)
+        total = self._loss(outputs, targets).sum()
         for name, gradient in zip(
             self._parameters, torch.autograd.grad(total, values), strict=True
         ):

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -39,6 +39,7 @@ UNIT_ROUNDOFF = 2.0**-53
 ROW_COST = 24
 _ROOM = "_rows_of_examples"
 
+EVERY = slice(None)
 Use = tuple[Sequence[Tensor], Tensor]
 Gram = Callable[[Tensor, Tensor], Tensor]
 
@@ -48,12 +49,20 @@ class Share:
     """One parameter's part of the clipped sum.
 
     `norms` bounds the norm of each example's gradient, in float64, and is that norm but for
-    rounding. `add_(total, factors)` adds Σ f_i·g_i to a float64 total in place.
+    rounding. `add_(total, factors)` adds Σ f_i·g_i to a float64 total in place, of all examples or
+    of a part of them.
     """
 
     parameter: Tensor
     norms: Tensor
-    add_: Callable[[Tensor, Tensor], None]
+    add_: Add
+
+
+class Add(Protocol):
+    """Adds the weighted gradients of some examples to a total, given the factors of all."""
+
+    def __call__(self, total: Tensor, factors: Tensor, part: slice = EVERY, /) -> None:
+        """Adds in place."""
 
 
 Rule = Callable[[Any, Sequence[Use]], list[Share]]
@@ -118,9 +127,11 @@ def embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
     example, token = pairs // layer.num_embeddings, pairs % layer.num_embeddings
     squares = rows.new_zeros(len(tokens)).index_add_(0, example, row_norms(rows).square())
 
-    def add_(total: Tensor, factors: Tensor) -> None:
-        weights = factors[example]
-        total.index_add_(0, token, without_dropped(weights, rows) * weights[:, None])
+    def add_(total: Tensor, factors: Tensor, part: slice = EVERY) -> None:
+        start, stop, _ = part.indices(len(tokens))
+        some = slice(*torch.searchsorted(example, example.new_tensor([start, stop])).tolist())
+        weights = factors[example[some]]
+        total.index_add_(0, token[some], without_dropped(weights, rows[some]) * weights[:, None])
 
     return [Share(layer.weight, squares.sqrt(), add_)]
 
@@ -222,8 +233,8 @@ def _weight(
     else:
         share = _formed_products(weight, activations, backprops, features)
 
-    def add_(total: Tensor, factors: Tensor) -> None:
-        share.add_(total.movedim(1, -1) if channels_last else total, factors)
+    def add_(total: Tensor, factors: Tensor, part: slice = EVERY) -> None:
+        share.add_(total.movedim(1, -1) if channels_last else total, factors, part)
 
     return [replace(share, add_=add_)]
 
@@ -245,8 +256,8 @@ def _formed_products(
         torch.bmm(left.transpose(1, 2), right, out=rows[part].flatten(0, 1))
         norms.append(row_norms(rows[part]))
 
-    def add_(total: Tensor, factors: Tensor) -> None:
-        found = weighted_sum(factors, rows)
+    def add_(total: Tensor, factors: Tensor, part: slice = EVERY) -> None:
+        found = weighted_sum(factors[part], rows[part])
         total += (found.transpose(1, 2) if wide else found).reshape(total.shape)
 
     return Share(parameter, torch.cat(norms), add_)
@@ -290,8 +301,8 @@ def _keeps_factors(*, places: int, inputs: int, outputs: int) -> bool:
 def formed(parameter: Tensor, rows: Tensor) -> Share:
     """Returns the share of gradients that were formed: what is measured is what is added."""
 
-    def add_(total: Tensor, factors: Tensor) -> None:
-        total += weighted_sum(factors, rows)
+    def add_(total: Tensor, factors: Tensor, part: slice = EVERY) -> None:
+        total += weighted_sum(factors[part], rows[part])
 
     return Share(parameter, row_norms(rows), add_)
 
@@ -308,12 +319,15 @@ def _products(parameter: Tensor, a: Tensor, b: Tensor, gram: Gram) -> Share:
     return Share(parameter, norms, partial(_add_products_, a, b))
 
 
-def _add_products_(a: Tensor, b: Tensor, total: Tensor, factors: Tensor) -> None:
+def _add_products_(
+    a: Tensor, b: Tensor, total: Tensor, factors: Tensor, part: slice = EVERY
+) -> None:
     """Adds Σ_it (f_i·b_it)·a_itᵀ, one float64 product for each group."""
+    kept = factors[part]
     one, other = (
-        without_dropped(factors, side).double().transpose(0, 1).flatten(1, 2) for side in (a, b)
+        without_dropped(kept, side[part]).double().transpose(0, 1).flatten(1, 2) for side in (a, b)
     )
-    weighted = other * factors.repeat_interleave(b.shape[2])[:, None]
+    weighted = other * kept.repeat_interleave(b.shape[2])[:, None]
     total += torch.bmm(weighted.transpose(1, 2), one).view(total.shape)
 
 

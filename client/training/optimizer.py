@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bract.client.training.randomness import RandomStream
 
 GRID_BITS = 20
+_TOGETHER = 1 << 17
+
+
+class Sgd:
+    """The steps of torch.optim.SGD, which loads torch's compiler, seconds long, to be made.
+
+    Args:
+        parameters: what is moved.
+        lr: the learning rate.
+        momentum: of the heavy ball, as torch has it: v ← m·v + g, the first v being g.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float) -> None:
+        self._lr, self._momentum = lr, momentum
+        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+        self.defaults: dict[str, Any] = {"lr": lr, "momentum": momentum}
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Moves the parameters along their gradients."""
+        for parameter in self.param_groups[0]["params"]:
+            moved = parameter.grad
+            if self._momentum:
+                known = self.state[parameter]
+                if "velocity" in known:
+                    known["velocity"].mul_(self._momentum).add_(moved)
+                else:
+                    known["velocity"] = moved.clone()
+                moved = known["velocity"]
+            parameter.add_(moved, alpha=-self._lr)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients."""
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None
 
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -33,7 +71,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sgd,
         *,
         noise_multiplier: float,
         clip_norm: float,
@@ -69,24 +107,61 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         (Mironov 2012); rounding is post-processing. A GPU is not waited for: noise is drawn while
         it still forms the sum, and follows it there.
         """
-        for parameter in self.params:
+        if self._stddev == 0:
+            for parameter in self.params:
+                _check_processed_flag(parameter.summed_grad)
+                parameter.grad = parameter.summed_grad.to(parameter.dtype)
+                _mark_as_processed(parameter.summed_grad)
+            return
+        for together in _groups(self.params):
+            # An odd count's last normal is thrown away, as if each were drawn alone.
+            even = [p.numel() + p.numel() % 2 for p in together]
+            noise = self._stream.normals(sum(even))
+            noise *= self._stddev
+            released = self._noised(noise, together, even)
+            for parameter, piece in zip(together, torch.split(released, even), strict=True):
+                gradient = piece[: parameter.numel()].view(parameter.shape)
+                parameter.grad = gradient.to(parameter.dtype)
+
+    def _noised(self, noise: np.ndarray, together: list[Any], places: list[int]) -> Tensor:
+        """Returns noise and sums on the grid, in float32 and where the sums are.
+
+        Args:
+            noise: drawn on the host, one number for each place.
+            together: parameters on one device.
+            places: how many of the numbers are each one's.
+        """
+        device, start = together[0].device, 0
+        on_host = device.type == "cpu"
+        noisy = torch.from_numpy(noise)
+        if not on_host:
+            noisy = noisy.pin_memory().to(device, non_blocking=True)
+        for parameter, count in zip(together, places, strict=True):
             _check_processed_flag(parameter.summed_grad)
             total = parameter.summed_grad.detach().to(torch.float64)
-            noise = self._stream.normals(total.numel()).reshape(total.shape)
-            noise *= self._stddev
-            if total.device.type == "cpu":
-                noise += total.numpy()
-                released = torch.from_numpy(on_grid(noise, self._stddev))
-            else:
-                arrived = torch.from_numpy(noise).pin_memory().to(total.device, non_blocking=True)
-                released = tensor_on_grid(arrived + total, self._stddev)
-            parameter.grad = released.to(parameter.dtype).view_as(parameter)
+            noisy[start : start + total.numel()] += total.reshape(-1)
             _mark_as_processed(parameter.summed_grad)
+            start += count
+        if on_host:
+            return torch.from_numpy(on_grid(noise, self._stddev).astype(np.float32))
+        return tensor_on_grid(noisy, self._stddev).to(torch.float32)
 
     def scale_grad(self) -> None:
         """Divides by the public normaliser."""
         for parameter in self.params:
             parameter.grad /= self._normaliser
+
+
+def _groups(parameters: list[Any]) -> Iterator[list[Any]]:
+    """Yields parameters on one device that are noised in one draw: the small ones together."""
+    group: list[Any] = []
+    for parameter in parameters:
+        size = sum(p.numel() for p in group) + parameter.numel()
+        if group and (size > _TOGETHER or parameter.device != group[0].device):
+            yield group
+            group = []
+        group.append(parameter)
+    yield group
 
 
 def on_grid(values: np.ndarray, stddev: float) -> np.ndarray:

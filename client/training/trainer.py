@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,18 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from bract.client.training import admission, gradients, scoring, views
-from bract.client.training.bookkeeping import Loss
+from bract.client.training.bookkeeping import BookKeepingSum, Loss
+from bract.client.training.clipping import SLACK
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum, Precision
-from bract.client.training.optimizer import PrivateOptimizer
+from bract.client.training.optimizer import PrivateOptimizer, Sgd
 from bract.client.training.randomness import RandomStream
 from bract.client.training.views import Moves
-from bract.shared import models, tasks
+from bract.shared import arrays, models, tasks
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract, SiteTerms
 from bract.shared.data import Examples
-from bract.shared.errors import ModelRejected
+from bract.shared.errors import ModelRejected, Reason, Refusal
 from bract.shared.models.frozen import Features, FrozenFront
-from bract.shared.updates import ProtectedScore, ProtectedUpdate, UnprotectedUpdate, Update
+from bract.shared.updates import KINDS, ProtectedScore, Update
+
+# Above this, weights that a server chose to cancel could make the rounding of one example's
+# gradient, which varies with the size of the batch, as large as the clip norm. Public, so that
+# refusing tells nothing; trained weights stay far below it.
+GREATEST_WEIGHT = 1e3
+_TOGETHER = 1 << 24  # numbers in the sums of sites that are trained together: 128 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,15 @@ class Execution:
     mode: Mode = "book-keeping"
     physical_batch: int = 256
     precision: Precision = "float32"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """What a site's round needs: its public terms, its opened examples, its randomness."""
+
+    terms: SiteTerms
+    examples: Examples
+    stream: RandomStream
 
 
 class Trainer:
@@ -61,7 +78,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         model = models.of(contract.model, contract.data)
-        admission.admit(model, data=contract.data, name=contract.model.name)
+        admission.admit_once(model, terms=contract.model, data=contract.data)
         self._device = torch.device(execution.device)
         model = model.to(self._device).train()
         self._features = None
@@ -74,6 +91,16 @@ class Trainer:
         self.shapes = models.released_shapes(self._model)
         self._summer, self._summed = _summer(contract, execution, self._model)
         self._rehearse()
+
+    def check(self, weights: Arrays) -> None:
+        """Returns where weights are exactly those that are trained, finite and not too large.
+
+        Raises:
+            Refusal: otherwise.
+        """
+        fault = arrays.fault(weights, self.shapes)
+        if fault or any(np.abs(v).max(initial=0) > GREATEST_WEIGHT for v in weights.values()):
+            raise Refusal(Reason.WEIGHTS_INVALID, fault or f"a weight is over {GREATEST_WEIGHT:g}")
 
     def train(
         self, *, terms: SiteTerms, examples: Examples, weights: Arrays, stream: RandomStream
@@ -99,6 +126,75 @@ class Trainer:
                 optimizer.step()
                 optimizer.zero_grad()
         return self._update(weights)
+
+    def train_together(self, jobs: Sequence[Job], weights: Arrays) -> list[Update]:
+        """Returns the update of each of several sites that one process serves, as `train` does.
+
+        Sites whose one step starts from the same weights share its pass: their examples are run
+        together, and each site's clipped gradients are summed and noised apart. The numbers are
+        those of `train` but for how a product of more rows is rounded.
+        """
+        if not self._shares_a_pass(len(jobs)):
+            return [
+                self.train(
+                    terms=job.terms, examples=job.examples, weights=weights, stream=job.stream
+                )
+                for job in jobs
+            ]
+        self._load(weights)
+        rate = self._contract.privacy.sampling_rate
+        batches = [job.stream.poisson_sample(len(job.examples), rate) for job in jobs]
+        with gradients.expected_warnings():
+            sums = self._sums_apart(jobs, batches)
+        return [self._stepped(job, each, weights) for job, each in zip(jobs, sums, strict=True)]
+
+    def _shares_a_pass(self, sites: int) -> bool:
+        training, size = self._contract.training, sum(p.numel() for p in self._summed.values())
+        return (
+            isinstance(self._summer, BookKeepingSum)
+            and self._features is None
+            and training.local_steps == 1
+            and training.augmentation == "none"
+            and sites > 1
+            and sites * size <= _TOGETHER
+        )
+
+    def _stepped(self, job: Job, sums: dict[str, Tensor], weights: Arrays) -> Update:
+        self._load(weights)
+        optimizer = self._optimizer(job.terms, job.stream)
+        optimizer.put(list(sums.values()))
+        optimizer.step()
+        optimizer.zero_grad()
+        return self._update(weights)
+
+    def _sums_apart(
+        self, jobs: Sequence[Job], batches: Sequence[npt.NDArray[np.int64]]
+    ) -> list[dict[str, Tensor]]:
+        """Returns each site's sums over its own batch; a pass holds examples of several sites."""
+        assert isinstance(self._summer, BookKeepingSum)  # noqa: S101  the caller asked
+        ends = np.cumsum([len(batch) for batch in batches])
+        while True:
+            sums = [self._zeros() for _ in jobs]
+            try:
+                for part in _parts(int(ends[-1]), self._pieces):
+                    pieces, places, read = [], [], 0
+                    for place, (end, batch) in enumerate(zip(ends, batches, strict=True)):
+                        begin = int(end) - len(batch)
+                        rows = batch[max(part.start - begin, 0) : max(part.stop - begin, 0)]
+                        if len(rows):
+                            pieces.append(self._batch(jobs[place].examples, rows))
+                            places.append((sums[place], slice(read, read + len(rows))))
+                            read += len(rows)
+                    inputs, targets = (torch.cat(side) for side in zip(*pieces, strict=True))
+                    self._summer.add_parts_(places, inputs, targets)
+                return sums
+            except (RuntimeError, MemoryError) as error:
+                if self._pieces == 1 or not _out_of_memory(error):
+                    raise
+                self._pieces //= 2
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self._summed.items()}
 
     def score(self, *, examples: Examples, weights: Arrays, stream: RandomStream) -> ProtectedScore:
         """Returns how `weights` do on a site's own examples, with the contract's noise.
@@ -138,9 +234,7 @@ class Trainer:
     ) -> dict[str, Tensor]:
         """Returns the summed (clipped) gradients of a logical batch, piece by piece."""
         while True:
-            sums = {
-                name: torch.zeros_like(p, dtype=torch.float64) for name, p in self._summed.items()
-            }
+            sums = self._zeros()
             try:
                 for part in _parts(len(batch), self._pieces):
                     seen = None if moves is None else moves.take(part)
@@ -169,11 +263,7 @@ class Trainer:
         training, privacy = self._contract.training, self._contract.privacy
         private = privacy.mechanism == "dp-sgd"
         return PrivateOptimizer(
-            torch.optim.SGD(
-                list(self.parameters.values()),
-                lr=training.learning_rate,
-                momentum=training.momentum,
-            ),
+            Sgd(self.parameters.values(), lr=training.learning_rate, momentum=training.momentum),
             noise_multiplier=privacy.noise_multiplier if private else 0.0,
             clip_norm=privacy.clip_norm,
             normaliser=self._contract.normaliser(terms),
@@ -186,14 +276,26 @@ class Trainer:
                 parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
 
     def _update(self, weights: Arrays) -> Update:
-        arrays: dict[str, Array] = {
+        values: dict[str, Array] = {
             # in C's order, though a mode may keep a weight with its channels last
             name: np.ascontiguousarray(parameter.detach().cpu().numpy() - weights[name])
             for name, parameter in self.parameters.items()
         }
-        if self._contract.privacy.mechanism == "dp-sgd":
-            return ProtectedUpdate(arrays)
-        return UnprotectedUpdate(arrays)
+        if self._contract.privacy.mechanism == "user-level":
+            values = clipped(values, self._contract.privacy.clip_norm)
+        return KINDS[self._contract.privacy.mechanism](values)
+
+
+def clipped(update: Arrays, clip_norm: float) -> dict[str, Array]:
+    """Returns an update whose joint norm is C(1 − 1e-3) at the most; zeros where it is not finite.
+
+    The slack is for float32, in which the scaled numbers are rounded.
+    """
+    norm = math.sqrt(sum(np.square(v, dtype=np.float64).sum() for v in update.values()))
+    if not math.isfinite(norm):
+        return {name: np.zeros_like(value) for name, value in update.items()}
+    factor = min(1.0, clip_norm * (1 - SLACK) / norm) if norm > 0 else 1.0
+    return {name: (value * factor).astype(np.float32) for name, value in update.items()}
 
 
 def _summer(

@@ -97,8 +97,8 @@ def build(
         >>> sum(p.numel() for p in build("linear", (1, 8, 8), 10, {}).parameters())
         650
     """
-    factory = _factory(name)
-    signature = inspect.signature(factory)
+    make = factory(name)
+    signature = inspect.signature(make)
     given = _of_data(name, signature, vocabulary, task)
     known = [option for option in list(signature.parameters)[2:] if option not in _FROM_DATA]
     for option, value in options.items():
@@ -106,7 +106,7 @@ def build(
             raise UnknownName(f"option of the model {name!r},", option, known or ["(none)"])
         _check_type(name, option, value, signature.parameters[option].default)
     try:
-        model = factory(shape, classes, **given, **options)
+        model = make(shape, classes, **given, **options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"model {name!r}: {error}") from error
     if not isinstance(model, nn.Module):
@@ -161,7 +161,13 @@ def _check_type(name: str, option: str, value: Scalar, default: object) -> None:
     raise UsageError(f"model {name!r}: option {option} must be {kind} (got {value!r})")
 
 
-def _factory(name: str) -> Factory:
+def factory(name: str) -> Factory:
+    """Returns what builds a model: a registered one, or installed code by `module:factory`.
+
+    Raises:
+        UnknownName: for an unknown model, naming the nearest.
+        UsageError: where the module or the factory will not do.
+    """
     if name in MODELS:
         return MODELS[name]
     if ":" not in name:

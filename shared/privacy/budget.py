@@ -98,11 +98,20 @@ def check_room(
         Refusal: with a reason that depends on contract, policy and ledger alone.
     """
     genesis = chain.genesis
-    private = contract.privacy.mechanism == "dp-sgd"
+    private, counted = (
+        contract.privacy.mechanism == "dp-sgd",
+        contract.privacy.mechanism != "none",
+    )
     if genesis is None or not (
         genesis.simulation or (private and contract.privacy.randomness == "csprng")
     ):
         raise Refusal(Reason.SIMULATION_ONLY, "this ledger is not a simulation's")
+    if counted and genesis.unit != contract.privacy.unit:
+        raise Refusal(
+            Reason.POLICY_MECHANISM,
+            f"the ledger of {chain.domain!r} protects each {genesis.unit}, the contract each "
+            f"{contract.privacy.unit}",
+        )
     if chain.recovered is not None:
         raise Refusal(
             Reason.BUDGET_EXHAUSTED,
@@ -116,7 +125,7 @@ def check_room(
         raise Refusal(
             Reason.ATTEMPTS_EXHAUSTED, f"{contract.max_evaluations} evaluations were charged"
         )
-    if not private:
+    if not counted:
         return
     if accounting.is_unbounded(chain.events):
         raise Refusal(Reason.DOMAIN_UNBOUNDED, f"domain {chain.domain!r} has no finite epsilon")

@@ -30,7 +30,8 @@ class Chain:
 
     `charges` maps (contract, round) to its charges in order; `releases` maps (contract, round)
     to the last release; `evaluations` maps the number of a charge to the evaluation that was
-    charged with it, `evaluated` counts them by contract; `events` are merged.
+    charged with it, `evaluated` counts them by contract; `events` are merged; `last` is the newest
+    entry as it rests, body and signature.
     """
 
     site: str
@@ -47,6 +48,7 @@ class Chain:
     policies: dict[str, int] = field(default_factory=dict)
     seeded: bool = False
     recovered: Recovered | None = None
+    last: tuple[bytes, bytes] | None = None
     _events: Counter[Event] = field(default_factory=Counter)
 
     @property
@@ -109,6 +111,7 @@ class Chain:
                 self._add_recovered(body)
         self.policies[body.policy] = body.sequence
         self.head = Head(sequence=body.sequence, hash=entry.hash)
+        self.last = (entry.text, entry.signature)
 
     def _check_link(self, entry: Entry) -> None:
         body, number = entry.body, self.length
@@ -136,6 +139,12 @@ class Chain:
         private = charge.mechanism == "dp-sgd" and charge.randomness == "csprng"
         self._check(
             private or self.genesis.simulation, number, "seeded or without noise on a real ledger"
+        )
+        client = charge.mechanism == "user-level"
+        self._check(
+            charge.mechanism == "none" or client == (self.genesis.unit == "client"),
+            number,
+            "the ledger protects another unit",
         )
         event = event_of(charge)
         self._check(not isinstance(event, events.Spent), number, "charges a ceiling")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bract.shared import canonical, keys
-from bract.shared.contract import Contract, EvaluationTerms, Hex32, Name
+from bract.shared.contract import Contract, EvaluationTerms, Hex32, Mechanism, Name, Unit
 from bract.shared.errors import VerificationFailed
 from bract.shared.privacy import events
 
@@ -39,7 +40,7 @@ class Genesis(_Body):
     kind: Literal["genesis"]
     nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     simulation: bool
-    unit: Literal["example"]
+    unit: Unit
     adjacency: Literal["add-or-remove-one"]
     delta: FloatHex
     composition: dict[str, Any]
@@ -56,10 +57,10 @@ class Charge(_Body):
     weights: Hex32
     event: dict[str, Any]
     clip_norm: FloatHex
-    clipping: Literal["flat-l2", "none"]
+    clipping: Literal["flat-l2", "update-l2", "none"]
     normaliser: FloatHex
     sampler: Literal["poisson"]
-    mechanism: Literal["dp-sgd", "none"]
+    mechanism: Mechanism
     randomness: Literal["csprng", "seeded"]
     versions: dict[str, str]
 
@@ -146,6 +147,7 @@ def event_of(entry: Charge | Evaluation) -> events.Event:
     return events.decode(entry.event)
 
 
+@lru_cache(maxsize=1024)  # what a site shows, its server in the same process reads again
 def body(text: bytes) -> Body:
     """Returns the body in canonical JSON; no signature is looked at.
 
@@ -183,6 +185,16 @@ def _hash(previous: str, text: bytes) -> bytes:
 
 def _signed(digest: bytes) -> bytes:
     return canonical.tagged("head/1", digest)
+
+
+def clipping_for(agreed: Contract) -> Literal["flat-l2", "update-l2", "none"]:
+    """Returns what a contract's mechanism clips: an example's gradient, or a whole update."""
+    kinds: dict[Mechanism, Literal["flat-l2", "update-l2", "none"]] = {
+        "dp-sgd": "flat-l2",
+        "user-level": "update-l2",
+        "none": "none",
+    }
+    return kinds[agreed.privacy.mechanism]
 
 
 def event_for(agreed: Contract) -> dict[str, Any]:
@@ -229,6 +241,9 @@ def _trained(agreed: Contract, rounds: int) -> tuple[events.Event, ...]:
         return ()
     if privacy.mechanism == "none":
         return (events.Unbounded(),)
+    if privacy.mechanism == "user-level":
+        # One noised sum a round; whom the server asks it knows, so no sampling amplifies.
+        return (events.PoissonGaussian(1.0, privacy.noise_multiplier, rounds),)
     return (
         events.PoissonGaussian(
             sampling_rate=privacy.sampling_rate,

@@ -26,6 +26,8 @@ from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.witness import Witness
 
 APPLICATION_ID = 0x62726163  # "brac"
+# Of a file with many sites' chains so many stay folded; another is read from the file again.
+CHAINS_IN_MEMORY = 1024
 DocumentKind = Literal["contract", "policy"]
 
 _SCHEMA = """
@@ -65,23 +67,47 @@ class Transaction:
         chain = self._chains.pop(name, None) or Chain(site=site, domain=domain, key=key)
         self.touched.add(name)
         start = max(chain.length - 1, 0)
-        found = [
-            entries.read(text.encode(), signature, key=key)
+        rows = [
+            (text.encode(), signature)
             for text, signature in self._connection.execute(
                 "SELECT body, signature FROM entries WHERE site = ? AND domain = ?"
                 " AND sequence >= ? ORDER BY sequence",
                 (site, domain, start),
             )
         ]
-        known = chain.head or self._seen.get(name)
-        if known and [known.hash] != [e.hash for e in found[known.sequence - start :][:1]]:
-            raise RolledBack(_rolled_back(site, domain))
-        for entry in found[chain.length - start :]:
+        if chain.last is not None and rows[:1] == [chain.last] and chain.key == key:
+            found = [entries.read(*row, key=key) for row in rows[1:]]  # the first was read before
+        else:
+            found = [entries.read(*row, key=key) for row in rows]
+            known = chain.head or self._seen.get(name)
+            if known and [known.hash] != [e.hash for e in found[known.sequence - start :][:1]]:
+                raise RolledBack(_rolled_back(site, domain))
+            found = found[chain.length - start :]
+        for entry in found:
             chain.extend_(entry)
         if start == 0:
             self._check_witnesses(site, domain)
         self._chains[name] = chain
         return chain
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Runs a block whose failure undoes what it added, and nothing else of the transaction."""
+        before, self.ahead = self.ahead, set()
+        self._connection.execute("SAVEPOINT part")
+        try:
+            yield
+        except BaseException:
+            for name in self.ahead:
+                self._chains.pop(name, None)
+            if self._connection.in_transaction:  # a full disk has undone all of it already
+                self._connection.execute("ROLLBACK TO part")
+                self._connection.execute("RELEASE part")
+            raise
+        else:
+            self._connection.execute("RELEASE part")
+        finally:
+            self.ahead |= before
 
     def hash_at(self, site: str, domain: str, sequence: int) -> str | None:
         """Returns the hash of an entry, None where there is none of that number."""
@@ -114,7 +140,10 @@ class Transaction:
         Raises:
             RolledBack: where what was seen is not in the chain.
         """
-        if self.hash_at(seen.site, seen.domain, seen.sequence) != seen.hash:
+        name = (seen.site, seen.domain)
+        chain = self._chains.get(name) if name in self.touched else None
+        at_head = chain is not None and chain.head == seen.head
+        if not at_head and self.hash_at(*name, seen.sequence) != seen.hash:
             raise RolledBack(_rolled_back(seen.site, seen.domain))
         held = self.witness(seen.site, seen.domain, seen.key)
         if held is None or held.sequence < seen.sequence:
@@ -200,6 +229,8 @@ class Ledger:
                         self._seen[name] = head
                 if self._head_file and transaction.ahead:
                     self._head_file.write(self._seen)
+                while len(self._chains) > CHAINS_IN_MEMORY:
+                    del self._chains[next(iter(self._chains))]  # longest unused; its head is kept
             except BaseException:
                 # A fold that was added to is ahead of the file now: read it anew next time, against
                 # the last head that was committed, so that a cut file stays refused.

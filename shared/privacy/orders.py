@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 
 def conversion(order: int, delta: float) -> float:
@@ -14,6 +15,7 @@ def conversion(order: int, delta: float) -> float:
     return math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
 
 
+@lru_cache(maxsize=256)
 def best_order(epsilon: float, delta: float) -> int:
     """Returns the order at which a budget (ε, δ) admits the most Gaussian steps.
 

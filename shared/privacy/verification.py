@@ -250,7 +250,7 @@ def _departure(charge: Charge, agreed: Contract, policy: Policy) -> str | None:
         "run": agreed.run,
         "event": entries.event_for(agreed),
         "clip_norm": privacy.clip_norm.hex(),
-        "clipping": "flat-l2" if privacy.mechanism == "dp-sgd" else "none",
+        "clipping": entries.clipping_for(agreed),
         "normaliser": agreed.normaliser(terms).hex(),
         "mechanism": privacy.mechanism,
         "randomness": privacy.randomness,

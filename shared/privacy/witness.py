@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -39,6 +40,10 @@ class Witness(Frozen):
 
     def to_bytes(self) -> bytes:
         """Returns the canonical JSON that travels and rests."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> bytes:
         return canonical.encode(self.model_dump(mode="json"))
 
     def verify(self, key: str) -> None:
@@ -66,6 +71,7 @@ def sign(site: str, domain: str, head: Head, key: keys.SigningKey) -> Witness:
     return Witness(**facts, signature=key.sign(_digest(facts)).hex())
 
 
+@lru_cache(maxsize=1024)  # a site reads it as it comes, as it rests, and as it shows it
 def from_bytes(text: bytes) -> Witness:
     """Returns the witness in canonical JSON; its signature is not yet verified.
 
@@ -131,7 +137,7 @@ def show(since: Witness | None, bodies: Sequence[bytes], *, contract: str) -> Ex
         links=tuple(
             Link(
                 body_hash=entries.body_hash(text),
-                body=text if canonical.decode(text).get("contract") == contract else b"",
+                body=text if getattr(entries.body(text), "contract", None) == contract else b"",
             )
             for text in bodies
         ),

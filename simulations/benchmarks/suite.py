@@ -16,7 +16,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -299,4 +298,4 @@ def _additions() -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

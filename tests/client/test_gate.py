@@ -622,3 +622,27 @@ def test_a_gate_reads_on_after_its_ledger_was_closed_and_opened_by_another(world
         world.serve(gate, world.order(signed, number))
     assert [number for number, _ in charges(world)] == [1, 2, 3, 4]
     assert holds(world)
+
+
+def test_a_real_site_takes_no_update_that_is_noised_at_the_server(world: Any) -> None:
+    terms = {"mechanism": "user-level", "unit": "client", "randomness": "csprng"}
+    with pytest.raises(ValueError, match="only a simulation"):
+        world.contract(privacy=terms)
+    allowed = world.policy(mechanisms=("dp-sgd", "user-level"))
+    agreed = world.contract(simulation=True, privacy=terms)
+    gate = world.gate(policy=allowed)
+    with pytest.raises(Refusal) as refusal:
+        gate.admit(world.order(world.sign(agreed)))
+    assert refusal.value.reason == Reason.SIMULATION_ONLY
+    assert world.opened == 0
+
+
+def test_a_ledger_protects_one_unit(world: Any) -> None:
+    gate = world.gate(policy=world.policy(mechanisms=("dp-sgd", "user-level")), simulation=True)
+    seeded = world.contract(simulation=True)
+    assert isinstance(gate.admit(world.order(world.sign(seeded))), Permit)
+    terms = {"mechanism": "user-level", "unit": "client"}
+    other = world.contract(simulation=True, privacy=terms)
+    with pytest.raises(Refusal) as refusal:
+        gate.admit(world.order(world.sign(other)))
+    assert refusal.value.reason == Reason.POLICY_MECHANISM

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bract.client.site import GREATEST_WEIGHT, Site, Trainers
+from bract.client.site import Site, Trainers
 from bract.client.training.randomness import SecureRandomness
-from bract.client.training.trainer import Execution
+from bract.client.training.trainer import GREATEST_WEIGHT, Execution
 from bract.shared.errors import Reason
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.wire import RefusalReply, TrainReply

@@ -307,3 +307,56 @@ def test_whatever_a_reply_makes_its_reader_raise_the_round_goes_on(
     average, _ = strategy.aggregate_train(1, messages)
     assert average is not None
     assert strategy.refused == [("node 1000", INVALID_UPDATE)]
+
+
+def summed(
+    signed: SignedContract, site_keys: dict[str, keys.SigningKey], **changes: Any
+) -> RecordDict:
+    """The one message of two sites whose updates were added up, and what it should come to."""
+    replies = [
+        reply(name, signed, site_keys[name], ProtectedUpdate(values(fill)), **changes)
+        for name, fill in (("alpha", 1.0), ("beta", 2.0))
+    ]
+    receipts = {
+        1000 + place: wire.SignedReceipt(one.receipt, one.signature)
+        for place, one in enumerate(replies)
+    }
+    total = {name: np.full(shape, 100 * 1.0 + 300 * 2.0) for name, shape in SHAPES.items()}
+    return wire.encode_summed(wire.SummedReply(0, receipts, total))
+
+
+class AddsUp(LocalGrid):
+    adds_up = True
+
+
+def averaged(signed: SignedContract, grid: type[LocalGrid], content: RecordDict) -> Any:
+    def client(message: Message, context: Any) -> Message:
+        return Message(content, reply_to=message)
+
+    carrier = grid(client, [{}], workers=1)  # type: ignore[arg-type]
+    strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
+    sent = strategy.configure_train(1, wire.pack(values(0.0)), ConfigRecord(), carrier)
+    average, _ = strategy.aggregate_train(1, carrier.send_and_receive(sent))
+    return average, strategy
+
+
+def test_a_sum_is_taken_from_a_grid_that_adds_up_in_this_process_and_from_no_other(
+    signed: SignedContract, site_keys: dict[str, keys.SigningKey]
+) -> None:
+    average, strategy = averaged(signed, AddsUp, summed(signed, site_keys))
+    assert list(strategy.replied) == ["alpha", "beta"]
+    for name, value in wire.unpack(average).items():
+        np.testing.assert_allclose(value, np.full(SHAPES[name], 1.75), rtol=1e-6)
+    average, strategy = averaged(signed, LocalGrid, summed(signed, site_keys))
+    assert average is None
+    assert [reason for _, reason in strategy.refused] == [INVALID_UPDATE]
+
+
+def test_a_sum_that_holds_a_refused_update_is_not_used(
+    signed: SignedContract, site_keys: dict[str, keys.SigningKey]
+) -> None:
+    forged = {**site_keys, "beta": keys.generate()}
+    average, strategy = averaged(signed, AddsUp, summed(signed, forged))
+    assert average is None
+    assert sorted(site for site, _ in strategy.refused) == ["alpha", "node 1001"]
+    assert not strategy.replied

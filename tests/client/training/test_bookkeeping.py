@@ -488,9 +488,9 @@ def test_model_that_views_its_images_is_taken_with_channels_first() -> None:
     model, inputs = made("viewing")
     summer = BookKeepingSum(model, losses, 1.0)
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in model.named_parameters()}
-    assert summer._channels_last
+    assert summer._layout._channels_last
     summer.add_(sums, inputs, torch.arange(COUNT))
-    assert not summer._channels_last
+    assert not summer._layout._channels_last
     assert model.patch.weight.is_contiguous()
 
 
@@ -499,7 +499,7 @@ def test_other_errors_of_a_model_are_not_taken_for_its_views() -> None:
     summer = BookKeepingSum(model, losses, 1.0)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         summer.add_({}, torch.rand(2, 2, 6, 6), torch.arange(2))
-    assert summer._channels_last
+    assert summer._layout._channels_last
 
 
 class Changing(nn.Module):

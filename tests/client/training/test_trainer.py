@@ -357,8 +357,6 @@ def test_mechanism_none_is_plain_sgd_on_the_same_poisson_batches(world: Any) -> 
         optimizer.zero_grad()
         (loss / (RATE * 100)).backward()
         optimizer.step()
-        for parameter in model.parameters():
-            stream.normals(parameter.numel())
     for name, value in model.state_dict().items():
         np.testing.assert_allclose(value.numpy() - weights[name], update.arrays[name], atol=1e-6)
 

@@ -300,6 +300,19 @@ def test_partition_gives_every_example_to_one_site(kind: str, sites: int) -> Non
     assert all(np.array_equal(part, np.sort(part)) for part in parts)
 
 
+@pytest.mark.parametrize("sites", [1, 7, 50])
+def test_an_even_partition_is_cut_as_flwr_datasets_cuts_it(sites: int) -> None:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import IidPartitioner
+
+    order = np.random.default_rng(4).permutation(len(TARGETS))
+    partitioner = IidPartitioner(num_partitions=sites)
+    partitioner.dataset = Dataset.from_dict({"row": order.tolist()})
+    parts = split(TARGETS, sites=sites, partition=Partition(), seed=4)
+    for place, part in enumerate(parts):
+        assert part.tolist() == sorted(partitioner.load_partition(place)["row"])
+
+
 def test_partition_kinds_differ_in_sizes_and_labels() -> None:
     parts = {k: split(TARGETS, sites=5, partition=p, seed=4) for k, p in PARTITIONS.items()}
     sizes = {kind: [len(part) for part in of] for kind, of in parts.items()}

@@ -431,3 +431,43 @@ def test_a_chain_of_an_unpinned_key_is_not_read(world: Any) -> None:
     gate = charged(world)
     with pytest.raises(VerificationFailed), gate.ledger.transaction() as transaction:
         transaction.chain(*ALPHA, key=keys.generate().public)
+
+
+def release_of(world: Any, gate: Any, chain: Any, number: int) -> entries.Release:
+    (contract,) = chain.attempts
+    facts = {"kind": "release", "contract": contract, "round": number, "update": "0" * 64}
+    return entries.Release.model_validate({**gate._common(chain, 1), **facts})
+
+
+def test_a_part_that_fails_undoes_itself_and_leaves_the_rest_of_its_transaction(
+    world: Any,
+) -> None:
+    gate, signed = world.gate(), world.sign(world.contract())
+    for number in (1, 2):
+        gate.admit(world.order(signed, number))
+    before = hashes(world.ledger_path, world.key.public)
+    with gate.ledger.transaction() as transaction:
+        chain = transaction.chain(*ALPHA, key=world.key.public)
+        with transaction.part():
+            transaction.append(chain, release_of(world, gate, chain, 1), world.key)
+        with pytest.raises(RuntimeError), transaction.part():  # noqa: PT012  the failure is ours
+            transaction.append(chain, release_of(world, gate, chain, 2), world.key)
+            raise RuntimeError
+        chain = transaction.chain(*ALPHA, key=world.key.public)
+        assert chain.length == len(before) + 1
+        assert chain.head is not None
+        kept = chain.head.hash
+    assert hashes(world.ledger_path, world.key.public) == [*before, kept]
+
+
+def test_chains_that_are_long_unused_are_read_again_and_held_to_what_was_seen(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "CHAINS_IN_MEMORY", 0)
+    gate = charged(world, rounds=2)
+    assert not gate.ledger._chains
+    world.serve(gate, world.order(world.sign(world.contract())))
+    edit(world.ledger_path, "DELETE FROM entries WHERE sequence > 2")
+    with pytest.raises(Refusal) as refusal:
+        gate.admit(world.order(world.sign(world.contract())))
+    assert refusal.value.reason == Reason.LEDGER_ROLLED_BACK

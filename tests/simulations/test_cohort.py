@@ -1,0 +1,232 @@
+"""Many sites in one process: a cohort is charged at once, and updates are added up where made."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from bract.client.training.trainer import Trainer, clipped
+from bract.server import app
+from bract.shared import contract, models
+from bract.shared.privacy import accounting, ledger
+from bract.shared.privacy.events import PoissonGaussian
+from bract.simulations import cohort, simulation, state
+from bract.simulations.engines import LocalEngine
+from bract.simulations.experiment import Experiment, load
+from bract.simulations.sites import Plan
+
+SITES = 12
+SETTINGS = (
+    "model.name=linear",
+    "privacy.batch=40",
+    "privacy.noise_multiplier=1.0",
+    "policy.epsilon=60.0",
+)
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "SHARED_FILE_FROM", SITES)
+
+
+def experiment(*more: str, rounds: int = 3) -> Experiment:
+    overrides = {"sites": SITES, "rounds": rounds, "seed": 5}
+    return load("digits", model=None, overrides=overrides, settings=(*SETTINGS, *more))
+
+
+def completed(out: Path, *more: str, workers: int = 1, rounds: int = 3) -> Any:
+    run = simulation.begin(
+        experiment(*more, rounds=rounds), out=out, state=None, data_dir=None, workers=workers
+    )
+    return run.complete(LocalEngine())
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return dict(load_file(run / "model.safetensors"))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_shared_ledger_gives_the_weights_and_epsilons_of_ledgers_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    more = f"training.local_steps={steps}"
+    apart = completed(tmp_path / "apart", more)
+    monkeypatch.setattr(state, "SHARED_FILE_FROM", SITES)
+    one = completed(tmp_path / "one", more)
+    two = completed(tmp_path / "two", more, workers=2)
+    assert [p.name for p in (tmp_path / "one/ledgers").glob("*.sqlite")] == ["all.sqlite"]
+    assert len(list((tmp_path / "apart/ledgers").glob("*.sqlite"))) == SITES
+    for name, value in weights(tmp_path / "apart").items():
+        assert np.abs(weights(tmp_path / "one")[name] - value).max() < 1e-6
+        assert np.array_equal(weights(tmp_path / "two")[name], weights(tmp_path / "one")[name])
+    for summary in (one, two):
+        assert summary.epsilon == apart.epsilon
+        assert summary.per_site.keys() == apart.per_site.keys()
+        for name, site in summary.per_site.items():
+            assert site.charges == 3
+            assert site.epsilon == apart.per_site[name].epsilon
+
+
+def begun(out: Path, *more: str, workers: int = 1) -> simulation.Simulation:
+    asked = experiment(*more)
+    return simulation.begin(asked, out=out, state=None, data_dir=None, workers=workers)
+
+
+def test_a_killed_cohort_is_charged_again_and_ends_with_the_same_weights(
+    tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = completed(tmp_path / "whole")
+    run = begun(tmp_path / "run")
+    inner, calls = cohort.ShardTrainer.train, [0]
+
+    def killed(trainer: cohort.ShardTrainer, shard: cohort.Shard) -> cohort.Trained:
+        calls[0] += 1
+        if shard.round == 2:
+            raise KeyboardInterrupt
+        return inner(trainer, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cohort.ShardTrainer, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.complete(LocalEngine())
+    assert calls[0] > 1
+    resumed = simulation.resume(tmp_path / "run", workers=1).complete(LocalEngine())
+    assert {site.charges for site in resumed.per_site.values()} == {4}  # never refunded
+    assert resumed.epsilon > whole.epsilon
+    for name, value in weights(tmp_path / "whole").items():
+        assert np.array_equal(weights(tmp_path / "run")[name], value)
+
+
+def test_every_charge_of_a_cohort_stands_before_any_of_it_is_read(
+    tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = begun(tmp_path / "run"), []
+    inner = cohort.ShardTrainer.read
+
+    def looked(trainer: cohort.ShardTrainer, shard: cohort.Shard) -> None:
+        path = tmp_path / "run/ledgers/all.sqlite"
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
+        query = 'SELECT count(*) FROM entries WHERE body LIKE \'%"kind":"charge"%\''
+        seen.append((shard.round, connection.execute(query).fetchone()[0]))
+        connection.close()
+        inner(trainer, shard)
+
+    monkeypatch.setattr(cohort.ShardTrainer, "read", looked)
+    run.complete(LocalEngine())
+    assert len(seen) > 3
+    assert all(count == SITES * number for number, count in seen)
+
+
+def test_a_worker_that_dies_costs_its_shards_and_no_other(
+    tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(tmp_path / "run", workers=2)
+    inner = cohort.ShardTrainer.train
+
+    def dies(trainer: cohort.ShardTrainer, shard: cohort.Shard) -> cohort.Trained:
+        if shard.round == 2 and shard.place == 0:
+            os._exit(1)
+        return inner(trainer, shard)
+
+    monkeypatch.setattr(cohort.ShardTrainer, "train", dies)
+    summary = run.complete(LocalEngine())
+    assert summary.rounds == 3
+    assert {refusal.reason for refusal in summary.refused} == {"node-failed"}
+    replied = [line["replied"] for line in lines(tmp_path / "run")]
+    assert replied[0] == replied[2] == SITES
+    assert 0 < replied[1] < SITES
+    assert {site.charges for site in summary.per_site.values()} == {3}
+
+
+def test_an_update_that_the_server_would_not_take_is_released_and_left_out_of_the_sum(
+    tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(tmp_path / "run")
+    inner = Trainer.train_together
+
+    def spoilt(trainer: Trainer, jobs: Any, given: Any) -> Any:
+        first, *rest = inner(trainer, jobs, given)
+        if jobs[0].terms.name != "site-03":
+            return [first, *rest]
+        huge = {name: np.full_like(value, 1e6) for name, value in first.arrays.items()}
+        return [type(first)(huge), *rest]
+
+    monkeypatch.setattr(Trainer, "train_together", spoilt)
+    summary = run.complete(LocalEngine())
+    assert {refusal.reason for refusal in summary.refused} == {"node-failed"}
+    assert [line["replied"] for line in lines(tmp_path / "run")] == [SITES - 1] * 3
+    assert all(np.abs(value).max() < 100 for value in weights(tmp_path / "run").values())
+    held = ledger.contents(tmp_path / "run/ledgers/all.sqlite")
+    (chain,) = (rows for (site, _), rows in held.rows.items() if site == "site-03")
+    assert [json.loads(text)["kind"] for _, text, _ in chain].count("release") == 3
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_round_asks_as_many_sites_as_the_contract_says_and_charges_no_other(
+    tmp_path: Path, shared: None
+) -> None:
+    summary = completed(tmp_path / "run", "sites_per_round=4", rounds=5)
+    assert summary.rounds == 5
+    assert [line["replied"] for line in lines(tmp_path / "run")] == [4] * 5
+    charges = [site.charges for site in summary.per_site.values()]
+    assert sum(charges) == 20
+    assert 4 < sum(count > 0 for count in charges) <= SITES
+    held = ledger.contents(tmp_path / "run/ledgers/all.sqlite")
+    assert len(held.rows) == sum(count > 0 for count in charges)
+
+
+@pytest.mark.parametrize("shared_file", [True, False], ids=["one file", "files apart"])
+def test_user_level_noise_is_added_once_to_the_sum_of_clipped_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_file: bool
+) -> None:
+    monkeypatch.setattr(Plan, "many", shared_file)
+    clip, sigma = 1e-3, 4.0  # so that noise is all there is to see
+    summary = completed(
+        tmp_path / "run",
+        "privacy.mechanism=user-level",
+        f"privacy.noise_multiplier={sigma}",
+        f"privacy.clip_norm={clip}",
+        "training.local_steps=3",
+        "training.server_momentum=0.0",
+        rounds=1,
+    )
+    assert (summary.unit, summary.guarantee) == ("client", "none: simulation")
+    assert summary.mechanism == "user-level"
+    (spent,) = {site.epsilon for site in summary.per_site.values()}
+    assert spent == pytest.approx(accounting.epsilon([PoissonGaussian(1.0, sigma, 1)], 1e-5))
+    begun = load_weights(tmp_path / "run")
+    moved = np.concatenate(
+        [(value - begun[name]).ravel() for name, value in weights(tmp_path / "run").items()]
+    )
+    stddev = sigma * clip / SITES
+    # The mean of clipped updates has a norm under C: beside 25 times as much noise it is not seen.
+    assert moved.std() == pytest.approx(stddev, rel=0.15)
+
+
+def load_weights(run: Path) -> dict[str, np.ndarray]:
+    """The weights before round 1, as the server makes them."""
+    agreed = contract.read(run / "contract.json").contract
+    model = app._initial_model(agreed, 5)
+    return {n: p.detach().numpy() for n, p in models.released_parameters(model).items()}
+
+
+def test_an_update_is_clipped_as_a_whole_and_nothing_of_what_is_not_finite_is_left() -> None:
+    update = {"a": np.full((3, 2), 2.0, np.float32), "b": np.full(5, -1.0, np.float32)}
+    inside = clipped(update, 1.0)
+    norm = np.sqrt(sum(np.square(v, dtype=np.float64).sum() for v in inside.values()))
+    assert 0.998 < norm <= 1.0
+    np.testing.assert_allclose(inside["a"] / inside["a"][0, 0], update["a"] / update["a"][0, 0])
+    assert all((clipped(update, 100.0)[n] == v).all() for n, v in update.items())
+    assert not clipped({"a": np.zeros(3, np.float32)}, 1.0)["a"].any()
+    for bad in (np.nan, np.inf):
+        assert not any(v.any() for v in clipped({**update, "c": np.float32([bad])}, 1.0).values())
