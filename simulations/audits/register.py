@@ -1,0 +1,265 @@
+"""The canary register: a model with a column of its own for every canary, and data for it.
+
+Both are ordinary factories, `module:factory`, that a contract names, so that a site has no branch
+for an audit. A canary is an example of the audited data set, which must be public, with a number in
+front. Its loss is lessened by S·bank[number], so the gradient has a coordinate that no other
+example touches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from bract.shared import models
+from bract.shared.configuration import parse
+from bract.shared.contract import DataTerms, ModelTerms, Scalar, Task
+from bract.shared.data import Examples, dataset, load, load_public
+from bract.shared.data.examples import UNREADABLE
+from bract.shared.errors import UsageError
+
+MODEL = "bract.simulations.audits.register:model"
+DATA = "bract.simulations.audits.register:data"
+BANK = "bank.weight"
+GREATEST_NUMBER = 2**24  # float32 tells whole numbers apart up to here
+
+
+class _Attached(torch.autograd.Function):
+    """The outputs as they are; −S comes back to the values, as if the loss held −S·value."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, values: Tensor, strengths: Tensor) -> Tensor:
+        """Returns the outputs."""
+        ctx.save_for_backward(strengths)
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Returns the outputs' gradient unchanged, and −S for each value."""
+        (outputs,), (strengths,) = gradients, ctx.saved_tensors
+        return outputs, -strengths.to(outputs.dtype), None
+
+
+class Registered(nn.Module):
+    """A model beside its register.
+
+    Args:
+        model: what is audited.
+        base: the terms of the data that it is for.
+        rows: canaries and void coordinates; the row behind them is never trained.
+        strength: S.
+    """
+
+    def __init__(self, model: nn.Module, base: DataTerms, *, rows: int, strength: float) -> None:
+        super().__init__()
+        self.model = model
+        self.bank = nn.Embedding(rows + 1, 1)
+        nn.init.zeros_(self.bank.weight)
+        self._base, self._rows, self._strength = base, rows, strength
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Returns what the audited model answers, (examples, …)."""
+        front = _front(self._base, self._rows)
+        numbers = _numbers(inputs[:, :front], self._base, self._rows)
+        rest = inputs[:, front:]
+        if self._base.vocabulary is None:
+            rest = (rest.reshape(-1, *self._base.shape) - self._base.offset) / self._base.scale
+        outputs = self.model(rest)
+        if self._base.task == "next-token":  # nothing is learned of the number in front
+            outputs = torch.cat(
+                [outputs.new_zeros((len(outputs), front, outputs.shape[2])), outputs], 1
+            )
+        strengths = torch.where(numbers < self._rows, self._strength, 0.0)[..., None]
+        found: Tensor = _Attached.apply(  # type: ignore[no-untyped-call]  # torch's
+            outputs, self.bank(numbers), strengths
+        )
+        return found
+
+
+def model(
+    shape: tuple[int, ...],
+    classes: int,
+    *,
+    vocabulary: int | None = None,
+    task: Task = "classes",
+    audited: str = "{}",
+    base: str = "{}",
+    rows: int = 0,
+    strength: float = 1.0,
+) -> nn.Module:
+    """Returns an audited model beside its register.
+
+    Args:
+        shape: of the data with the number in front.
+        classes: of the data.
+        vocabulary: of the data.
+        task: of the data.
+        audited: the terms of the audited model, as JSON.
+        base: the terms of the data that it is for, as JSON.
+        rows: canaries and void coordinates.
+        strength: S.
+    """
+    terms, made = _data_terms(base), parse(ModelTerms, json.loads(audited), source="audited")
+    return Registered(models.of(made, terms), terms, rows=rows, strength=float(strength))
+
+
+@dataclass(frozen=True)
+class data:  # noqa: N801  the factory, as a contract names it
+    """Canaries of several sites, and one site that holds nothing a gradient comes of.
+
+    Args:
+        base: the terms of the audited data set, as JSON.
+        canaries: how many each site may hold; each is in with probability ½.
+        void: coordinates that no canary has.
+        sites: that hold canaries; the one behind them is blank.
+        seed: decides which canaries are in.
+    """
+
+    base: str = "{}"
+    canaries: int = 1
+    void: int = 1
+    sites: int = 1
+    seed: int = 0
+
+    @property
+    def terms(self) -> DataTerms:
+        """An example: the number in front, then the input, flat."""
+        base = _data_terms(self.base)
+        rows = self.canaries + self.void
+        width = _front(base, rows) + math.prod(base.shape)
+        return base.model_copy(
+            update={
+                "shape": (width,),
+                "offset": 0.0,
+                "scale": 1.0,
+                "preparation": None,
+                "options": {},
+                "public": None,
+            }
+        )
+
+    def train(self, folder: Path | None) -> Examples:
+        """Returns the examples of all sites in their order, `canaries` each."""
+        parts = [self.part(folder, str(site)) for site in range(self.sites + 1)]
+        return Examples(
+            inputs=np.concatenate([part.inputs for part in parts]),
+            targets=np.concatenate([part.targets for part in parts]),
+        )
+
+    def public(self, folder: Path | None) -> tuple[Examples, Examples]:
+        """Returns validation and test of the audited data, without a canary."""
+        base = _data_terms(self.base)
+        validation, test = load_public(base, folder)
+        return self._numbered(validation), self._numbered(test)
+
+    def part(self, folder: Path | None, part: str) -> Examples:
+        """Returns the examples of one site by its place; an example that is out adds nothing.
+
+        So every site has as many, whatever the coins said.
+        """
+        site = int(part)
+        found = self.examples(folder, site)
+        held = included(self.seed, site, self.canaries) if site < self.sites else None
+        out = np.ones(self.canaries, bool) if held is None else ~held
+        numbers = np.where(out, self.canaries + self.void, np.arange(self.canaries))
+        numbered = self._numbered(found, numbers)
+        targets = numbered.targets.copy()
+        targets[out] = np.nan if np.issubdtype(targets.dtype, np.floating) else UNREADABLE
+        return Examples(inputs=numbered.inputs, targets=targets)
+
+    def examples(self, folder: Path | None, site: int) -> Examples:
+        """Returns what the canaries of a site are made of: other examples at each, if they do."""
+        train = _training(self.base, folder)
+        if not len(train):
+            raise UsageError("the audited data set has no training example to make canaries of")
+        rows = (site * self.canaries + np.arange(self.canaries)) % len(train)
+        return train.take(rows)
+
+    def _numbered(
+        self, examples: Examples, numbers: npt.NDArray[np.int64] | None = None
+    ) -> Examples:
+        base, rows = _data_terms(self.base), self.canaries + self.void
+        if numbers is None:
+            numbers = np.full(len(examples), rows)
+        flat = examples.inputs.reshape(len(examples), -1)
+        if base.vocabulary is None:
+            front = numbers[:, None].astype(np.float32)
+            return Examples(
+                np.concatenate([front, flat.astype(np.float32)], 1), examples.targets
+            )
+        places = base.vocabulary ** np.arange(_front(base, rows))
+        front = numbers[:, None] // places % base.vocabulary
+        targets = examples.targets
+        if base.task == "next-token":
+            blank = np.full(front.shape, UNREADABLE, targets.dtype)
+            targets = np.concatenate([blank, targets], 1)
+        return Examples(np.concatenate([front, flat.astype(np.int64)], 1), targets)
+
+
+def included(seed: int, site: int, canaries: int) -> npt.NDArray[np.bool_]:
+    """Returns which canaries of a site are in, each with probability ½."""
+    return np.random.default_rng([seed, site]).random(canaries) < 0.5
+
+
+def model_terms(
+    audited: ModelTerms, base: DataTerms, *, rows: int, strength: float
+) -> ModelTerms:
+    """Returns the terms by which a contract names a model beside its register."""
+    options: dict[str, Scalar] = {
+        "audited": audited.model_dump_json(),
+        "base": base.model_dump_json(),
+        "rows": rows,
+        "strength": strength,
+    }
+    return ModelTerms(name=MODEL, options=options)
+
+
+def data_terms(
+    base: DataTerms, *, canaries: int, void: int, sites: int, seed: int
+) -> DataTerms:
+    """Returns the terms by which a contract names the canaries of an audit."""
+    options: dict[str, Scalar] = {
+        "base": base.model_dump_json(),
+        "canaries": canaries,
+        "void": void,
+        "sites": sites,
+        "seed": seed,
+    }
+    return dataset(DATA).describe(options, None)
+
+
+@lru_cache(maxsize=2)
+def _training(base: str, folder: Path | None) -> Examples:
+    """Returns the audited training examples; kept, as every contract of an audit asks for them."""
+    return load(_data_terms(base), folder).train
+
+
+@lru_cache(maxsize=16)
+def _data_terms(text: str) -> DataTerms:
+    return parse(DataTerms, json.loads(text), source="base")
+
+
+def _front(base: DataTerms, rows: int) -> int:
+    """Returns how many places the number takes: one, or the tokens that write it out."""
+    if base.vocabulary is None:
+        return 1
+    return max(1, math.ceil(math.log(rows + 1, base.vocabulary) - 1e-12))
+
+
+def _numbers(front: Tensor, base: DataTerms, rows: int) -> Tensor:
+    """Returns the row of the bank for each example, (examples, 1); the last one for nonsense."""
+    if base.vocabulary is None:
+        found = front.nan_to_num(nan=rows, posinf=rows, neginf=rows).round().to(torch.int64)
+    else:
+        places = base.vocabulary ** torch.arange(front.shape[1], device=front.device)
+        found = (front * places).sum(1, keepdim=True)
+    return torch.where((found >= 0) & (found < rows), found, rows)
