@@ -65,6 +65,30 @@ TRACK = click.option(
 )
 
 
+ABOVE = {
+    "audit": {"experiment": "bract.simulations.audits.commands:experiment"},
+}
+
+
+class GroupWithAbove(click.Group):
+    """A group some of whose commands lie on a floor above, and are imported when asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Returns the names of all commands."""
+        return sorted([*super().list_commands(context), *ABOVE.get(self.name or "", {})])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Returns the command of a name, imported now where it lies above."""
+        above = ABOVE.get(self.name or "", {})
+        return _imported(above[name]) if name in above else super().get_command(context, name)
+
+
+def _imported(name: str) -> click.Command | None:
+    module, _, attribute = name.partition(":")
+    command = getattr(importlib.import_module(module), attribute)
+    return command if isinstance(command, click.Command) else None
+
+
 class LazyGroup(click.Group):
     """A group that imports a command when it is asked for."""
 
@@ -74,11 +98,7 @@ class LazyGroup(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """Returns the command of a name, imported now."""
-        if name not in COMMANDS:
-            return None
-        module, _, attribute = COMMANDS[name][0].partition(":")
-        command = getattr(importlib.import_module(module), attribute)
-        return command if isinstance(command, click.Command) else None
+        return _imported(COMMANDS[name][0]) if name in COMMANDS else None
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the table's summaries, with no import."""

@@ -21,7 +21,7 @@ from bract.client.training.clipping import SLACK
 from bract.shared.errors import UsageError
 from bract.shared.privacy.events import Event, PoissonGaussian
 from bract.simulations.audits.estimates import Scored, Scores
-from bract.simulations.audits.settings import DELTA, Setting, canaries_for, greatest_bound
+from bract.simulations.audits.settings import DELTA, Setting
 
 GUESSED = 0.3  # of the canaries, half of them as in and half as out; fixed beforehand
 THRESHOLDS = (0.0, 1.0, 2.0, 4.0)  # of the score; fixed beforehand
@@ -29,6 +29,7 @@ FALSE_POSITIVE_RATES = (0.1, 0.01, 0.001)
 LEAST_COUNT = 10  # false positives under which a rate of true ones means nothing
 _STEP = 1 - SLACK
 _GREATEST = 60.0
+_SIZES = [round(100 * 2 ** (power / 4)) for power in range(40)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +123,6 @@ def one_run_f_dp(canaries: int, guesses: int, right: int, confidence: float) -> 
                 return False
         return True
 
-    # plausible in μ is where the recursion stays below the share of guesses
     return epsilon_of_gaussian(_refuted_up_to(plausible, tolerance=5e-3))
 
 
@@ -175,18 +175,24 @@ def rates(found: Told) -> list[Rate]:
 
 
 def check_reach(epsilon: float, canaries: int, confidence: float) -> None:
-    """Returns where so many canaries could show an ε, were every guess right.
+    """Returns where the one-run bound of so many canaries could show an ε, were all guesses right.
 
     Raises:
-        UsageError: naming how many it takes.
+        UsageError: naming how many canaries it takes.
     """
-    guesses = int(canaries * GUESSED / 2) * 2
-    if greatest_bound(guesses, confidence) < epsilon:
-        need = math.ceil(canaries_for(epsilon, confidence) / GUESSED) + 2
-        raise UsageError(
-            f"{canaries} canaries cannot show epsilon {epsilon:g} at {confidence:g}, even if every "
-            f"guess is right: it takes {need}"
-        )
+    if _reach(canaries, confidence) >= epsilon:
+        return
+    need = next((n for n in _SIZES if n > canaries and _reach(n, confidence) >= epsilon), None)
+    enough = f"it takes {need}" if need else f"no number does at delta {DELTA:g}"
+    raise UsageError(
+        f"{canaries} canaries cannot show epsilon {epsilon:g} at {confidence:g}, even if every "
+        f"guess is right: {enough}"
+    )
+
+
+def _reach(canaries: int, confidence: float) -> float:
+    guesses = 2 * int(canaries * GUESSED / 2)
+    return one_run(canaries, guesses, guesses, confidence)
 
 
 def epsilon_of_gaussian(mu: float, delta: float = DELTA) -> float:

@@ -7,8 +7,8 @@ A p-value that is the least of several looks is multiplied by their number.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -34,10 +34,34 @@ class Check:
     given: str
     p: float
 
+    @property
+    def key(self) -> str:
+        """Its name among all tests of an audit."""
+        return f"{self.setting}/{self.site}/{self.name}"
+
+
+def every(trials: Mapping[str, Trial]) -> list[Check]:
+    """Returns all tests of the contracts of an audit, by the names of the settings."""
+    main = trials["main"]
+    alone = [of_main(main), of_blank(main), of_steps(trials["steps"])]
+    alone += [of_joint(trials["joint"]), of_sparse(trials["sparse"])]
+    both = [of(trial) for trial in trials.values() for of in (of_messages, of_ledger)]
+    # what cannot be computed is no evidence for anything: it fails
+    return [
+        check if math.isfinite(check.p) else replace(check, p=0.0)
+        for found in (*alone, *both)
+        for check in found
+    ]
+
 
 def failed(checks: Sequence[Check]) -> list[Check]:
     """Returns the tests that no correct mechanism fails, but for one audit in a thousand."""
-    return [check for check in checks if not check.p >= FAMILY / len(checks)]
+    return [check for check in checks if check.p < threshold(checks)]
+
+
+def threshold(checks: Sequence[Check]) -> float:
+    """Returns the p-value under which one of so many tests fails."""
+    return FAMILY / max(1, len(checks))
 
 
 def of_main(trial: Trial) -> Iterator[Check]:

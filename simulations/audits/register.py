@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bract.shared import models
+from bract.shared import models, tasks
 from bract.shared.configuration import parse
 from bract.shared.contract import DataTerms, ModelTerms, Scalar, Task
 from bract.shared.data import Examples, dataset, load, load_public
@@ -122,6 +122,7 @@ class data:  # noqa: N801  the factory, as a contract names it
         void: coordinates that no canary has.
         sites: that hold canaries; the one behind them is blank.
         seed: decides which canaries are in.
+        made_up: whether the examples are random numbers in the data set's shape, and not its own.
     """
 
     base: str = "{}"
@@ -129,6 +130,7 @@ class data:  # noqa: N801  the factory, as a contract names it
     void: int = 1
     sites: int = 1
     seed: int = 0
+    made_up: bool = False
 
     @property
     def terms(self) -> DataTerms:
@@ -158,6 +160,9 @@ class data:  # noqa: N801  the factory, as a contract names it
     def public(self, folder: Path | None) -> tuple[Examples, Examples]:
         """Returns validation and test of the audited data, without a canary."""
         base = _data_terms(self.base)
+        if self.made_up:
+            some = _made_up(self.base, 64)
+            return self._numbered(some), self._numbered(some)
         validation, test = load_public(base, folder)
         return self._numbered(validation), self._numbered(test)
 
@@ -178,7 +183,8 @@ class data:  # noqa: N801  the factory, as a contract names it
 
     def examples(self, folder: Path | None, site: int) -> Examples:
         """Returns what the canaries of a site are made of: other examples at each, if they do."""
-        train = _training(self.base, folder)
+        count = (self.sites + 1) * self.canaries
+        train = _made_up(self.base, count) if self.made_up else _training(self.base, folder)
         if not len(train):
             raise UsageError("the audited data set has no training example to make canaries of")
         rows = (site * self.canaries + np.arange(self.canaries)) % len(train)
@@ -224,7 +230,7 @@ def model_terms(
 
 
 def data_terms(
-    base: DataTerms, *, canaries: int, void: int, sites: int, seed: int
+    base: DataTerms, *, canaries: int, void: int, sites: int, seed: int, made_up: bool
 ) -> DataTerms:
     """Returns the terms by which a contract names the canaries of an audit."""
     options: dict[str, Scalar] = {
@@ -233,6 +239,7 @@ def data_terms(
         "void": void,
         "sites": sites,
         "seed": seed,
+        "made_up": made_up,
     }
     return dataset(DATA).describe(options, None)
 
@@ -241,6 +248,15 @@ def data_terms(
 def _training(base: str, folder: Path | None) -> Examples:
     """Returns the audited training examples; kept, as every contract of an audit asks for them."""
     return load(_data_terms(base), folder).train
+
+
+@lru_cache(maxsize=4)
+def _made_up(base: str, count: int) -> Examples:
+    """Returns examples that are no one's, as they would be read."""
+    terms = _data_terms(base)
+    inputs, targets = tasks.made_up(terms, count, torch.Generator().manual_seed(0))  # no secret
+    raw = inputs if terms.vocabulary is not None else inputs * terms.scale + terms.offset
+    return Examples(inputs=raw.numpy(), targets=targets.numpy())
 
 
 @lru_cache(maxsize=16)

@@ -11,7 +11,6 @@ sparse  so few examples in a batch that every third one is empty
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -77,10 +76,10 @@ class Suite:
         return self.main, self.steps, self.joint, self.sparse
 
 
-def suite(*, clip_norm: float = 1.0, canaries: int = 1000, rounds: int = 32) -> Suite:
+def suite(*, clip_norm: float = 1.0, canaries: int = 1000, rounds: int = 24) -> Suite:
     """Returns the contracts of an audit.
 
-    With 1000 canaries and 32 rounds at each of two sites every fault of `faults` lies at least
+    With 1000 canaries and 24 rounds at each of two sites every fault of `faults` lies at least
     eight standard errors off in some test, so that it is found with probability over 0.999.
 
     Args:
@@ -99,7 +98,7 @@ def suite(*, clip_norm: float = 1.0, canaries: int = 1000, rounds: int = 32) -> 
         void=1000,
         sites=2,
         rounds=rounds,
-        blank_rounds=8,
+        blank_rounds=6,
         clip_norm=clip_norm,
     )
     return Suite(
@@ -110,7 +109,7 @@ def suite(*, clip_norm: float = 1.0, canaries: int = 1000, rounds: int = 32) -> 
             name="joint",
             canaries=200,
             sites=1,
-            rounds=4,
+            rounds=3,
             blank_rounds=0,
             sampling_rate=1.0,
             strength=None,
@@ -121,23 +120,8 @@ def suite(*, clip_norm: float = 1.0, canaries: int = 1000, rounds: int = 32) -> 
             canaries=500,
             void=500,
             sites=1,
-            rounds=20,
+            rounds=16,
             blank_rounds=0,
             sampling_rate=0.002,
         ),
     )
-
-
-def greatest_bound(canaries: int, confidence: float) -> float:
-    """Returns the ε that the one-run bound shows where every one of so many guesses is right.
-
-    m right guesses have probability (e^ε / (1 + e^ε))^m under ε (Steinke, Nasr & Jagielski 2023,
-    arXiv 2305.08846, theorem 5.2 without δ).
-    """
-    right = (1 - confidence) ** (1 / canaries)
-    return math.log(right / (1 - right)) if right > 0.5 else 0.0
-
-
-def canaries_for(epsilon: float, confidence: float) -> int:
-    """Returns how many canaries it takes until the one-run bound can show ε at all."""
-    return math.ceil(math.log(1 - confidence) / -math.log1p(math.exp(-epsilon)))

@@ -29,7 +29,7 @@ from bract.shared.contract import (
     SiteTerms,
     TrainingTerms,
 )
-from bract.shared.data import load, load_part
+from bract.shared.data import load_part
 from bract.shared.errors import VerificationFailed
 from bract.shared.privacy.events import Event, PoissonGaussian
 from bract.shared.privacy.ledger import Ledger
@@ -48,11 +48,15 @@ BLANK = "blank"
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is audited: a model and the public data that canaries are made of."""
+    """What is audited: a model and the public data that canaries are made of.
+
+    `made_up` says that canaries are random numbers in the shape of the data.
+    """
 
     model: ModelTerms
     data: DataTerms
     folder: Path | None = None
+    made_up: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -222,15 +226,18 @@ def charged(plan: Plan, state: State, site: str) -> tuple[Event, ...]:
 
 
 def _own_strength(subject: Subject) -> float:
-    """Returns the size of the model's own gradients, the register's where it stands among them."""
-    return _typical_norm(subject.model.model_dump_json(), subject.data, subject.folder)
+    """Returns the size of the model's own gradients, for a register that stands among them."""
+    model = subject.model.model_dump_json()
+    return _typical_norm(model, subject.data, subject.folder, subject.made_up)
 
 
 @lru_cache(maxsize=4)
-def _typical_norm(model: str, data: DataTerms, folder: Path | None) -> float:
-    train = load(data, folder).train
-    some = train.take(np.arange(min(len(train), _LOOKED_AT)))
-    return gradients.typical_norm(ModelTerms.model_validate_json(model), data, some)
+def _typical_norm(model: str, data: DataTerms, folder: Path | None, made_up: bool) -> float:
+    canaries = register.data(
+        base=data.model_dump_json(), canaries=_LOOKED_AT, sites=1, made_up=made_up
+    )
+    terms = ModelTerms.model_validate_json(model)
+    return gradients.typical_norm(terms, data, canaries.examples(folder, 0))
 
 
 def _expected(setting: Setting, agreed: Contract, folder: Path | None) -> gradients.Sums:
@@ -261,6 +268,7 @@ def _plan(setting: Setting, subject: Subject, state: State, *, seed: int) -> tup
             void=setting.void,
             sites=setting.sites,
             seed=seed,
+            made_up=subject.made_up,
         ),
         data_folder=str(subject.folder) if subject.folder else None,
         rows=str(folder / "rows.npz"),
