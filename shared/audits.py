@@ -53,6 +53,7 @@ class FoundRate(Frozen):
 class MechanismAudit(Frozen):
     """`bract audit experiment`: canaries through the client path of an experiment's model.
 
+    `recovered_error` holds the standard errors of what was recovered.
     `p_values` are those of `checks` by setting, site and name; a test fails under `threshold`.
     `epsilon_ledger` is what the dearest site's ledger says of the contract `main`, at `delta`;
     `epsilon_claimed` what that contract says, `epsilon_recovered` what the recovered parameters
@@ -67,6 +68,7 @@ class MechanismAudit(Frozen):
     grid: Literal["in-process", "loopback"]
     passed: bool
     recovered: MechanismParameters
+    recovered_error: MechanismParameters
     claimed: MechanismParameters
     p_values: dict[str, Probability]
     checks: list[MechanismCheck]

@@ -15,11 +15,10 @@ import numpy as np
 from scipy import special, stats
 
 from bract.client.training.clipping import SLACK
+from bract.shared.privacy import accounting
 from bract.simulations.audits.estimates import Scored, Scores, matrix, scored
 from bract.simulations.audits.settings import DELTA, FAMILY, Setting
 from bract.simulations.audits.trial import Answers, Trial
-from bract.shared.privacy import accounting
-from bract.shared.privacy.events import PoissonGaussian
 
 STEP = 1 - SLACK  # what a canary adds to its coordinate, in units of C
 
@@ -91,9 +90,7 @@ def of_sparse(trial: Trial) -> Iterator[Check]:
     """Yields whether rounds with an empty batch are like others: each must be noised."""
     for answers, site in zip(trial.sites, scored(trial), strict=False):
         yield Check("empty batches", "sparse", site.site, "nothing", float(not answers.silent))
-        yield Check(
-            "noise of the void", "sparse", site.site, "σC", _scale(trial.setting, site)
-        )
+        yield Check("noise of the void", "sparse", site.site, "σC", _scale(trial.setting, site))
 
 
 def of_blank(trial: Trial) -> Iterator[Check]:
@@ -156,8 +153,9 @@ def of_ledger(trial: Trial) -> Iterator[Check]:
             accounting.epsilon(answers.events, DELTA) >= accounting.epsilon(claimed, DELTA)
         )
         given = "the contract's q, σ and steps, rounds released"
-        yield Check("charged for what was released", trial.setting.name, answers.site, given,
-                    float(enough))
+        yield Check(
+            "charged for what was released", trial.setting.name, answers.site, given, float(enough)
+        )
 
 
 def _rounds(trial: Trial) -> Iterator[tuple[Answers, int]]:
@@ -171,7 +169,13 @@ def _of_scores(setting: Setting, site: Scored) -> Iterator[Check]:
     yield Check("noise of the void", "main", name, "σC", _square(site.void, stddev))
     yield Check("noise of canaries left out", "main", name, "σC", _square(site.outside, stddev))
     yield Check("included mass", "main", name, "q, C, σ", _mass(setting, site.inside))
-    yield Check("distribution of noise", "main", name, "σC", _kolmogorov(special.ndtr(np.sort(noise) / stddev)))
+    yield Check(
+        "distribution of noise",
+        "main",
+        name,
+        "σC",
+        _kolmogorov(special.ndtr(np.sort(noise) / stddev)),
+    )
     yield Check("distribution of canaries", "main", name, "q, C, σ", _mixture(setting, site.inside))
     p = _epochs(setting, site.inside, site.void)
     yield Check("variance over an epoch", "main", name, "q, C / σ", p)
@@ -200,7 +204,9 @@ def _mass(setting: Setting, inside: Scores) -> float:
 def _mixture(setting: Setting, inside: Scores) -> float:
     rate, stddev = setting.sampling_rate, setting.noise_multiplier
     values = np.sort(inside.ravel())
-    below = (1 - rate) * special.ndtr(values / stddev) + rate * special.ndtr((values - STEP) / stddev)
+    below = (1 - rate) * special.ndtr(values / stddev) + rate * special.ndtr(
+        (values - STEP) / stddev
+    )
     return _kolmogorov(below)
 
 

@@ -13,7 +13,7 @@ from bract.shared.cli import AS_JSON, DATA_DIR, fail_reported, print_json, shown
 from bract.shared.errors import UsageError
 
 if TYPE_CHECKING:
-    from bract.shared.audits import MechanismAudit, MechanismParameters
+    from bract.shared.audits import MechanismAudit
 
 
 @click.command(epilog="Example: bract audit experiment digits --out audits/digits")
@@ -103,7 +103,10 @@ def _show(report: MechanismAudit) -> None:
     parameters = Table("", "claimed", "recovered")
     for field in type(report.claimed).model_fields:
         parameters.add_row(
-            field.replace("_", " "), *(_of(side, field) for side in (report.claimed, report.recovered))
+            field.replace("_", " "),
+            shown(getattr(report.claimed, field)),
+            f"{shown(getattr(report.recovered, field))} ± "
+            f"{shown(getattr(report.recovered_error, field))}",
         )
     console.print(parameters)
     worst = Table("test", "setting", "site", "p", "given", title="the tests that fit least")
@@ -134,7 +137,3 @@ def _show(report: MechanismAudit) -> None:
                 f"where {rate.false_positive_rate:g} of {rate.strangers} strangers are too"
             )
     console.print(f"not checked: {'; '.join(report.not_checked)}")
-
-
-def _of(side: MechanismParameters, field: str) -> str:
-    return shown(getattr(side, field))

@@ -9,7 +9,7 @@ s² + c²·q·(1 − q), which give c, then q.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from bract.simulations.audits.trial import Answers, Trial
 
 Scores = npt.NDArray[np.float64]
+_GROUPS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,9 @@ class Parameters:
     clip_norm: float | None
     sampling_rate: float | None
     steps: float | None
+
+
+_FIELDS = fields(Parameters)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,21 +74,57 @@ def recover(main: Trial, steps: Trial) -> Parameters:
         main: of the contract with one local step: noise, clip and rate, given that step.
         steps: of the contract with more: their number, given the noise of one.
     """
+    return _recovered(scored(main), scored(steps), main.setting.clip_norm)
+
+
+def error(main: Trial, steps: Trial) -> Parameters:
+    """Returns the standard errors of what `recover` returns, by leaving out coordinates in turn.
+
+    The jackknife over groups, Efron & Stein 1981.
+    """
     sites, more = scored(main), scored(steps)
+    each = [
+        _recovered(_without(sites, group), _without(more, group), main.setting.clip_norm)
+        for group in range(_GROUPS)
+    ]
+    return Parameters(**{f.name: _spread([getattr(p, f.name) for p in each]) for f in _FIELDS})
+
+
+def _recovered(sites: list[Scored], more: list[Scored], unit: float) -> Parameters:
     if not sites or not more:
         return Parameters(None, None, None, None)
     inside = np.concatenate([site.inside.ravel() for site in sites])
-    noise = _mean_square([x for site in sites for x in (site.void, site.outside)])
+    noise, later = _noise(sites), _noise(more)
     first, spread = float(inside.mean()), float(inside.var()) - noise
     clip = first + spread / first if first > 0 and spread > 0 else None
-    unit = main.setting.clip_norm
-    later = _mean_square([x for site in more for x in (site.void, site.outside)])
     return Parameters(
         noise_multiplier=_finite(math.sqrt(noise) / clip) if clip else None,
         clip_norm=_finite(clip * unit) if clip else None,
         sampling_rate=_finite(first / clip) if clip else None,
         steps=_finite(later / noise) if noise > 0 else None,
     )
+
+
+def _without(sites: list[Scored], group: int) -> list[Scored]:
+    """Returns the scores without every so-manieth coordinate."""
+
+    def kept(values: Scores) -> Scores:
+        return values[:, np.arange(values.shape[1]) % _GROUPS != group]
+
+    return [
+        Scored(site.site, kept(site.inside), kept(site.outside), kept(site.void)) for site in sites
+    ]
+
+
+def _spread(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    if len(known) < _GROUPS:
+        return None
+    return _finite(math.sqrt((_GROUPS - 1) * float(np.var(known))))
+
+
+def _noise(sites: list[Scored]) -> float:
+    return _mean_square([values for site in sites for values in (site.void, site.outside)])
 
 
 def _mean_square(parts: list[Scores]) -> float:

@@ -92,9 +92,7 @@ def _more_steps() -> AbstractContextManager[Any]:
 
     def train(trainer: Trainer, **given: Any) -> Any:
         agreed = trainer._contract
-        steps = agreed.training.model_copy(
-            update={"local_steps": 2 * agreed.training.local_steps}
-        )
+        steps = agreed.training.model_copy(update={"local_steps": 2 * agreed.training.local_steps})
         trainer._contract = agreed.model_copy(update={"training": steps})
         try:
             return original(trainer, **given)
@@ -255,4 +253,3 @@ FAULTS: dict[str, Fault] = {
     "one noise for two tensors": _one_noise_for_two,
     "norm over a part": _partial_norm,
 }
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from bract.simulations.audits.trial import Subject, Trial
 from bract.simulations.experiment import Experiment
 
 AUDIT = "audit.json"
+_IN_MEMORY = Path("/dev/shm")  # noqa: S108  with a name of its own in it
 NOT_CHECKED = [
     "that a site runs this code, and noise that no one else knows: a simulation seeds it",
     "attacks by floating-point arithmetic and by timing, which are mitigated and not excluded",
@@ -116,13 +118,18 @@ def audit(subject: Subject, suite: Suite, *, seed: int, folder: Path | None = No
         seed: of canaries, batches and noise.
         folder: keeps keys and ledgers; thrown away where it is None.
     """
-    with tempfile.TemporaryDirectory() as thrown_away:
+    with tempfile.TemporaryDirectory(dir=_memory()) as thrown_away:
         kept = folder or Path(thrown_away)
         trials = {
             setting.name: trial.run(setting, subject, seed=seed, folder=kept)
             for setting in suite.settings
         }
     return found(trials)
+
+
+def _memory() -> Path | None:
+    """Returns where files lie in memory: what is thrown away need not be durable."""
+    return _IN_MEMORY if _IN_MEMORY.is_dir() and os.access(_IN_MEMORY, os.W_OK) else None
 
 
 def found(trials: dict[str, Trial]) -> Findings:
@@ -162,6 +169,9 @@ def report(
         grid="in-process",
         passed=not failed,
         recovered=MechanismParameters(**asdict(findings.recovered)),
+        recovered_error=MechanismParameters(
+            **asdict(estimates.error(findings.trials["main"], findings.trials["steps"]))
+        ),
         claimed=MechanismParameters(
             noise_multiplier=main.noise_multiplier,
             clip_norm=main.clip_norm,

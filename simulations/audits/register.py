@@ -113,7 +113,7 @@ def model(
 
 
 @dataclass(frozen=True)
-class data:  # noqa: N801  the factory, as a contract names it
+class data:
     """Canaries of several sites, and one site that holds nothing a gradient comes of.
 
     Args:
@@ -199,9 +199,7 @@ class data:  # noqa: N801  the factory, as a contract names it
         flat = examples.inputs.reshape(len(examples), -1)
         if base.vocabulary is None:
             front = numbers[:, None].astype(np.float32)
-            return Examples(
-                np.concatenate([front, flat.astype(np.float32)], 1), examples.targets
-            )
+            return Examples(np.concatenate([front, flat.astype(np.float32)], 1), examples.targets)
         places = base.vocabulary ** np.arange(_front(base, rows))
         front = numbers[:, None] // places % base.vocabulary
         targets = examples.targets
@@ -216,9 +214,7 @@ def included(seed: int, site: int, canaries: int) -> npt.NDArray[np.bool_]:
     return np.random.default_rng([seed, site]).random(canaries) < 0.5
 
 
-def model_terms(
-    audited: ModelTerms, base: DataTerms, *, rows: int, strength: float
-) -> ModelTerms:
+def model_terms(audited: ModelTerms, base: DataTerms, *, rows: int, strength: float) -> ModelTerms:
     """Returns the terms by which a contract names a model beside its register."""
     options: dict[str, Scalar] = {
         "audited": audited.model_dump_json(),

@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def normaliser(self) -> float:
-        """q · nominal size: every site has as many examples as it may have canaries."""
+        """The rate times the nominal size: every site has as many examples as it may have canaries."""
         return self.sampling_rate * self.canaries
 
     @property
@@ -99,6 +99,7 @@ def suite(*, clip_norm: float = 1.0, canaries: int = 1000, rounds: int = 24) -> 
         sites=2,
         rounds=rounds,
         blank_rounds=6,
+        noise_multiplier=0.8,
         clip_norm=clip_norm,
     )
     return Suite(

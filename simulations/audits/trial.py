@@ -131,12 +131,12 @@ def run(setting: Setting, subject: Subject, *, seed: int, folder: Path) -> Trial
         answer.events = charged(plan, state, answer.site)
     return Trial(
         setting=setting,
-        included=[
-            register.included(seed, site, setting.canaries) for site in range(setting.sites)
-        ],
+        included=[register.included(seed, site, setting.canaries) for site in range(setting.sites)],
         sites=answers[: setting.sites],
         blank=answers[setting.sites] if setting.blank_rounds else None,
-        expected=_expected(setting, signed.contract, subject.folder) if setting.sampling_rate == 1.0 else None,
+        expected=_expected(setting, signed.contract, subject.folder)
+        if setting.sampling_rate == 1.0
+        else None,
     )
 
 
@@ -216,7 +216,7 @@ def _keep_(answer: Answers, update: Arrays, setting: Setting) -> None:
 
 
 def charged(plan: Plan, state: State, site: str) -> tuple[Event, ...]:
-    """Returns what a site's ledger was charged for a contract's domain, chain and signatures held."""
+    """Returns what a site's ledger was charged for a contract; chain and signatures are held."""
     ledger, key = Ledger(state.ledger(site, plan.sites)), keys.load(state.key(site)).public
     try:
         with ledger.transaction() as transaction:
@@ -291,9 +291,7 @@ def _plan(setting: Setting, subject: Subject, state: State, *, seed: int) -> tup
     return plan, path
 
 
-def _contract(
-    setting: Setting, subject: Subject, plan: Plan, state: State
-) -> SignedContract:
+def _contract(setting: Setting, subject: Subject, plan: Plan, state: State) -> SignedContract:
     assert setting.strength is not None  # noqa: S101  `run` has set it
     cohort = tuple(
         SiteTerms(
