@@ -280,7 +280,7 @@ def _curve_p(one: tuple[int, int], other: tuple[int, int], events: tuple[Event, 
     while high - low > 0.05:
         middle = (low + high) / 2
         low, high = (low, middle) if contradicts(10.0**middle) else (middle, high)
-    return 10.0**high
+    return math.pow(10.0, high)
 
 
 @lru_cache(maxsize=64)

@@ -241,7 +241,8 @@ def _each_round(setting: Setting, inside: Scores, void: Scores) -> float:
 
 def _blocks(values: Scores, length: int) -> Scores:
     whole = len(values) // length * length
-    return values[:whole].reshape(-1, length, values.shape[1]).sum(1)
+    sums: Scores = values[:whole].reshape(-1, length, values.shape[1]).sum(1)
+    return sums
 
 
 def _ratio(setting: Setting, rounds: int, inside: Scores, void: Scores) -> float:

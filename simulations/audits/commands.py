@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--set", "settings", multiple=True, metavar="key=value", help="Change any key.")
 @click.option("--model", metavar="M", help="Another model than the experiment's.")
 @click.option("--canaries", type=int, default=1000, show_default=True, help="At each site.")
-@click.option("--rounds", type=int, default=24, show_default=True, help="Of the main contract.")
+@click.option("--rounds", type=int, default=20, show_default=True, help="Of the main contract.")
 @click.option("--seed", type=int, metavar="S", help="Repeats canaries, batches and noise.")
 @click.option("--made-up", is_flag=True, help="Make canaries of random numbers, not of the data.")
 @click.option(
@@ -120,8 +120,8 @@ def _show(report: MechanismAudit) -> None:
         )
     console.print(worst)
     console.print(
-        f"{len(report.checks) - len(report.failed)} of {len(report.checks)} tests passed; one fails "
-        f"under p = {report.threshold:.2g}, so that a correct mechanism fails once in 1000 audits"
+        f"{len(report.checks) - len(report.failed)} of {len(report.checks)} tests passed; one "
+        f"fails under p = {report.threshold:.2g}, so a correct mechanism fails 1 audit in 1000"
     )
     console.print(
         f"ε of the ledger {shown(report.epsilon_ledger)} at δ {report.delta:g}; by the recovered "

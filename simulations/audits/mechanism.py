@@ -120,7 +120,7 @@ def audit(subject: Subject, suite: Suite, *, seed: int, folder: Path | None = No
     """
     with tempfile.TemporaryDirectory(dir=_memory()) as thrown_away:
         kept = folder or Path(thrown_away)
-        trials = {
+        trials: dict[str, Trial] = {
             setting.name: trial.run(setting, subject, seed=seed, folder=kept)
             for setting in suite.settings
         }

@@ -159,11 +159,10 @@ class data:
 
     def public(self, folder: Path | None) -> tuple[Examples, Examples]:
         """Returns validation and test of the audited data, without a canary."""
-        base = _data_terms(self.base)
         if self.made_up:
             some = _made_up(self.base, 64)
             return self._numbered(some), self._numbered(some)
-        validation, test = load_public(base, folder)
+        validation, test = _public(self.base, folder)
         return self._numbered(validation), self._numbered(test)
 
     def part(self, folder: Path | None, part: str) -> Examples:
@@ -198,8 +197,9 @@ class data:
             numbers = np.full(len(examples), rows)
         flat = examples.inputs.reshape(len(examples), -1)
         if base.vocabulary is None:
-            front = numbers[:, None].astype(np.float32)
-            return Examples(np.concatenate([front, flat.astype(np.float32)], 1), examples.targets)
+            column = numbers[:, None].astype(np.float32)
+            inputs = np.concatenate([column, flat.astype(np.float32)], 1)
+            return Examples(inputs, examples.targets)
         places = base.vocabulary ** np.arange(_front(base, rows))
         front = numbers[:, None] // places % base.vocabulary
         targets = examples.targets
@@ -244,6 +244,12 @@ def data_terms(
 def _training(base: str, folder: Path | None) -> Examples:
     """Returns the audited training examples; kept, as every contract of an audit asks for them."""
     return load(_data_terms(base), folder).train
+
+
+@lru_cache(maxsize=2)
+def _public(base: str, folder: Path | None) -> tuple[Examples, Examples]:
+    """Returns validation and test of the audited data, kept likewise."""
+    return load_public(_data_terms(base), folder)
 
 
 @lru_cache(maxsize=4)

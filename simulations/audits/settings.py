@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def normaliser(self) -> float:
-        """The rate times the nominal size: every site has as many examples as it may have canaries."""
+        """The rate times the nominal size, which is how many canaries a site may have."""
         return self.sampling_rate * self.canaries
 
     @property
@@ -76,10 +76,10 @@ class Suite:
         return self.main, self.steps, self.joint, self.sparse
 
 
-def suite(*, clip_norm: float = 1.0, canaries: int = 1000, rounds: int = 24) -> Suite:
+def suite(*, clip_norm: float = 1.0, canaries: int = 1000, rounds: int = 20) -> Suite:
     """Returns the contracts of an audit.
 
-    With 1000 canaries and 24 rounds at each of two sites every fault of `faults` lies at least
+    With 1000 canaries and 20 rounds at each of two sites every fault of `faults` lies at least
     eight standard errors off in some test, so that it is found with probability over 0.999.
 
     Args:
@@ -98,19 +98,19 @@ def suite(*, clip_norm: float = 1.0, canaries: int = 1000, rounds: int = 24) -> 
         void=1000,
         sites=2,
         rounds=rounds,
-        blank_rounds=6,
+        blank_rounds=4,
         noise_multiplier=0.8,
         clip_norm=clip_norm,
     )
     return Suite(
         main=main,
-        steps=replace(main, name="steps", local_steps=4, rounds=3, sites=1, blank_rounds=0),
+        steps=replace(main, name="steps", local_steps=4, rounds=2, sites=1, blank_rounds=0),
         joint=replace(
             main,
             name="joint",
             canaries=200,
             sites=1,
-            rounds=3,
+            rounds=2,
             blank_rounds=0,
             sampling_rate=1.0,
             strength=None,
