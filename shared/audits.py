@@ -83,7 +83,7 @@ class MechanismAudit(Frozen):
     canaries: int
     sites: int
     rounds: int
-    seed: int | None
+    seed: int
     seconds: float
     not_checked: list[str]
     versions: dict[str, str]

@@ -14,6 +14,9 @@ from bract.shared.errors import UsageError
 
 if TYPE_CHECKING:
     from bract.shared.audits import MechanismAudit
+    from bract.simulations.audits.mechanism import Findings
+    from bract.simulations.audits.proposal import Subject
+    from bract.simulations.audits.settings import Suite
 
 
 @click.command(epilog="Example: bract audit experiment digits --out audits/digits")
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 @click.option("--rounds", type=int, default=20, show_default=True, help="Of the main contract.")
 @click.option("--seed", type=int, metavar="S", help="Repeats canaries, batches and noise.")
 @click.option("--made-up", is_flag=True, help="Make canaries of random numbers, not of the data.")
+@click.option(
+    "--federation", is_flag=True, help="Over TLS, each site a bract client of its own; needs --out."
+)
 @click.option(
     "--show-epsilon",
     type=float,
@@ -43,6 +49,7 @@ def experiment(
     rounds: int,
     seed: int | None,
     made_up: bool,
+    federation: bool,
     show_epsilon: float | None,
     data_dir: Path | None,
     out: Path | None,
@@ -67,12 +74,12 @@ def experiment(
     _check_out(out)
     mechanism.admit(subject, asked)
     drawn = secrets.randbits(32) if seed is None else seed
-    findings = mechanism.audit(subject, asked, seed=drawn, folder=out)
+    findings = _findings(subject, asked, seed=drawn, out=out, federation=federation)
     report = mechanism.report(
         findings, subject, experiment=chosen.name, seed=drawn, started=started
     )
     if out is not None:
-        mechanism.save(report, out)
+        mechanism.save(report, findings, out)
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
@@ -82,6 +89,20 @@ def experiment(
             f"{len(report.failed)} of {len(report.checks)} tests failed, the first: "
             f"{report.failed[0]}: the mechanism does not do what its contract says"
         )
+
+
+def _findings(
+    subject: Subject, asked: Suite, *, seed: int, out: Path | None, federation: bool
+) -> Findings:
+    from bract.simulations.audits import mechanism
+
+    if not federation:
+        return mechanism.audit(subject, asked, seed=seed, folder=out)
+    from bract.simulations.audits import federation as loopback
+
+    if out is None:
+        raise UsageError("--federation needs --out DIR, for the sites' keys, ledgers and logs")
+    return loopback.audit(subject, asked, seed=seed, folder=out)
 
 
 def _check_out(out: Path | None) -> None:

@@ -16,17 +16,21 @@ from bract.shared.errors import BractError, ModelRejected
 from bract.shared.privacy import accounting
 from bract.shared.privacy.events import PoissonGaussian
 from bract.simulations import simulation
-from bract.simulations.audits import bounds, checks, estimates, register, trial
+from bract.simulations.audits import bounds, checks, estimates, proposal, register, trial
 from bract.simulations.audits.checks import Check
 from bract.simulations.audits.estimates import Parameters
+from bract.simulations.audits.proposal import Subject
 from bract.simulations.audits.settings import CONFIDENCES, DELTA, Suite
-from bract.simulations.audits.trial import Subject, Trial
+from bract.simulations.audits.trial import Trial
 from bract.simulations.experiment import Experiment
 
 AUDIT = "audit.json"
 _IN_MEMORY = Path("/dev/shm")  # noqa: S108  with a name of its own in it
+_NOISE = {
+    True: "that a site runs this code, with noise that no one knows: a simulation seeds it",
+    False: "that a site elsewhere runs this code, or that no one knows its noise",
+}
 NOT_CHECKED = [
-    "that a site runs this code, and noise that no one else knows: a simulation seeds it",
     "attacks by floating-point arithmetic and by timing, which are mitigated and not excluded",
     "momentum and other steps of a server: they are done to what was noised already",
     "the true data of any site: canaries are made of public or made-up examples",
@@ -92,14 +96,7 @@ def admit(subject: Subject, suite: Suite) -> None:
         models.of(subject.model, subject.data), data=subject.data, name=subject.model.name
     )
     main = suite.main
-    data = register.data_terms(
-        subject.data,
-        canaries=main.canaries,
-        void=main.void,
-        sites=main.sites,
-        seed=0,
-        made_up=subject.made_up,
-    )
+    data = proposal.data_of(main, subject, seed=0)
     terms = register.model_terms(subject.model, subject.data, rows=main.rows, strength=1.0)
     try:
         admission.admit(models.of(terms, data), data=data, name=subject.model.name)
@@ -145,7 +142,7 @@ def found(trials: dict[str, Trial]) -> Findings:
 
 
 def report(
-    findings: Findings, subject: Subject, *, experiment: str, seed: int | None, started: float
+    findings: Findings, subject: Subject, *, experiment: str, seed: int, started: float
 ) -> MechanismAudit:
     """Returns what an audit leaves behind.
 
@@ -153,7 +150,7 @@ def report(
         findings: of the audit.
         subject: what was audited.
         experiment: its name.
-        seed: of the audit; None where the noise was secret.
+        seed: of the audit.
         started: by the monotonic clock.
     """
     main, steps = (findings.trials[name].setting for name in ("main", "steps"))
@@ -166,7 +163,7 @@ def report(
         model=subject.model.name,
         data=subject.data.name,
         made_up=subject.made_up,
-        grid="in-process",
+        grid="in-process" if _is_simulated(findings) else "loopback",
         passed=not failed,
         recovered=MechanismParameters(**asdict(findings.recovered)),
         recovered_error=MechanismParameters(
@@ -199,14 +196,22 @@ def report(
         rounds=main.rounds,
         seed=seed,
         seconds=time.monotonic() - started,
-        not_checked=NOT_CHECKED,
+        not_checked=[_NOISE[_is_simulated(findings)], *NOT_CHECKED],
         versions=versions.installed(),
     )
 
 
-def save(found: MechanismAudit, out: Path) -> None:
-    """Writes audit.json, which a report reads."""
+def _is_simulated(findings: Findings) -> bool:
+    signed = findings.trials["main"].signed
+    return signed is None or signed.contract.simulation
+
+
+def save(found: MechanismAudit, findings: Findings, out: Path) -> None:
+    """Writes audit.json, which a report reads, and the contract that pins the ledgers' keys."""
     canonical.write_atomically(out / AUDIT, canonical.encode(found.model_dump(mode="json")))
+    signed = findings.trials["main"].signed
+    if signed is not None:
+        canonical.write_atomically(out / "contract.json", signed.to_bytes())
 
 
 def _epsilon_recovered(recovered: Parameters, rounds: int) -> float | None:

@@ -7,9 +7,8 @@ of a simulation: gate, ledger, ClientApp, trainer and noise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,45 +17,23 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from bract.client.app import app as client_app
-from bract.shared import arrays, canonical, contract, keys, models, wire
+from bract.shared import arrays, canonical, keys, wire
 from bract.shared.arrays import Arrays
-from bract.shared.contract import (
-    Contract,
-    DataTerms,
-    ModelTerms,
-    PrivacyTerms,
-    SignedContract,
-    SiteTerms,
-    TrainingTerms,
-)
+from bract.shared.contract import Contract, SignedContract, SiteTerms
 from bract.shared.data import load_part
 from bract.shared.errors import VerificationFailed
 from bract.shared.privacy.events import Event, PoissonGaussian
 from bract.shared.privacy.ledger import Ledger
-from bract.simulations.audits import gradients, register
+from bract.simulations.audits import gradients, proposal, register
+from bract.simulations.audits.proposal import Subject
 from bract.simulations.audits.settings import DELTA, Setting
 from bract.simulations.experiment import ExecutionSettings, PolicySettings
 from bract.simulations.grid import LocalGrid
 from bract.simulations.sites import Plan, node_config
 from bract.simulations.state import State
 
-_LOOKED_AT = 64  # examples whose gradients are measured beforehand
-_CEILING = 1e4  # the audit domain holds made-up or public data: its ε is counted, not kept small
-LEARNING_RATE = 1.0
+CEILING = 1e4  # the audit domain holds made-up or public data: its ε is counted, not kept small
 BLANK = "blank"
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is audited: a model and the public data that canaries are made of.
-
-    `made_up` says that canaries are random numbers in the shape of the data.
-    """
-
-    model: ModelTerms
-    data: DataTerms
-    folder: Path | None = None
-    made_up: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +64,7 @@ class Trial:
         sites: the answers of the sites with canaries.
         blank: those of the site without any gradient.
         expected: of a contract with q = 1, what one round's release is without noise.
+        signed: the contract.
     """
 
     setting: Setting
@@ -94,6 +72,7 @@ class Trial:
     sites: list[Answers]
     blank: Answers | None
     expected: gradients.Sums | None = None
+    signed: SignedContract | None = None
 
     def claimed(self, rounds: int) -> tuple[Event, ...]:
         """Returns what so many rounds cost by the contract, in the form of a ledger's events."""
@@ -105,7 +84,7 @@ class Trial:
 
 
 def run(setting: Setting, subject: Subject, *, seed: int, folder: Path) -> Trial:
-    """Returns what the sites of one contract released.
+    """Returns what the simulated sites of one contract released.
 
     Args:
         setting: the contract's terms and sizes.
@@ -113,59 +92,90 @@ def run(setting: Setting, subject: Subject, *, seed: int, folder: Path) -> Trial
         seed: decides which canaries are in, and the sites' sampling and noise.
         folder: of this audit alone; holds keys and ledgers, over its contracts.
     """
-    if setting.strength is None:
-        setting = replace(setting, strength=_own_strength(subject))
-    state = State.under(folder)
+    setting, state = proposal.settled(setting, subject), State.under(folder)
     state.prepare()
     plan, path = _plan(setting, subject, state, seed=seed)
-    signed = _contract(setting, subject, plan, state)
-    weights = gradients.start(signed.contract.model, signed.contract.data)
-    names = [plan.name_of(place) for place in range(plan.sites)]
+    terms = {name: _terms(plan, state, name, setting) for name in plan.site_names}
+    signed = proposal.propose(
+        setting,
+        subject,
+        seed=seed,
+        cohort=terms.values(),
+        key=keys.load(state.key("coordinator")),
+        simulation=True,
+    )
     nodes = [node_config(path, place) for place in range(plan.sites)]
     grid = LocalGrid(client_app, nodes, workers=1)
     try:
-        answers = collect(grid, signed, weights, names, setting)
+        known = dict(zip(sorted(grid.get_node_ids()), plan.site_names, strict=True))
+        answers = collect(grid, known, signed, setting)
     finally:
         grid.close()
     for answer in answers:
-        answer.events = charged(plan, state, answer.site)
+        answer.events = charged(
+            state.ledger(answer.site, plan.sites), terms[answer.site], signed.contract
+        )
+    return completed(setting, subject, signed, answers, seed=seed)
+
+
+def completed(
+    setting: Setting,
+    subject: Subject,
+    signed: SignedContract,
+    answers: Sequence[Answers],
+    *,
+    seed: int,
+) -> Trial:
+    """Returns a contract as it went, with what the auditor knows of it.
+
+    Args:
+        setting: its terms.
+        subject: what was audited.
+        signed: the contract.
+        answers: by site, in the contract's order.
+        seed: decided which canaries were in.
+    """
+    whole = setting.sampling_rate == 1.0
     return Trial(
         setting=setting,
+        signed=signed,
         included=[register.included(seed, site, setting.canaries) for site in range(setting.sites)],
-        sites=answers[: setting.sites],
+        sites=list(answers[: setting.sites]),
         blank=answers[setting.sites] if setting.blank_rounds else None,
-        expected=_expected(setting, signed.contract, subject.folder)
-        if setting.sampling_rate == 1.0
-        else None,
+        expected=_expected(setting, signed.contract, subject.folder) if whole else None,
     )
 
 
 def collect(
-    grid: Grid, signed: SignedContract, weights: Arrays, names: Sequence[str], setting: Setting
+    grid: Grid, nodes: Mapping[int, str], signed: SignedContract, setting: Setting
 ) -> list[Answers]:
     """Returns the answers of every site to every round, through any grid.
 
     Args:
-        grid: its nodes are the sites, in their order.
+        grid: carries the messages.
+        nodes: the site of each node; those of the contract are asked.
         signed: the contract.
-        weights: sent in each round.
-        names: of the sites.
-        setting: the rounds, and which answers are kept whole.
+        setting: its rounds, and which answers are kept whole.
     """
-    agreed, packed = signed.contract, wire.pack(weights)
+    agreed = signed.contract
+    weights = gradients.start(agreed.model, agreed.data)
+    packed = wire.pack(weights)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    nodes = dict(zip(sorted(grid.get_node_ids()), names, strict=True))
-    found = {name: Answers(name) for name in names}
+    node_of = {name: node for node, name in nodes.items()}
+    found = {terms.name: Answers(terms.name) for terms in agreed.cohort}
     for number in range(1, setting.rounds + 1):
-        asked = [node for node, name in nodes.items() if _asked(name, names, setting, number)]
+        asked = {
+            node_of[terms.name]: terms
+            for terms in agreed.cohort
+            if terms.name != BLANK or number <= setting.blank_rounds
+        }
         content = wire.encode_order(wire.TrainOrder(signed, number, {}), packed=packed)
         messages = [
             Message(content, node, MessageType.TRAIN, group_id=str(number)) for node in asked
         ]
-        replies = {m.metadata.src_node_id: m for m in grid.send_and_receive(messages)}
-        for node in asked:
-            answer, terms = found[nodes[node]], agreed.site(nodes[node])
-            assert terms is not None  # noqa: S101  the auditor wrote the contract
+        replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
+        for node, terms in asked.items():
+            answer = found[terms.name]
             try:
                 update = _update(replies.get(node), shapes, agreed, terms, number)
             except VerificationFailed as error:
@@ -173,11 +183,6 @@ def collect(
                 continue
             _keep_(answer, update, setting)
     return list(found.values())
-
-
-def _asked(name: str, names: Sequence[str], setting: Setting, number: int) -> bool:
-    is_blank = names.index(name) >= setting.sites
-    return number <= (setting.blank_rounds if is_blank else setting.rounds)
 
 
 def _update(
@@ -207,7 +212,7 @@ def _update(
 
 
 def _keep_(answer: Answers, update: Arrays, setting: Setting) -> None:
-    unit = setting.normaliser / (LEARNING_RATE * setting.clip_norm)
+    unit = setting.normaliser / (proposal.LEARNING_RATE * setting.clip_norm)
     answer.silent += not any(value.any() for value in update.values())
     answer.bank.append(update[register.BANK][:, 0].astype(np.float64) * unit)
     whole = setting.name == "joint" or answer.site == BLANK
@@ -215,29 +220,15 @@ def _keep_(answer: Answers, update: Arrays, setting: Setting) -> None:
         answer.tensors.append({k: v.astype(np.float64) * unit for k, v in update.items()})
 
 
-def charged(plan: Plan, state: State, site: str) -> tuple[Event, ...]:
+def charged(path: Path, terms: SiteTerms, agreed: Contract) -> tuple[Event, ...]:
     """Returns what a site's ledger was charged for a contract; chain and signatures are held."""
-    ledger, key = Ledger(state.ledger(site, plan.sites)), keys.load(state.key(site)).public
+    ledger = Ledger(path)
     try:
         with ledger.transaction() as transaction:
-            return transaction.chain(site, plan.domain_of(site), key=key).events
+            chain = transaction.chain(terms.name, terms.domain, key=terms.key)
+            return chain.events_of(agreed.sha256)
     finally:
         ledger.close()
-
-
-def _own_strength(subject: Subject) -> float:
-    """Returns the size of the model's own gradients, for a register that stands among them."""
-    model = subject.model.model_dump_json()
-    return _typical_norm(model, subject.data, subject.folder, subject.made_up)
-
-
-@lru_cache(maxsize=4)
-def _typical_norm(model: str, data: DataTerms, folder: Path | None, made_up: bool) -> float:
-    canaries = register.data(
-        base=data.model_dump_json(), canaries=_LOOKED_AT, sites=1, made_up=made_up
-    )
-    terms = ModelTerms.model_validate_json(model)
-    return gradients.typical_norm(terms, data, canaries.examples(folder, 0))
 
 
 def _expected(setting: Setting, agreed: Contract, folder: Path | None) -> gradients.Sums:
@@ -262,14 +253,7 @@ def _plan(setting: Setting, subject: Subject, state: State, *, seed: int) -> tup
     rows = np.arange(count * setting.canaries)
     np.savez(folder / "rows.npz", rows=rows, cuts=np.arange(1, count) * setting.canaries)
     plan = Plan(
-        data=register.data_terms(
-            subject.data,
-            canaries=setting.canaries,
-            void=setting.void,
-            sites=setting.sites,
-            seed=seed,
-            made_up=subject.made_up,
-        ),
+        data=proposal.data_of(setting, subject, seed=seed),
         data_folder=str(subject.folder) if subject.folder else None,
         rows=str(folder / "rows.npz"),
         ledgers=str(state.ledgers),
@@ -282,7 +266,7 @@ def _plan(setting: Setting, subject: Subject, state: State, *, seed: int) -> tup
         model=register.MODEL,
         mechanism="dp-sgd",
         delta=DELTA,
-        policy=PolicySettings(epsilon=_CEILING),
+        policy=PolicySettings(epsilon=CEILING),
         device="cpu",
         execution=ExecutionSettings(),
     )
@@ -291,36 +275,10 @@ def _plan(setting: Setting, subject: Subject, state: State, *, seed: int) -> tup
     return plan, path
 
 
-def _contract(setting: Setting, subject: Subject, plan: Plan, state: State) -> SignedContract:
-    assert setting.strength is not None  # noqa: S101  `run` has set it
-    cohort = tuple(
-        SiteTerms(
-            name=name,
-            key=keys.load_or_generate(state.key(name)).public,
-            domain=plan.domain_of(name),
-            nominal_size=setting.canaries,
-        )
-        for name in plan.site_names
+def _terms(plan: Plan, state: State, name: str, setting: Setting) -> SiteTerms:
+    return SiteTerms(
+        name=name,
+        key=keys.load_or_generate(state.key(name)).public,
+        domain=plan.domain_of(name),
+        nominal_size=setting.canaries,
     )
-    model = register.model_terms(
-        subject.model, subject.data, rows=setting.rows, strength=setting.strength
-    )
-    agreed = Contract(
-        run=f"audit-{setting.name}",
-        nonce=contract.new_nonce(),
-        coordinator=plan.coordinator,
-        simulation=True,
-        rounds=setting.rounds,
-        max_attempts=setting.rounds,
-        model=models.pinned(model, plan.data),
-        data=plan.data,
-        training=TrainingTerms(local_steps=setting.local_steps, learning_rate=LEARNING_RATE),
-        privacy=PrivacyTerms(
-            randomness="seeded",
-            sampling_rate=setting.sampling_rate,
-            noise_multiplier=setting.noise_multiplier,
-            clip_norm=setting.clip_norm,
-        ),
-        cohort=cohort,
-    )
-    return contract.sign(agreed, keys.load(state.key("coordinator")))

@@ -26,8 +26,8 @@ import torch
 from bract.shared.contract import ModelTerms
 from bract.shared.data import describe
 from bract.simulations.audits import bounds, faults, mechanism
+from bract.simulations.audits.proposal import Subject
 from bract.simulations.audits.settings import CONFIDENCES, suite
-from bract.simulations.audits.trial import Subject
 
 RUNS, CORRECT = 30, 200
 _TASKS_A_PROCESS = 60  # then it is replaced: caches keep what a run leaves behind

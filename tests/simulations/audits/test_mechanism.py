@@ -19,8 +19,8 @@ from bract.shared.errors import ModelRejected, UnknownName
 from bract.shared.reports import schema
 from bract.simulations.audits import faults, mechanism
 from bract.simulations.audits.mechanism import Findings
+from bract.simulations.audits.proposal import Subject
 from bract.simulations.audits.settings import Suite, suite
-from bract.simulations.audits.trial import Subject
 from bract.simulations.benchmarks import planted_faults
 
 SUBJECT = Subject(ModelTerms(name="mlp", options={"hidden": 16}), describe("digits"))
