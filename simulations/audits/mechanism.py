@@ -12,6 +12,7 @@ from pathlib import Path
 from bract.client.training import admission
 from bract.shared import canonical, models, versions
 from bract.shared.audits import FoundRate, MechanismAudit, MechanismCheck, MechanismParameters
+from bract.shared.data import load_part
 from bract.shared.errors import BractError, ModelRejected
 from bract.shared.privacy import accounting
 from bract.shared.privacy.events import PoissonGaussian
@@ -87,16 +88,18 @@ def subject_of(chosen: Experiment, data_dir: Path | None, *, made_up: bool) -> S
 
 
 def admit(subject: Subject, suite: Suite) -> None:
-    """Returns where a register can stand beside the model.
+    """Returns where a register can stand beside the model, and the data are there.
 
     Raises:
         ModelRejected: with the reason.
+        UsageError: where the data are not on this machine.
     """
     admission.admit(
         models.of(subject.model, subject.data), data=subject.data, name=subject.model.name
     )
     main = suite.main
     data = proposal.data_of(main, subject, seed=0)
+    load_part(data, subject.folder, "0")
     terms = register.model_terms(subject.model, subject.data, rows=main.rows, strength=1.0)
     try:
         admission.admit(models.of(terms, data), data=data, name=subject.model.name)

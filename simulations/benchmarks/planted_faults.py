@@ -14,6 +14,7 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import sys
 import time
 from collections import Counter
@@ -31,7 +32,7 @@ from bract.simulations.audits.settings import CONFIDENCES, suite
 
 RUNS, CORRECT = 30, 200
 _TASKS_A_PROCESS = 60  # then it is replaced: caches keep what a run leaves behind
-_SHOWN = 5
+_TOLD_EVERY, _SHOWN = 50, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,9 @@ def measure(tasks: Sequence[Task], workers: int) -> list[Outcome]:
     with context.Pool(workers, maxtasksperchild=_TASKS_A_PROCESS) as pool:
         for number, outcome in enumerate(pool.imap_unordered(run, tasks), 1):
             outcomes.append(outcome)
-            if number % 50 == 0:
-                print(f"{number} of {len(tasks)} runs", file=sys.stderr)
+            if number % _TOLD_EVERY == 0:
+                so_far = json.dumps(table(outcomes), ensure_ascii=False)
+                print(f"{number} of {len(tasks)} runs: {so_far}", file=sys.stderr)
     return outcomes
 
 
@@ -125,8 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
     names = [None] * asked.correct + [name for name in faults.FAULTS for _ in range(asked.runs)]
+    tasks = [Task(name, asked.seed + place) for place, name in enumerate(names)]
+    random.Random(asked.seed).shuffle(tasks)  # noqa: S311  so that what is told early is of all
     started = time.monotonic()
-    outcomes = measure([Task(n, asked.seed + i) for i, n in enumerate(names)], asked.workers)
+    outcomes = measure(tasks, asked.workers)
     report = table(outcomes)
     report["seconds"] = time.monotonic() - started
     report["seconds_a_run"] = sum(o.seconds for o in outcomes) / max(1, len(outcomes))
