@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
+from click.testing import CliRunner, Result
 from torch import nn
 
 from bract.client.training.optimizer import PrivateOptimizer
+from bract.shared import models
+from bract.shared.commands.audit import audit
 from bract.shared.contract import ModelTerms
 from bract.shared.data import describe
-from bract.shared.errors import ModelRejected, UnknownName
+from bract.shared.errors import ModelRejected, UnknownName, UsageError
 from bract.shared.reports import schema
-from bract.simulations.audits import faults, mechanism
+from bract.simulations.audits import commands, faults, mechanism
 from bract.simulations.audits.mechanism import Findings
 from bract.simulations.audits.proposal import Subject
 from bract.simulations.audits.settings import Suite, suite
@@ -94,49 +94,58 @@ def mixing(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, classes))
 
 
-def test_a_model_that_no_register_can_stand_beside_is_one_error() -> None:
-    name = f"{__name__}:mixing"
-    sys.modules[__name__] = sys.modules.get(__name__) or sys.modules[mixing.__module__]
+def test_a_model_that_cannot_be_trained_privately_is_one_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(models.MODELS, "mixing", mixing)
     with pytest.raises(ModelRejected, match="cannot be trained privately"):
-        mechanism.admit(Subject(ModelTerms(name=name), describe("digits")), SMALL)
+        mechanism.admit(Subject(ModelTerms(name="mixing"), describe("digits")), SMALL)
 
 
-def bract(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = "from bract.shared.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", command, "audit", "experiment", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "BRACT_DATA": ""},
-    )
+def experiment(*arguments: str) -> Result:
+    return CliRunner().invoke(commands.experiment, arguments)
 
 
-def test_command_prints_its_schema_and_leaves_a_folder(tmp_path: Path) -> None:
+def test_command_prints_its_schema_and_leaves_a_folder_whose_ledgers_verify(
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "audit"
     small = ("--model", "linear", "--canaries", "200", "--rounds", "8")
-    done = bract("digits", *small, "--seed", "3", "--out", str(out), "--json")
-    assert done.returncode == 0, done.stderr
+    done = experiment("digits", *small, "--seed", "3", "--out", str(out), "--json")
+    assert done.exit_code == 0, done.output
     printed = json.loads(done.stdout)
     jsonschema.validate(printed, schema("audit-experiment"))
     assert printed["passed"]
     assert printed["claimed"]["clip_norm"] == 0.3
     assert json.loads((out / "audit.json").read_text()) == printed
-    assert sorted(path.name for path in (out / "ledgers").iterdir()) == [
-        "blank.sqlite",
-        "canary-0.sqlite",
-        "canary-1.sqlite",
-    ]
-    again = bract("digits", "--out", str(out))
-    assert again.returncode == 2
-    assert "isn't empty" in again.stderr
+    ledgers = sorted((out / "ledgers").glob("*.sqlite"))
+    assert [path.name for path in ledgers] == ["blank.sqlite", "canary-0.sqlite", "canary-1.sqlite"]
+    checked = CliRunner().invoke(audit, ["verify", *map(str, ledgers)])
+    assert checked.exit_code == 0, checked.output
+    again = experiment("digits", *small, "--out", str(out))
+    assert isinstance(again.exception, UsageError)
+    assert "isn't empty" in str(again.exception)
+
+
+def test_command_fails_and_says_which_test_did(tmp_path: Path) -> None:
+    small = ("--model", "linear", "--canaries", "200", "--rounds", "8", "--made-up")
+    with faults.planted("no noise"):
+        done = experiment("digits", *small)
+    assert done.exit_code == 1
+    assert "FAILED" in done.stdout
+    assert "does not do what its contract says" in done.stderr
 
 
 def test_command_says_how_many_canaries_a_bound_takes() -> None:
-    done = bract("digits", "--canaries", "100", "--show-epsilon", "4")
-    assert done.returncode == 2
-    assert "it takes" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    done = experiment("digits", "--canaries", "100", "--show-epsilon", "4")
+    assert isinstance(done.exception, UsageError)
+    assert "it takes" in str(done.exception)
+
+
+def test_federation_needs_a_folder() -> None:
+    done = experiment("digits", "--model", "linear", "--federation")
+    assert isinstance(done.exception, UsageError)
+    assert "--out DIR" in str(done.exception)
 
 
 def test_table_of_planted_faults_counts_runs_and_evidence() -> None:

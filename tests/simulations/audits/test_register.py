@@ -53,6 +53,28 @@ def test_a_canarys_clipped_gradient_lies_in_its_own_coordinate(
 
 
 @pytest.mark.parametrize(("base", "audited"), MODELS, ids=lambda x: x.name)
+def test_plain_autograd_gives_the_sums_of_the_private_step(
+    base: DataTerms, audited: ModelTerms
+) -> None:
+    terms = data(base)
+    register_terms = register.model_terms(audited, base, rows=17, strength=0.7)
+    held, weights = load_part(terms, None, "0"), gradients.start(register_terms, terms)
+    model = models.of(register_terms, terms)
+    parameters = models.released_parameters(model)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(weights[name]))
+    summer = clipped_sum(
+        "book-keeping", model, lambda out, y: tasks.losses(out, y, base.task), clip_norm=0.5
+    )
+    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+    summer.add_(sums, tasks.inputs_of(held.inputs, terms), tasks.targets_of(held.targets, terms))
+    expected = gradients.clipped_sums(register_terms, terms, weights, held, 0.5)
+    for name, value in sums.items():
+        np.testing.assert_allclose(value.numpy() / 0.5, expected[name], atol=2e-5)
+
+
+@pytest.mark.parametrize(("base", "audited"), MODELS, ids=lambda x: x.name)
 def test_the_audited_model_answers_as_it_does_alone(base: DataTerms, audited: ModelTerms) -> None:
     terms = data(base)
     beside = models.of(register.model_terms(audited, base, rows=17, strength=1e4), terms).eval()
