@@ -57,8 +57,8 @@ class MechanismAudit(Frozen):
     `p_values` are those of `checks` by setting, site and name; a test fails under `threshold`.
     `epsilon_ledger` is what the dearest site's ledger says of the contract `main`, at `delta`;
     `epsilon_claimed` what that contract says, `epsilon_recovered` what the recovered parameters
-    would cost. `epsilon_lower` holds lower bounds by method and confidence; nothing is decided by
-    them.
+    would cost. `epsilon_lower` holds lower bounds by method and confidence, 0 where δ alone leaves
+    as much doubt; nothing is decided by them.
     """
 
     experiment: str

@@ -16,6 +16,7 @@ from scipy import special, stats
 
 from bract.client.training.clipping import SLACK
 from bract.shared.privacy import accounting
+from bract.simulations.audits import p_values
 from bract.simulations.audits.estimates import Scored, Scores, matrix, scored
 from bract.simulations.audits.settings import DELTA, FAMILY, Setting
 from bract.simulations.audits.trial import Answers, Trial
@@ -103,11 +104,11 @@ def of_blank(trial: Trial) -> Iterator[Check]:
         for name in blank.tensors[0]
     }
     for name, values in rounds.items():
-        p = _chi_square(float(np.square(values).sum()) / stddev**2, values.size)
+        p = p_values.chi_square(float(np.square(values).sum()) / stddev**2, values.size)
         yield Check(f"noise of {name}", "main", blank.site, "σC, no gradient", p)
     for one, other in combinations(sorted(rounds), 2):
         width = min(rounds[one].shape[1], rounds[other].shape[1])
-        p = _correlation(rounds[one][:, :width].ravel(), rounds[other][:, :width].ravel())
+        p = p_values.correlation(rounds[one][:, :width].ravel(), rounds[other][:, :width].ravel())
         yield Check(f"{one} with {other}", "main", blank.site, "no gradient", p)
 
 
@@ -131,10 +132,16 @@ def of_joint(trial: Trial) -> Iterator[Check]:
             if length > 0:
                 along = float((error * sums).sum()) / length
                 z = along * math.sqrt(len(answers.tensors)) / stddev
-                yield Check(f"clipped sum of {name}", "joint", answers.site, given, _normal(z))
+                yield Check(
+                    f"clipped sum of {name}", "joint", answers.site, given, p_values.normal(z)
+                )
             square = float(np.square(error).sum()) * len(answers.tensors) / stddev**2
             yield Check(
-                f"rest of {name}", "joint", answers.site, given, _chi_square(square, error.size)
+                f"rest of {name}",
+                "joint",
+                answers.site,
+                given,
+                p_values.chi_square(square, error.size),
             )
 
 
@@ -174,7 +181,7 @@ def _of_scores(setting: Setting, site: Scored) -> Iterator[Check]:
         "main",
         name,
         "σC",
-        _kolmogorov(special.ndtr(np.sort(noise) / stddev)),
+        p_values.kolmogorov(special.ndtr(np.sort(noise) / stddev)),
     )
     yield Check("distribution of canaries", "main", name, "q, C, σ", _mixture(setting, site.inside))
     p = _epochs(setting, site.inside, site.void)
@@ -189,7 +196,7 @@ def _scale(setting: Setting, site: Scored) -> float:
 
 
 def _square(noise: Scores, stddev: float) -> float:
-    return _chi_square(float(np.square(noise).sum()) / stddev**2, noise.size)
+    return p_values.chi_square(float(np.square(noise).sum()) / stddev**2, noise.size)
 
 
 def _mass(setting: Setting, inside: Scores) -> float:
@@ -198,7 +205,7 @@ def _mass(setting: Setting, inside: Scores) -> float:
     steps = setting.local_steps
     variance = steps * (setting.noise_multiplier**2 + STEP**2 * rate * (1 - rate))
     error = float(inside.mean()) - steps * rate * STEP
-    return _normal(error * math.sqrt(inside.size / variance))
+    return p_values.normal(error * math.sqrt(inside.size / variance))
 
 
 def _mixture(setting: Setting, inside: Scores) -> float:
@@ -207,19 +214,7 @@ def _mixture(setting: Setting, inside: Scores) -> float:
     below = (1 - rate) * special.ndtr(values / stddev) + rate * special.ndtr(
         (values - STEP) / stddev
     )
-    return _kolmogorov(below)
-
-
-def _kolmogorov(below: Scores) -> float:
-    """Returns the p-value of Kolmogorov and Smirnov's distance, by its limit law.
-
-    Args:
-        below: the claimed distribution function at the values in order.
-    """
-    count = len(below)
-    above = np.arange(1, count + 1) / count - below
-    distance = max(float(above.max()), float((below - np.arange(count) / count).max()))
-    return float(stats.kstwobign.sf(distance * math.sqrt(count)))
+    return p_values.kolmogorov(below)
 
 
 def _epochs(setting: Setting, inside: Scores, void: Scores) -> float:
@@ -260,7 +255,7 @@ def _ratio(setting: Setting, rounds: int, inside: Scores, void: Scores) -> float
     if below == 0:
         return 0.0
     ratio = float(inside.var(ddof=1)) / below / (1 + spread / noise)
-    return _two_sided(*(f(ratio, freedom, void.size) for f in (stats.f.cdf, stats.f.sf)))
+    return p_values.two_sided(*(f(ratio, freedom, void.size) for f in (stats.f.cdf, stats.f.sf)))
 
 
 def _correlations(trial: Trial) -> Iterator[Check]:
@@ -279,31 +274,7 @@ def _correlations(trial: Trial) -> Iterator[Check]:
     for name, kept in (("rounds", upper & same), ("sites", upper & ~same)):
         if not kept.any():
             continue
-        p = _of_correlation(float(found[kept].max()), rows.shape[1])
+        p = p_values.of_correlation(float(found[kept].max()), rows.shape[1])
         yield Check(
             f"correlation of {name}", "main", "all", "nothing", min(1.0, p * int(kept.sum()))
         )
-
-
-def _correlation(one: Scores, other: Scores) -> float:
-    lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
-    return _of_correlation(abs(float(one @ other)) / lengths, len(one)) if lengths > 0 else 1.0
-
-
-def _of_correlation(found: float, count: int) -> float:
-    """Returns the p-value of a correlation of so many independent normal pairs of mean 0."""
-    found = min(found, 1.0)
-    # r² is Beta(½, (n − 1)/2) where the mean is known
-    return float(stats.beta.sf(found**2, 0.5, (count - 1) / 2))
-
-
-def _chi_square(value: float, freedom: int) -> float:
-    return _two_sided(stats.chi2.cdf(value, freedom), stats.chi2.sf(value, freedom))
-
-
-def _normal(z: float) -> float:
-    return float(2 * special.ndtr(-abs(z)))
-
-
-def _two_sided(below: float, above: float) -> float:
-    return min(1.0, 2 * min(float(below), float(above)))
