@@ -17,6 +17,7 @@ from bract.shared import models, tasks
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.data import Examples
+from bract.shared.models.frozen import Features, FrozenFront
 
 Sums = dict[str, npt.NDArray[np.float64]]
 
@@ -63,9 +64,13 @@ def _each(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(np.array(weights[name])))
+    if isinstance(model, FrozenFront):  # what lies in front is no part of the private step
+        inputs = Features(model, data).rows(examples, slice(None))
+        model = model.behind()
+    else:
+        inputs = tasks.inputs_of(examples.inputs, data)
     model = model.double()
     parameters = models.released_parameters(model)
-    inputs = tasks.inputs_of(examples.inputs, data)
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     targets = tasks.targets_of(examples.targets, data)
     targets = targets.double() if targets.is_floating_point() else targets

@@ -13,76 +13,26 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bract.shared import models, tasks
+from bract.shared.arrays import Arrays
 from bract.shared.configuration import parse
 from bract.shared.contract import DataTerms, ModelTerms, Scalar, Task
 from bract.shared.data import Examples, dataset, load, load_public
 from bract.shared.data.examples import UNREADABLE
 from bract.shared.errors import UsageError
+from bract.shared.models.frozen import FrozenFront
+from bract.simulations.audits import beside
 
 MODEL = "bract.simulations.audits.register:model"
 DATA = "bract.simulations.audits.register:data"
-BANK = "bank.weight"
+_BANKS = ("bank.weight", "back.bank.weight")
 GREATEST_NUMBER = 2**24  # float32 tells whole numbers apart up to here
-
-
-class _Attached(torch.autograd.Function):
-    """The outputs as they are; −S comes back to the values, as if the loss held −S·value."""
-
-    @staticmethod
-    def forward(ctx: Any, outputs: Tensor, values: Tensor, strengths: Tensor) -> Tensor:
-        """Returns the outputs."""
-        ctx.save_for_backward(strengths)
-        return outputs.view_as(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Returns the outputs' gradient unchanged, and −S for each value."""
-        (outputs,), (strengths,) = gradients, ctx.saved_tensors
-        return outputs, -strengths.to(outputs.dtype), None
-
-
-class Registered(nn.Module):
-    """A model beside its register.
-
-    Args:
-        model: what is audited.
-        base: the terms of the data that it is for.
-        rows: canaries and void coordinates; the row behind them is never trained.
-        strength: S.
-    """
-
-    def __init__(self, model: nn.Module, base: DataTerms, *, rows: int, strength: float) -> None:
-        super().__init__()
-        self.model = model
-        self.bank = nn.Embedding(rows + 1, 1)
-        nn.init.zeros_(self.bank.weight)
-        self._base, self._rows, self._strength = base, rows, strength
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Returns what the audited model answers, (examples, …)."""
-        front = _front(self._base, self._rows)
-        numbers = _numbers(inputs[:, :front], self._base, self._rows)
-        rest = inputs[:, front:]
-        if self._base.vocabulary is None:
-            rest = (rest.reshape(-1, *self._base.shape) - self._base.offset) / self._base.scale
-        outputs = self.model(rest)
-        if self._base.task == "next-token":  # nothing is learned of the number in front
-            outputs = torch.cat(
-                [outputs.new_zeros((len(outputs), front, outputs.shape[2])), outputs], 1
-            )
-        strengths = torch.where(numbers < self._rows, self._strength, 0.0)[..., None]
-        found: Tensor = _Attached.apply(  # type: ignore[no-untyped-call]  # torch's
-            outputs, self.bank(numbers), strengths
-        )
-        return found
 
 
 def model(
@@ -109,7 +59,17 @@ def model(
         strength: S.
     """
     terms, made = _data_terms(base), parse(ModelTerms, json.loads(audited), source="audited")
-    return Registered(models.of(made, terms), terms, rows=rows, strength=float(strength))
+    alone = models.of(made, terms)
+    if isinstance(alone, FrozenFront):
+        front = beside.NumberedFront(alone.front, terms, rows)
+        back = beside.RegisteredBack(alone.back, rows=rows, strength=float(strength))
+        return FrozenFront(front, back, ended=alone.ended)
+    return beside.Registered(alone, terms, rows=rows, strength=float(strength))
+
+
+def bank_of(arrays: Arrays) -> str:
+    """Returns the name of the register among the parameters of a model beside it."""
+    return next(name for name in _BANKS if name in arrays)
 
 
 @dataclass(frozen=True)
@@ -137,7 +97,7 @@ class data:
         """An example: the number in front, then the input, flat."""
         base = _data_terms(self.base)
         rows = self.canaries + self.void
-        width = _front(base, rows) + math.prod(base.shape)
+        width = beside.places_in_front(base, rows) + math.prod(base.shape)
         return base.model_copy(
             update={
                 "shape": (width,),
@@ -200,7 +160,7 @@ class data:
             column = numbers[:, None].astype(np.float32)
             inputs = np.concatenate([column, flat.astype(np.float32)], 1)
             return Examples(inputs, examples.targets)
-        places = base.vocabulary ** np.arange(_front(base, rows))
+        places = base.vocabulary ** np.arange(beside.places_in_front(base, rows))
         front = numbers[:, None] // places % base.vocabulary
         targets = examples.targets
         if base.task == "next-token":
@@ -264,20 +224,3 @@ def _made_up(base: str, count: int) -> Examples:
 @lru_cache(maxsize=16)
 def _data_terms(text: str) -> DataTerms:
     return parse(DataTerms, json.loads(text), source="base")
-
-
-def _front(base: DataTerms, rows: int) -> int:
-    """Returns how many places the number takes: one, or the tokens that write it out."""
-    if base.vocabulary is None:
-        return 1
-    return max(1, math.ceil(math.log(rows + 1, base.vocabulary) - 1e-12))
-
-
-def _numbers(front: Tensor, base: DataTerms, rows: int) -> Tensor:
-    """Returns the row of the bank for each example, (examples, 1); the last one for nonsense."""
-    if base.vocabulary is None:
-        found = front.nan_to_num(nan=rows, posinf=rows, neginf=rows).round().to(torch.int64)
-    else:
-        places = base.vocabulary ** torch.arange(front.shape[1], device=front.device)
-        found = (front * places).sum(1, keepdim=True)
-    return torch.where((found >= 0) & (found < rows), found, rows)

@@ -214,7 +214,7 @@ def _update(
 def _keep_(answer: Answers, update: Arrays, setting: Setting) -> None:
     unit = setting.normaliser / (proposal.LEARNING_RATE * setting.clip_norm)
     answer.silent += not any(value.any() for value in update.values())
-    answer.bank.append(update[register.BANK][:, 0].astype(np.float64) * unit)
+    answer.bank.append(update[register.bank_of(update)][:, 0].astype(np.float64) * unit)
     whole = setting.name == "joint" or answer.site == BLANK
     if whole:
         answer.tensors.append({k: v.astype(np.float64) * unit for k, v in update.items()})
