@@ -14,6 +14,7 @@ from bract.simulations.audits.settings import suite
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # of Flower's own
 def test_real_clients_pass_the_audit_and_keep_real_ledgers(tmp_path: Path) -> None:
     subject, small = (
         Subject(ModelTerms(name="linear"), describe("digits")),
