@@ -7,11 +7,12 @@ export BRACT_DATA
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test audit bench lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo   a private federated run of five sites on this machine, then its audit'
+	@echo 'make audit  the audit of a mechanism, then the table of faults that it finds'
 	@echo 'make test   lint, types and tests'
 	@echo 'make bench  what things cost, beside rivals in an environment of their own'
 
@@ -27,6 +28,10 @@ demo: .venv/installed
 	$(BIN)/bract simulate digits --out runs/demo
 	$(BIN)/bract audit verify runs/demo/ledgers/*.sqlite
 	$(BIN)/bract audit budget runs/demo/ledgers/*.sqlite
+
+audit: .venv/installed
+	$(BIN)/bract audit experiment digits
+	$(BIN)/python -m bract.simulations.benchmarks.planted_faults
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -66,7 +66,10 @@ TRACK = click.option(
 
 
 ABOVE = {
-    "audit": {"membership": "bract.simulations.audits.command:membership"},
+    "audit": {
+        "experiment": "bract.simulations.audits.experiment_command:experiment",
+        "membership": "bract.simulations.audits.membership_command:membership",
+    },
 }
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from bract.shared import versions
+from bract.shared.audits import MechanismAudit
 from bract.shared.configuration import Frozen
 from bract.shared.contract import Contract
 
@@ -524,6 +525,7 @@ REPORTS: dict[str, type[Frozen]] = {
     "audit-verify": Verification,
     "audit-budget": Budget,
     "audit-membership": Membership,
+    "audit-experiment": MechanismAudit,
     "contract": ContractShown,
     "client-check": ContractCheck,
     "client-recover": Recovery,

@@ -223,7 +223,7 @@ def begin(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and isn't empty: name another --out, or --resume {out}")
-    folder = _where(experiment, data_dir)
+    folder = where(experiment, data_dir)
     data = experiment.data.terms(folder)
     _check(experiment, data, folder)
     if state is not None:
@@ -259,7 +259,7 @@ def resume(out: Path, *, workers: int) -> Simulation:
     return Simulation(begun=begun, out=out.resolve(), workers=workers)
 
 
-def _where(experiment: Experiment, root: Path | None) -> Path | None:
+def where(experiment: Experiment, root: Path | None) -> Path | None:
     """Returns the folder or the file that holds the data, None where they are found by name."""
     settings = experiment.data
     if settings.file is None:

@@ -57,6 +57,22 @@ def test_imports_go_down_only(floor: str, forbidden: tuple[str, ...]) -> None:
     assert wrong == []
 
 
+def test_only_a_simulation_can_import_the_faults_that_audits_plant() -> None:
+    audits = "bract.simulations.audits"
+    for floor in ("shared", "client", "server"):
+        for path in sources(floor):
+            assert not any(under(name, audits) for name in imports(path)), path
+            if path != ROOT / "shared/cli.py":  # the one table of references upward, as text
+                assert audits not in path.read_text(), path
+    assert f"{audits}.faults" not in (ROOT / "shared/cli.py").read_text()
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources("simulations")
+        if any(under(name, f"{audits}.faults") for name in imports(path))
+    }
+    assert users == {"simulations/benchmarks/planted_faults.py"}
+
+
 def test_only_the_private_step_its_cells_and_the_second_accountant_import_opacus() -> None:
     users = {
         p for floor in FLOORS for p in sources(floor) if any(under(n, "opacus") for n in imports(p))

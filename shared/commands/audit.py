@@ -24,7 +24,7 @@ LEDGERS = click.argument(
 
 @click.group(cls=GroupWithAbove)
 def audit() -> None:
-    """Check ledgers and what was spent."""
+    """Check ledgers, what was spent, and the mechanism."""
 
 
 audit.add_command(report)

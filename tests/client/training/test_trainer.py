@@ -445,12 +445,10 @@ def test_low_precision_products_are_off(world: Any) -> None:
 
 def makers(source: str) -> set[str]:
     """The kinds of update that a source file makes, whatever the module is called there."""
-    kinds = {"ProtectedUpdate", "UnprotectedUpdate"}
-    names = {
-        node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Call)
-    }
+    kinds = {"ProtectedUpdate", "ClippedUpdate", "UnprotectedUpdate", "KINDS", "_KINDS"}
+    calls = [n.func for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
+    called = [call.value if isinstance(call, ast.Subscript) else call for call in calls]
+    names = {c.attr if isinstance(c, ast.Attribute) else getattr(c, "id", "") for c in called}
     aliases = [
         alias.asname
         for node in ast.walk(ast.parse(source))
@@ -464,6 +462,7 @@ def makers(source: str) -> set[str]:
 
 def test_only_training_makes_updates_and_only_gate_and_wire_restore_them() -> None:
     assert makers("updates.ProtectedUpdate({})") == {"ProtectedUpdate"}
+    assert makers("updates.KINDS['none']({})") == {"KINDS"}
     found = {
         str(path.relative_to(ROOT))
         for floor in ("client", "server", "shared", "simulations")
