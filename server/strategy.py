@@ -19,6 +19,8 @@ from bract.shared.contract import Contract, SignedContract, SiteTerms
 from bract.shared.errors import Reason, RolledBack, VerificationFailed
 from bract.shared.models import Shape
 from bract.shared.privacy import entries
+from bract.shared.privacy.receipts import Received
+from bract.shared.privacy.witness import NOTHING, Extension
 from bract.shared.updates import ProtectedUpdate
 
 logger = logging.getLogger("bract.server")
@@ -54,6 +56,7 @@ class PublicFedAvg(FedAvg):
         self._registered, self._names = dict(names or {}), dict(names or {})
         self._retired: set[int] = set()
         self.replied: dict[str, wire.Receipt] = {}
+        self.proofs: dict[str, tuple[bytes, Extension]] = {}
         self.refused: list[tuple[str, str]] = []
         self.update_bytes: int | None = None
 
@@ -112,9 +115,11 @@ class PublicFedAvg(FedAvg):
         """Returns the mean of the valid updates by public weight, None where there is none.
 
         Flower's own average holds two more copies of every update. `replied` and `refused` then
-        say who answered what, and `update_bytes` how large the largest accepted update was.
+        say who answered what, `proofs` holds each receipt's signature and links, and `update_bytes`
+        how large the largest accepted update was.
         """
         self.replied, self.refused, self.update_bytes = {}, [], None
+        self.proofs = {}
         updates: dict[str, Arrays] = {}
         for message in list(replies):
             reply = self._sort(message, server_round)
@@ -132,6 +137,23 @@ class PublicFedAvg(FedAvg):
                 else:
                     average[name] = value * share
         return (wire.pack(average) if average else None), None
+
+    def received(self, attempt: int, counted: bool) -> list[Received]:
+        """Returns what an auditor may see of the updates that the last round took.
+
+        Links are kept where a witness binds them; without one each reply shows the whole ledger.
+        """
+        bound = self._signed.contract.witness is not None
+        return [
+            Received(
+                receipt=self.replied[site],
+                signature=signature,
+                ledger=ledger if bound else NOTHING,
+                attempt=attempt,
+                counted=counted,
+            )
+            for site, (signature, ledger) in sorted(self.proofs.items())
+        ]
 
     def _sort(self, message: Message, server_round: int) -> wire.TrainReply | None:
         """Returns the reply whose update is accepted, None where there is none."""
@@ -199,6 +221,7 @@ class PublicFedAvg(FedAvg):
             raise VerificationFailed("of another site than the node's")
         self.desk.check(reply, terms.domain, cost=entries.event_for(contract))
         self.replied[receipt.site] = receipt
+        self.proofs[receipt.site] = (reply.signature, reply.ledger)
         self._names[node] = receipt.site
 
 
