@@ -141,14 +141,15 @@ class PublicFedAvg(FedAvg):
     def received(self, attempt: int, counted: bool) -> list[Received]:
         """Returns what an auditor may see of the updates that the last round took.
 
-        Links are kept where a witness binds them; without one each reply shows the whole ledger.
+        Links are kept of a real run alone: of a simulation's the ledgers themselves are at hand.
         """
-        bound = self._signed.contract.witness is not None
+        agreed = self._signed.contract
+        kept = agreed.witness is not None and not agreed.simulation
         return [
             Received(
                 receipt=self.replied[site],
                 signature=signature,
-                ledger=ledger if bound else NOTHING,
+                ledger=ledger if kept else NOTHING,
                 attempt=attempt,
                 counted=counted,
             )

@@ -70,4 +70,3 @@ class WitnessDesk:
             raise RolledBack(f"the ledger of {receipt.site!r} does not extend what was witnessed")
         if not found.paid:
             raise VerificationFailed("no charge stands before the update's release")
-

@@ -182,7 +182,11 @@ class Calibration(Frozen):
 
 
 class VerifiedChain(Frozen):
-    """One chain that holds."""
+    """One chain that holds.
+
+    `witnessed` is the last entry that a server countersigned; `received` counts the updates that a
+    server took, each behind its charge, and is null where no receipts were given.
+    """
 
     ledger: str
     site: str
@@ -191,6 +195,7 @@ class VerifiedChain(Frozen):
     head: str
     anchored: bool
     witnessed: int | None
+    received: int | None
     simulation: bool
 
 
@@ -202,8 +207,37 @@ class Verification(Frozen):
     faults: list[str]
 
 
+class LedgerExport(Frozen):
+    """`bract audit export --json`; `sha256` is the file's."""
+
+    output: str
+    chains: int
+    entries: int
+    contracts: int
+    policies: int
+    witnesses: int
+    sha256: str
+
+
+class RunCost(Frozen):
+    """What one run cost a domain: `epsilon` is of it alone, and such do not add up to the total."""
+
+    contract_sha256: str
+    run: str
+    rounds: int
+    charges: int
+    evaluations: int
+    steps: int
+    epsilon: float | None
+
+
 class DomainBudget(Frozen):
-    """The budget of one domain of one site, over all runs in its ledger."""
+    """The budget of one domain of one site, over all runs in its ledger.
+
+    `epsilon_prv` is null too where it was left out, which the note says. `more_rounds` are those of
+    `forecast_contract`. `epsilon_replace_one` is of one example that is replaced, `epsilon_group`
+    bounds that of `group` examples; null where not asked for, or where nothing bounds it.
+    """
 
     ledger: str
     site: str
@@ -221,6 +255,12 @@ class DomainBudget(Frozen):
     steps: int
     seeded: bool
     more_rounds: int | None
+    forecast_contract: str | None
+    epsilon_replace_one: float | None = None
+    group: int | None = None
+    epsilon_group: float | None = None
+    epsilon_group_replace_one: float | None = None
+    runs: list[RunCost]
     note: str
 
 
@@ -465,6 +505,7 @@ REPORTS: dict[str, type[Frozen]] = {
     "calibrate": Calibration,
     "audit-verify": Verification,
     "audit-budget": Budget,
+    "audit-export": LedgerExport,
     "contract": ContractShown,
     "client-check": ContractCheck,
     "client-recover": Recovery,

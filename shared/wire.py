@@ -20,7 +20,7 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from bract.shared import arrays as named
-from bract.shared import canonical, contract, keys
+from bract.shared import contract, keys
 from bract.shared.arrays import Arrays
 from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, UsageError, VerificationFailed

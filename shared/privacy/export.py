@@ -2,7 +2,8 @@
 
 It holds what the file holds: entries with their signatures, the contracts and policies that they
 name, witnesses; and, last, the head of each chain, so that a copy that broke off is noticed. No
-part of it is secret. What binds it is what binds a ledger: the pinned key, and heads seen elsewhere.
+part of it is secret. What binds it is what binds a ledger: the pinned key, and heads seen
+elsewhere.
 
 header    {"bract": "ledger", "schema_version"}
 document  {"kind": "contract" or "policy", "sha256", "document"}
@@ -88,9 +89,9 @@ def _lines(held: Contents) -> Iterator[dict[str, Any]]:
             body = canonical.decode(text)
             _check_place((body["site"], body["domain"], body["sequence"]), (site, domain, sequence))
             yield {"kind": "entry", "body": body, "signature": signature.hex()}
-    for name, text in sorted(held.witnesses.items()):
+    for place, text in sorted(held.witnesses.items()):
         seen = canonical.decode(text)
-        _check_place((seen["site"], seen["domain"], seen["key"]), name)
+        _check_place((seen["site"], seen["domain"], seen["key"]), place)
         yield {"kind": "witness", "witness": seen}
     for name in sorted(held.rows):
         yield {"kind": "head", **_head(held.rows[name])}
@@ -109,14 +110,14 @@ def _take_(held: Contents, heads: dict[Name, dict[str, Any]], line: dict[str, An
             rows.append((body["sequence"], canonical.encode(body), signature))
         case "witness":
             seen = line.pop("witness")
-            name = (seen["site"], seen["domain"], seen["key"])
-            _put_once_(held.witnesses, name, canonical.encode(seen))
+            place = (seen["site"], seen["domain"], seen["key"])
+            _put_once_(held.witnesses, place, canonical.encode(seen))
         case "head":
             _put_once_(heads, (line["site"], line["domain"]), dict(line))
             line.clear()
         case "contract" | "policy" as kind:
-            name = (kind, line.pop("sha256"))
-            _put_once_(held.documents, name, canonical.encode(line.pop("document")))
+            document = canonical.encode(line.pop("document"))
+            _put_once_(held.documents, (kind, line.pop("sha256")), document)
         case _:
             raise VerificationFailed("an unknown kind of line")
     if line:
