@@ -219,6 +219,36 @@ class LedgerExport(Frozen):
     sha256: str
 
 
+class PulledSite(Frozen):
+    """What a server showed of one site.
+
+    `entries` is how many it saw, `shown` of how many it saw the body; `updates` each stand behind a
+    charge; `extends` says whether an earlier pull was extended.
+    """
+
+    site: str
+    domain: str
+    sequence: int
+    head: str
+    entries: int
+    shown: int
+    updates: int
+    extends: bool
+
+
+class AuditPull(Frozen):
+    """`bract audit pull --json`; `pinned` is whether the auditor named the coordinator's key."""
+
+    verified: bool
+    address: str
+    contract_sha256: str
+    run: str
+    coordinator: str
+    pinned: bool
+    sites: list[PulledSite]
+    output: str
+
+
 class RunCost(Frozen):
     """What one run cost a domain: `epsilon` is of it alone, and such do not add up to the total."""
 
@@ -506,6 +536,7 @@ REPORTS: dict[str, type[Frozen]] = {
     "audit-verify": Verification,
     "audit-budget": Budget,
     "audit-export": LedgerExport,
+    "audit-pull": AuditPull,
     "contract": ContractShown,
     "client-check": ContractCheck,
     "client-recover": Recovery,

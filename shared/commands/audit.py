@@ -1,4 +1,4 @@
-"""`bract audit`: verify, budget, export."""
+"""`bract audit`: verify, budget, export, pull."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 from bract.shared.cli import AS_JSON, print_json
 from bract.shared.commands.budget import budget
 from bract.shared.commands.ledgers import LEDGERS, Evidence, pinned, verified
+from bract.shared.commands.pull import pull
 from bract.shared.errors import BractError, UsageError, VerificationFailed
 from bract.shared.reports import LedgerExport, Verification, VerifiedChain
 
@@ -19,6 +20,7 @@ def audit() -> None:
 
 
 audit.add_command(budget)
+audit.add_command(pull)
 
 
 @audit.command(epilog="Example: bract audit verify runs/demo/ledgers/*.sqlite")

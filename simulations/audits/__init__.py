@@ -1,0 +1,1 @@
+"""Audits by experiment and by comparison, on public or made-up data."""
