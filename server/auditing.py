@@ -77,7 +77,8 @@ class AuditServer:
                 ("grpc.so_reuseport", 0),  # else two servers could share the port unnoticed
             ],
         )
-        self._health = health.HealthServicer()
+        # Its other way gets answers past the interceptor, by a callback.
+        self._health = health.HealthServicer(experimental_non_blocking=False)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         _add_answers(_Answers(disclosure), self._server)
         reflection.enable_server_reflection(

@@ -67,16 +67,17 @@ def from_bytes(text: bytes, *, source: str = "export") -> Contents:
         raise VerificationFailed(f"{source}: cut short, its last line is not whole")
     held = Contents(rows={}, documents={}, witnesses={})
     heads: dict[Name, dict[str, Any]] = {}
+    place: tuple[Any, ...] = ()
     for number, line in enumerate(lines, start=2):
         try:
-            _take_(held, heads, canonical.decode(line))
+            before, place = place, _take_(held, heads, canonical.decode(line))
+            if place < before:
+                raise VerificationFailed("not in its place")
         except (VerificationFailed, KeyError, TypeError, ValueError, AttributeError) as error:
             fault = error if isinstance(error, VerificationFailed) else "not a line of an export"
             raise VerificationFailed(f"{source}, line {number}: {fault}") from error
     if {name: _head(rows) for name, rows in held.rows.items()} != heads:
         raise VerificationFailed(f"{source}: cut short or mixed, its heads are not its entries'")
-    if to_bytes(held) != text:
-        raise VerificationFailed(f"{source}: its lines are not in the order of an export")
     return held
 
 
@@ -102,26 +103,37 @@ def _check_place(found: tuple[Any, ...], stored: tuple[Any, ...]) -> None:
         raise VerificationFailed(f"{found} is stored as {stored}")
 
 
-def _take_(held: Contents, heads: dict[Name, dict[str, Any]], line: dict[str, Any]) -> None:
+def _take_(
+    held: Contents, heads: dict[Name, dict[str, Any]], line: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Adds a line and returns its place in the order of an export."""
+    place: tuple[Any, ...]
     match line.pop("kind"):
+        case "contract" | "policy" as kind:
+            document, name = line.pop("document"), (kind, line.pop("sha256"))
+            place = (0, *name)
+            _put_once_(held.documents, name, canonical.encode(document))
         case "entry":
-            body, signature = line.pop("body"), bytes.fromhex(line.pop("signature"))
+            body, signature = line.pop("body"), line.pop("signature")
+            place = (1, body["site"], body["domain"])
             rows = held.rows.setdefault((body["site"], body["domain"]), [])
-            rows.append((body["sequence"], canonical.encode(body), signature))
+            # The hexadecimal digits have a second spelling, which is none of ours.
+            if bytes.fromhex(signature).hex() != signature:
+                raise VerificationFailed("a signature in another spelling")
+            rows.append((body["sequence"], canonical.encode(body), bytes.fromhex(signature)))
         case "witness":
             seen = line.pop("witness")
-            place = (seen["site"], seen["domain"], seen["key"])
-            _put_once_(held.witnesses, place, canonical.encode(seen))
+            place = (2, seen["site"], seen["domain"], seen["key"])
+            _put_once_(held.witnesses, place[1:], canonical.encode(seen))
         case "head":
-            _put_once_(heads, (line["site"], line["domain"]), dict(line))
+            place = (3, line["site"], line["domain"])
+            _put_once_(heads, place[1:], dict(line))
             line.clear()
-        case "contract" | "policy" as kind:
-            document = canonical.encode(line.pop("document"))
-            _put_once_(held.documents, (kind, line.pop("sha256")), document)
         case _:
             raise VerificationFailed("an unknown kind of line")
     if line:
         raise VerificationFailed("a line with more in it than its kind has")
+    return place
 
 
 def _put_once_(where: dict[Any, Any], name: Any, value: Any) -> None:
