@@ -77,21 +77,32 @@ def verify(
             the way means 'not verified'.
     """
     try:
-        held = export.contents(path)
-        return _verify(held, site_keys, anchors, witnesses, received)
+        return verify_contents(
+            export.contents(path),
+            site_keys=site_keys,
+            anchors=anchors,
+            witnesses=witnesses,
+            received=received,
+        )
     except BractError as error:
         raise VerificationFailed(f"{path}: {error}") from error
     except Exception as error:
         raise VerificationFailed(f"{path}: not verified ({type(error).__name__})") from error
 
 
-def _verify(
+def verify_contents(
     held: Contents,
+    *,
     site_keys: Mapping[str, str],
     anchors: Mapping[tuple[str, str], Head],
-    witnesses: Sequence[Witness],
-    received: Sequence[Received] | None,
+    witnesses: Sequence[Witness] = (),
+    received: Sequence[Received] | None = None,
 ) -> list[Verified]:
+    """Returns the chains of a ledger that was read; see `verify`, which also names the file.
+
+    Raises:
+        VerificationFailed: naming the entry and the fault.
+    """
     if not held.rows:
         raise VerificationFailed("the ledger is empty")
     contracts, policies = _documents(held)
@@ -177,6 +188,8 @@ def _documents(held: Contents) -> tuple[dict[str, Contract], dict[str, Policy]]:
                 document = contracts[sha256] = signed.verify(signed.contract.coordinator)
             elif kind == "policy":
                 document = policies[sha256] = parse(Policy, canonical.decode(text), source="policy")
+                if document.to_bytes() != text:
+                    raise VerificationFailed("is in a second spelling")
             else:
                 raise VerificationFailed("unknown kind of document")
             if document.sha256 != sha256:
