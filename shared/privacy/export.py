@@ -50,7 +50,10 @@ def to_bytes(held: Contents) -> bytes:
     Raises:
         VerificationFailed: where a part is not canonical, so that writing it anew would mend it.
     """
-    return b"".join(canonical.encode(line) + b"\n" for line in _lines(held))
+    try:
+        return b"".join(canonical.encode(line) + b"\n" for line in _lines(held))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise VerificationFailed("an entry, a document or a witness cannot be read") from error
 
 
 def from_bytes(text: bytes, *, source: str = "export") -> Contents:
@@ -64,7 +67,7 @@ def from_bytes(text: bytes, *, source: str = "export") -> Contents:
     header, *lines = text.split(b"\n")
     _check_header(header, source)
     if not lines or lines.pop() != b"":
-        raise VerificationFailed(f"{source}: cut short, its last line is not whole")
+        raise VerificationFailed("cut short, its last line is not whole")
     held = Contents(rows={}, documents={}, witnesses={})
     heads: dict[Name, dict[str, Any]] = {}
     place: tuple[Any, ...] = ()
@@ -75,9 +78,9 @@ def from_bytes(text: bytes, *, source: str = "export") -> Contents:
                 raise VerificationFailed("not in its place")
         except (VerificationFailed, KeyError, TypeError, ValueError, AttributeError) as error:
             fault = error if isinstance(error, VerificationFailed) else "not a line of an export"
-            raise VerificationFailed(f"{source}, line {number}: {fault}") from error
+            raise VerificationFailed(f"line {number}: {fault}") from error
     if {name: _head(rows) for name, rows in held.rows.items()} != heads:
-        raise VerificationFailed(f"{source}: cut short or mixed, its heads are not its entries'")
+        raise VerificationFailed("cut short or mixed, its heads are not its entries'")
     return held
 
 

@@ -30,6 +30,8 @@ BOUNDED = settings(
     phases=[Phase.explicit, Phase.generate],  # one case refutes: no time for smaller ones
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+# A failure shows its ledger, which is long.
+pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")
 Row = tuple[int, bytes, bytes]
 
 
@@ -108,16 +110,15 @@ def record(new_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Record:
 def test_what_the_forgeries_start_from_holds_and_so_does_its_export(record: Record) -> None:
     assert record.accepts(record.held)
     assert record.accepts_text(record.text)
-    assert export.from_bytes(record.text) == record.held or vars_of(
-        export.from_bytes(record.text)
-    ) == vars_of(record.held)
+    assert len(record.rows) == 11
+    assert parts(export.from_bytes(record.text)) == parts(record.held)
     assert record.accepts(record.again, _head_of(record.again.rows[NAME]))
     kinds = {entries.body(text).kind for _, text, _ in record.rows}
     assert kinds == {"genesis", "charge", "evaluation", "release"}
     assert record.held.witnesses
 
 
-def vars_of(held: Contents) -> Any:
+def parts(held: Contents) -> Any:
     return held.rows, held.documents, held.witnesses
 
 
@@ -144,36 +145,51 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-def near(old: Any) -> st.SearchStrategy[Any]:
-    """Values that a forger would like to stand there."""
+def near(old: Any, step: int, digit: str, other: Any) -> Any:
+    """Returns a value that a forger would like to stand there."""
     if isinstance(old, bool):
-        return st.just(not old)
+        return not old
     if isinstance(old, int):
-        return st.integers(old - 3, old + 3)
+        return old + step
     if isinstance(old, str) and old:
-        digits = st.sampled_from("0123456789abcdef")
-        place = st.integers(0, len(old) - 1)
-        return st.builds(lambda i, c: old[:i] + c + old[i + 1 :], place, digits)
-    return JSON
+        place = step % len(old)
+        return old[:place] + digit + old[place + 1 :]
+    return other
 
 
 @BOUNDED
-@given(data=st.data())
-def test_no_value_of_an_entry_can_be_changed(record: Record, data: st.DataObject) -> None:
-    number = data.draw(st.integers(0, len(record.rows) - 1))
+@given(
+    number=st.integers(0, 10),
+    place=st.integers(0, 40),
+    action=st.sampled_from(["near", "any", "drop", "add"]),
+    step=st.integers(-3, 64),
+    digit=st.sampled_from("0123456789abcdef"),
+    name=st.text(min_size=1, max_size=8),
+    other=JSON,
+)
+def test_no_value_of_an_entry_can_be_changed(
+    record: Record,
+    number: int,
+    place: int,
+    action: str,
+    step: int,
+    digit: str,
+    name: str,
+    other: Any,
+) -> None:
     sequence, text, signature = record.rows[number]
     body = json.loads(text)
-    path = data.draw(st.sampled_from(places(body)))
+    found = places(body)
+    *path, last = found[place % len(found)]
     where = body
-    for name in path[:-1]:
-        where = where[name]
-    action = data.draw(st.sampled_from(["near", "any", "drop", "add"]))
+    for part in path:
+        where = where[part]
     if action == "drop":
-        del where[path[-1]]
+        del where[last]
     elif action == "add":
-        where[data.draw(st.text(min_size=1, max_size=8))] = data.draw(JSON)
+        where[name] = other
     else:
-        where[path[-1]] = data.draw(near(where[path[-1]]) if action == "near" else JSON)
+        where[last] = near(where[last], step, digit, other) if action == "near" else other
     forged = canonical.encode(body)
     assume(forged != text)
     rows = list(record.rows)
