@@ -71,9 +71,9 @@ class Shelf:
             for line in file:
                 if not line.endswith(b"\n"):
                     return  # half of a line: the other half is being written
-                value = json.loads(line)
-                if value["attempt"] > attempts:
+                found = receipts.from_bytes(line.rstrip(b"\n"))
+                if found.attempt > attempts:
                     return  # not in the checkpoint yet: a kill would take it back
-                place = (self._end, int(value["attempt"]))
-                self._places.setdefault(value["receipt"]["site"], []).append(place)
+                place = (self._end, found.attempt)
+                self._places.setdefault(found.receipt.site, []).append(place)
                 self._end += len(line)
