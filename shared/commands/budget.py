@@ -75,7 +75,7 @@ def _contract(path: Path) -> Contract:
 def _domain(
     path: Path, found: Verified, interval: float, following: Contract | None
 ) -> DomainBudget:
-    from bract.shared.privacy import accounting, budget, forecast, prv
+    from bract.shared.privacy import accounting, budget, forecast
 
     chain, limit = found.chain, found.policy.domains[found.chain.domain]
     order, events = budget.order_of(chain), chain.events
@@ -88,7 +88,7 @@ def _domain(
         site=chain.site,
         domain=chain.domain,
         epsilon=_finite(spent),
-        epsilon_prv=prv.epsilon_prv(events, limit.delta) if again else None,
+        epsilon_prv=_by_prv(found, limit.delta) if again else None,
         epsilon_filter=_finite(filtered),
         filter_order=order,
         unbounded=accounting.is_unbounded(events),
@@ -104,6 +104,12 @@ def _domain(
         runs=_runs(found, limit.delta),
         note=_note(chain, order) + ("" if again else "; ε PRV takes --thorough"),
     )
+
+
+def _by_prv(found: Verified, delta: float) -> float | None:
+    from bract.shared.privacy import prv  # brings torch
+
+    return prv.epsilon_prv(found.chain.events, delta)
 
 
 def _others(
