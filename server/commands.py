@@ -23,7 +23,8 @@ def server(
 ) -> None:
     """Serve a federation's run to its end; started again after a kill, it goes on by itself.
 
-    Only Flower's fleet routes and /health are on the network, over TLS, for the listed sites.
+    Only Flower's fleet routes and /health are on the network, over TLS, for the listed sites; with
+    [audit] also the auditor's service, on an address of its own, for listed auditors.
     """
     if status:
         _status(federation, as_json)

@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
-from bract.server import checkpoint, fairness
+from bract.server import checkpoint, fairness, received
 from bract.server.checkpoint import RoundState
 from bract.server.strategy import PublicFedAvg
 from bract.shared import canonical, wire
@@ -81,6 +81,7 @@ class RoundLoop:
         canonical.write_atomically(
             self.out / "metrics.jsonl", "".join(map(_line, state.metrics)).encode()
         )
+        received.settle(self.out, attempts=state.attempts)
         self._gather(grid)
         while state.round < self.contract.rounds and state.attempts < self.contract.max_attempts:
             following = self._round(grid, state)
@@ -118,6 +119,8 @@ class RoundLoop:
             for site, reason in sorted(self.strategy.refused)
         )
         state = replace(state, attempts=state.attempts + 1, refused=(*state.refused, *refused))
+        # Before the checkpoint: a head that is countersigned has what led to it on disk.
+        received.append(self.out, self.strategy.received(state.attempts, average is not None))
         if average is not None:
             state = self._completed(state, wire.unpack(average), wire.bytes_of(packed))
         state = replace(state, seconds=state.seconds + time.monotonic() - started)

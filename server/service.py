@@ -15,7 +15,7 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 
-from bract.server import checkpoint, memory
+from bract.server import auditing, checkpoint, memory
 from bract.server.app import app
 from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
@@ -53,15 +53,18 @@ def serve(path: Path, trackers: Sequence[str] = ()) -> ServerSummary:
             raise UsageError(
                 f"cannot make the folder {folder}: {error.strerror}; correct server.{name}"
             ) from error
+    door = auditing.door_of(chosen)
     with locks.held(state / "lock", "one server carries a run; stop the other"):
         for folder in (state, out, out / "checkpoint"):
             canonical.remove_leftovers(folder)
         canonical.write_atomically(out / "contract.json", Path(chosen.contract).read_bytes())
         with tracking.following(out, trackers):
-            return _serve(chosen, agreed, listener)
+            return _serve(chosen, agreed, listener, door)
 
 
-def _serve(chosen: Federation, agreed: Contract, listener: Listener) -> ServerSummary:
+def _serve(
+    chosen: Federation, agreed: Contract, listener: Listener, door: auditing.Door | None
+) -> ServerSummary:
     out, state = Path(chosen.server.out), Path(chosen.server.state)
     host = Host(
         database=state / "superlink.sqlite",
@@ -74,10 +77,15 @@ def _serve(chosen: Federation, agreed: Contract, listener: Listener) -> ServerSu
     logger.info("serving", extra={"event": "serving", "port": host.port})
     journal = Journal(host, state / "status.json", agreed)
     journal.start()
+    desk = None
     try:
+        if door is not None:
+            desk = auditing.begun(chosen, agreed, door)
         grid = FleetGrid(host, reply_seconds=chosen.deadlines.reply)
         app(grid, _context(chosen, host.run))
     finally:
+        if desk is not None:
+            desk.stop()
         journal.stop()
         host.close()
     result: dict[str, Any] = canonical.decode((out / "checkpoint" / "result.json").read_bytes())

@@ -19,6 +19,8 @@ from bract.shared.contract import Contract, SignedContract, SiteTerms
 from bract.shared.errors import BractError, Reason, RolledBack, VerificationFailed
 from bract.shared.models import Shape
 from bract.shared.privacy import entries
+from bract.shared.privacy.receipts import Received
+from bract.shared.privacy.witness import NOTHING, Extension
 from bract.shared.updates import KINDS, Update
 
 logger = logging.getLogger("bract.server")
@@ -54,6 +56,7 @@ class PublicFedAvg(FedAvg):
         self._registered, self._names = dict(names or {}), dict(names or {})
         self._retired: set[int] = set()
         self.replied: dict[str, wire.Receipt] = {}
+        self.proofs: dict[str, tuple[bytes, Extension]] = {}
         self.refused: list[tuple[str, str]] = []
         self.update_bytes: int | None = None
         self._adds_up = False
@@ -132,9 +135,11 @@ class PublicFedAvg(FedAvg):
         """Returns the mean of the valid updates by public weight, None where there is none.
 
         Flower's own average holds two more copies of every update. `replied` and `refused` then
-        say who answered what, and `update_bytes` how large the largest accepted update was.
+        say who answered what, `proofs` holds each receipt's signature and links, and `update_bytes`
+        how large the largest accepted update was.
         """
         self.replied, self.refused, self.update_bytes = {}, [], None
+        self.proofs = {}
         updates: dict[str, Arrays] = {}
         sums: dict[int, Mapping[str, wire.Sum]] = {}
         for message in list(replies):
@@ -160,6 +165,24 @@ class PublicFedAvg(FedAvg):
                 else:
                     average[name] = value * share
         return (wire.pack(average) if average else None), None
+
+    def received(self, attempt: int, counted: bool) -> list[Received]:
+        """Returns what an auditor may see of the updates that the last round took.
+
+        Links are kept of a real run alone: of a simulation's the ledgers themselves are at hand.
+        """
+        agreed = self._signed.contract
+        kept = agreed.witness is not None and not agreed.simulation
+        return [
+            Received(
+                receipt=self.replied[site],
+                signature=signature,
+                ledger=ledger if kept else NOTHING,
+                attempt=attempt,
+                counted=counted,
+            )
+            for site, (signature, ledger) in sorted(self.proofs.items())
+        ]
 
     def _of_sums(
         self,
@@ -209,7 +232,7 @@ class PublicFedAvg(FedAvg):
 
     def _accept_summed(self, reply: wire.SummedReply, server_round: int) -> bool:
         """Returns whether a sum is used: where every receipt in it is accepted."""
-        before = dict(self.replied)
+        before, proofs = dict(self.replied), dict(self.proofs)
         for node, signed in reply.receipts.items():
             try:
                 self._accept_receipt(signed, server_round, node)
@@ -218,7 +241,7 @@ class PublicFedAvg(FedAvg):
         if len(self.replied) < len(before) + len(reply.receipts):
             for name in self.replied.keys() - before.keys():
                 self._refuse(name, FAILED, "its sum holds an update that is not used")
-            self.replied = before
+            self.replied, self.proofs = before, proofs
             return False
         self.update_bytes = 4 * sum(math.prod(shape) for shape in self._shapes.values())
         return True
@@ -285,6 +308,7 @@ class PublicFedAvg(FedAvg):
             raise VerificationFailed("of another site than the node's")
         self.desk.check(reply, terms.domain, cost=entries.event_for(contract))
         self.replied[receipt.site] = receipt
+        self.proofs[receipt.site] = (reply.signature, reply.ledger)
         self._names[node] = receipt.site
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from bract.shared import wire
 from bract.shared.errors import RolledBack, VerificationFailed
 from bract.shared.keys import SigningKey
-from bract.shared.privacy import witness
-from bract.shared.privacy.entries import Charge, Evaluation, Head, Release
+from bract.shared.privacy import receipts, witness
+from bract.shared.privacy.entries import Head
 from bract.shared.privacy.witness import Witness
 
 
@@ -70,56 +70,9 @@ class WitnessDesk:
             since.verify(self._key.public)
             if (since.site, since.domain) != (receipt.site, domain):
                 raise VerificationFailed("a witness of another ledger")
-        heads = {since.sequence: since.hash} if since else {}
-        charged = evaluated = released = False
-        last = since.head if since else None
-        for head, body in witness.follow(reply.ledger):
-            heads[head.sequence], last = head.hash, head
-            charged |= isinstance(body, Charge) and _is_paid(body, reply, cost)
-            evaluated |= charged and isinstance(body, Evaluation) and _is_paid(body, reply)
-            # A release counts only after all that it costs.
-            paid = charged and evaluated == (receipt.evaluation is not None)
-            released |= paid and isinstance(body, Release) and _is_release(body, reply)
-        if last != Head(receipt.head_sequence, receipt.head_hash):
-            raise VerificationFailed("the links do not lead to the head that the site signed")
+        found = receipts.trace(receipt, reply.ledger, cost=cost)
         _, seen = self._seen.get(receipt.site, (domain, None))
-        if seen is not None and heads.get(seen.sequence) != seen.hash:
+        if seen is not None and found.heads.get(seen.sequence) != seen.hash:
             raise RolledBack(f"the ledger of {receipt.site!r} does not extend what was witnessed")
-        if not released:
+        if not found.paid:
             raise VerificationFailed("no charge stands before the update's release")
-
-
-def _is_paid(
-    body: Charge | Evaluation,
-    reply: wire.TrainReply | wire.SignedReceipt,
-    cost: Mapping[str, Any] | None = None,
-) -> bool:
-    receipt = reply.receipt
-    return (body.contract, body.site, body.domain, body.round, body.attempt, body.event) == (
-        receipt.contract,
-        receipt.site,
-        receipt.head_domain,
-        receipt.round,
-        receipt.attempt,
-        body.event if cost is None else cost,
-    )
-
-
-def _is_release(body: Release, reply: wire.TrainReply | wire.SignedReceipt) -> bool:
-    receipt = reply.receipt
-    evaluation = [value.hex() for value in receipt.evaluation] if receipt.evaluation else None
-    return (
-        body.contract,
-        body.site,
-        body.round,
-        body.attempt,
-        body.update,
-        body.evaluation,
-    ) == (
-        receipt.contract,
-        receipt.site,
-        receipt.round,
-        receipt.attempt,
-        receipt.update,
-        evaluation,
-    )

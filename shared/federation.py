@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from bract.shared import contract as contracts
 from bract.shared import keys, pki
@@ -34,13 +34,23 @@ from bract.shared.privacy.orders import best_order
 Seconds = Annotated[float, Field(gt=0)]
 
 
+def _host_and_port(listen: str) -> str:
+    host, colon, port = listen.rpartition(":")
+    if not (host and colon and port.isdigit() and int(port) < 65536):
+        raise ValueError("must be HOST:PORT, as in 127.0.0.1:8443")
+    return listen
+
+
+Listen = Annotated[str, AfterValidator(_host_and_port)]
+
+
 class ServerSettings(Frozen):
     """Where the server listens, and its files; relative paths are beside the TOML file.
 
     `greatest_reply_mib` bounds one site's answer, `state` holds the link state, `out` the run.
     """
 
-    listen: str
+    listen: Listen
     certificate: str
     key: str
     witness_key: str
@@ -48,14 +58,6 @@ class ServerSettings(Frozen):
     out: str
     public_data: str | None = None
     greatest_reply_mib: int = Field(default=1024, ge=1)
-
-    @field_validator("listen")
-    @classmethod
-    def _host_and_port(cls, listen: str) -> str:
-        host, colon, port = listen.rpartition(":")
-        if not (host and colon and port.isdigit() and int(port) < 65536):
-            raise ValueError("must be HOST:PORT, as in 127.0.0.1:8443")
-        return listen
 
     @property
     def host(self) -> str:
@@ -124,6 +126,16 @@ class AuditorEntry(Frozen):
     certificate_sha256: Hex32
 
 
+class AuditSettings(Frozen):
+    """Where the server answers auditors.
+
+    `authority` signs their certificates; without it, who issued the server's own.
+    """
+
+    listen: Listen
+    authority: str | None = None
+
+
 class Federation(Frozen):
     """A whole FEDERATION.toml.
 
@@ -147,6 +159,7 @@ class Federation(Frozen):
     evaluation: EvaluationTerms | None = None
     sites: tuple[SiteEntry, ...] = Field(min_length=1)
     auditors: tuple[AuditorEntry, ...] = ()
+    audit: AuditSettings | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Federation:
@@ -160,6 +173,15 @@ class Federation(Frozen):
             twice = next((value for value in values if values.count(value) > 1), None)
             if twice is not None:
                 raise ValueError(f"two sites have the {what} {twice[:60]!r}; list each site once")
+        shown = [auditor.certificate_sha256 for auditor in self.auditors]
+        twice = next((one for one in shown if shown.count(one) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two auditors have the certificate {twice}; list each once")
+        if self.audit is not None and not self.auditors:
+            raise ValueError(
+                "[audit] answers listed auditors alone: add the [[auditors]] that bract keys "
+                "auditor printed"
+            )
         return self
 
 
@@ -180,8 +202,12 @@ def read(path: Path) -> Federation:
     data = federation.data
     if data.schema_file is not None:
         data = data.model_copy(update={"schema_file": str(folder / data.schema_file)})
+    audit = federation.audit
+    if audit is not None and audit.authority is not None:
+        audit = audit.model_copy(update={"authority": str(folder / audit.authority)})
     return federation.model_copy(
         update={
+            "audit": audit,
             "data": data,
             "coordinator_key": str(folder / federation.coordinator_key),
             "contract": str(folder / federation.contract),

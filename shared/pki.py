@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -59,7 +59,7 @@ class Identity:
 
     def certificate_pem(self) -> bytes:
         """Returns the chain as PEM, its own certificate first, as TLS servers read it."""
-        return b"".join(one.public_bytes(serialization.Encoding.PEM) for one in self.chain)
+        return to_pem(self.chain)
 
     def key_pem(self) -> bytes:
         """Returns the private key as PKCS#8 PEM."""
@@ -156,6 +156,33 @@ def certificates(path: Path) -> list[x509.Certificate]:
         return found
     except _UNREADABLE as error:
         raise UsageError(f"{path} holds no readable certificate") from error
+
+
+def to_pem(chain: Iterable[x509.Certificate]) -> bytes:
+    """Returns certificates as PEM, in order."""
+    return b"".join(one.public_bytes(serialization.Encoding.PEM) for one in chain)
+
+
+def check_auditor(certificate: Path, key: Path) -> None:
+    """Returns where two files are a TLS client's certificate, as auditors have, and its key.
+
+    Raises:
+        UsageError: where they are anything else, a site's or the server's files included.
+    """
+    shown = certificates(certificate)[0]
+    try:
+        usage = shown.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    if ExtendedKeyUsageOID.CLIENT_AUTH not in usage:
+        raise UsageError(
+            f"{certificate} is no auditor's certificate: the coordinator makes one with bract keys "
+            "auditor"
+        )
+    if b"-----BEGIN OPENSSH PRIVATE KEY-----" in read(key):
+        raise UsageError(f"{key} is a site's node key: name the auditor-key.pem of {certificate}")
+    if load_private_key(key).public_key() != shown.public_key():
+        raise UsageError(f"{key} is not the key of {certificate}: they must be made together")
 
 
 def fingerprint(certificate: x509.Certificate) -> str:

@@ -183,7 +183,11 @@ class Calibration(Frozen):
 
 
 class VerifiedChain(Frozen):
-    """One chain that holds."""
+    """One chain that holds.
+
+    `witnessed` is the last entry that a server countersigned; `received` counts the updates that a
+    server took, each behind its charge, and is null where no receipts were given.
+    """
 
     ledger: str
     site: str
@@ -192,6 +196,7 @@ class VerifiedChain(Frozen):
     head: str
     anchored: bool
     witnessed: int | None
+    received: int | None
     simulation: bool
 
 
@@ -203,8 +208,67 @@ class Verification(Frozen):
     faults: list[str]
 
 
+class LedgerExport(Frozen):
+    """`bract audit export --json`; `sha256` is the file's."""
+
+    output: str
+    chains: int
+    entries: int
+    contracts: int
+    policies: int
+    witnesses: int
+    sha256: str
+
+
+class PulledSite(Frozen):
+    """What a server showed of one site.
+
+    `entries` is how many it saw, `shown` of how many it saw the body; `updates` each stand behind a
+    charge; `extends` says whether an earlier pull was extended.
+    """
+
+    site: str
+    domain: str
+    sequence: int
+    head: str
+    entries: int
+    shown: int
+    updates: int
+    extends: bool
+
+
+class AuditPull(Frozen):
+    """`bract audit pull --json`; `pinned` is whether the auditor named the coordinator's key."""
+
+    verified: bool
+    address: str
+    contract_sha256: str
+    run: str
+    coordinator: str
+    pinned: bool
+    sites: list[PulledSite]
+    output: str
+
+
+class RunCost(Frozen):
+    """What one run cost a domain: `epsilon` is of it alone, and such do not add up to the total."""
+
+    contract_sha256: str
+    run: str
+    rounds: int
+    charges: int
+    evaluations: int
+    steps: int
+    epsilon: float | None
+
+
 class DomainBudget(Frozen):
-    """The budget of one domain of one site, over all runs in its ledger."""
+    """The budget of one domain of one site, over all runs in its ledger.
+
+    `epsilon_prv` is null too where it was left out, which the note says. `more_rounds` are those of
+    `forecast_contract`. `epsilon_replace_one` is of one example that is replaced, `epsilon_group`
+    bounds that of `group` examples; null where not asked for, or where nothing bounds it.
+    """
 
     ledger: str
     site: str
@@ -222,6 +286,12 @@ class DomainBudget(Frozen):
     steps: int
     seeded: bool
     more_rounds: int | None
+    forecast_contract: str | None
+    epsilon_replace_one: float | None = None
+    group: int | None = None
+    epsilon_group: float | None = None
+    epsilon_group_replace_one: float | None = None
+    runs: list[RunCost]
     note: str
 
 
@@ -524,6 +594,8 @@ REPORTS: dict[str, type[Frozen]] = {
     "calibrate": Calibration,
     "audit-verify": Verification,
     "audit-budget": Budget,
+    "audit-export": LedgerExport,
+    "audit-pull": AuditPull,
     "audit-membership": Membership,
     "audit-experiment": MechanismAudit,
     "contract": ContractShown,

@@ -31,6 +31,7 @@ from bract.shared import canonical, contract, keys
 from bract.shared.arrays import Arrays
 from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, UsageError, VerificationFailed
+from bract.shared.privacy.receipts import Receipt as Receipt  # which others know from here
 from bract.shared.privacy.witness import NOTHING, Extension, Link, Witness, from_bytes
 from bract.shared.updates import ClippedUpdate, ProtectedUpdate, UnprotectedUpdate, Update
 
@@ -67,32 +68,6 @@ class CloseOrder:
 
     contract: SignedContract
     witness: Witness
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What a site says of an update, signed by its ledger key: public facts alone.
-
-    `evaluation` is (correct, total) of a local evaluation, both noised.
-    """
-
-    contract: str
-    site: str
-    round: int
-    attempt: int
-    update: str
-    head_domain: str
-    head_sequence: int
-    head_hash: str
-    evaluation: tuple[float, float] | None = None
-
-    def digest(self) -> bytes:
-        """Returns what the site signs."""
-        return canonical.tagged("receipt/1", self.to_bytes())
-
-    def to_bytes(self) -> bytes:
-        """Returns its canonical JSON."""
-        return canonical.encode(_facts(self))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

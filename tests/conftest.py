@@ -171,6 +171,12 @@ def world(tmp_path: Path) -> World:
     return World(folder=tmp_path)
 
 
+@pytest.fixture(scope="session")
+def new_world() -> type[World]:
+    """Makes worlds that outlive one test."""
+    return World
+
+
 def _root_with(name: str) -> Path:
     """The root of the data sets; an absent one skips by name, and in CI it fails."""
     root = os.environ.get("BRACT_DATA")

@@ -103,6 +103,17 @@ def test_only_the_engine_on_ray_imports_ray() -> None:
     assert users == {ROOT / "simulations/flower.py"}
 
 
+def test_only_the_auditors_service_and_its_client_import_grpc() -> None:
+    users = {
+        path.relative_to(ROOT)
+        for floor in FLOORS
+        for path in sources(floor)
+        if any(under(n, "grpc", "grpc_health", "grpc_reflection") for n in imports(path))
+    }
+    generated = Path("shared/proto/audit_pb2_grpc.py")
+    assert users == {Path("server/auditing.py"), Path("shared/auditor.py"), generated}
+
+
 def test_only_the_wire_module_knows_message_keys() -> None:
     keys = {"weights", "order", "unprotected-update", "receipt", "refusal"}
     for floor in FLOORS:

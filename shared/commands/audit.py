@@ -1,25 +1,18 @@
-"""`bract audit`: verify, budget."""
+"""`bract audit`: verify, budget, export, pull."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from bract.shared.cli import AS_JSON, GroupWithAbove, print_json, shown
+from bract.shared.cli import AS_JSON, GroupWithAbove, print_json
+from bract.shared.commands.budget import budget
+from bract.shared.commands.ledgers import LEDGERS, Evidence, pinned, verified
+from bract.shared.commands.pull import pull
 from bract.shared.commands.report import report
-from bract.shared.contract import ADJACENCY
-from bract.shared.errors import BractError, LedgerError, UsageError, VerificationFailed
-from bract.shared.reports import Budget, DomainBudget, Verification, VerifiedChain
-
-if TYPE_CHECKING:
-    from bract.shared.privacy.chain import Chain
-
-LEDGERS = click.argument(
-    "ledgers", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="LEDGER..."
-)
+from bract.shared.errors import BractError, UsageError, VerificationFailed
+from bract.shared.reports import LedgerExport, Verification, VerifiedChain
 
 
 @click.group(cls=GroupWithAbove)
@@ -27,32 +20,45 @@ def audit() -> None:
     """Check ledgers, what was spent, and the mechanism."""
 
 
-audit.add_command(report)
+for command in (budget, pull, report):
+    audit.add_command(command)
 
 
 @audit.command(epilog="Example: bract audit verify runs/demo/ledgers/*.sqlite")
 @LEDGERS
-@click.option("--site-key", metavar="K", help="The site's public key, hexadecimal; pins it.")
+@pinned
 @click.option(
     "--head",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A file with heads seen elsewhere (as in summary.json): the anchor.",
+    help="Heads or witnesses seen elsewhere (as in summary.json): the anchor.",
+)
+@click.option(
+    "--received",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A server's receipts.jsonl: each update must stand behind a charge.",
 )
 @AS_JSON
 def verify(
-    ledgers: tuple[Path, ...], site_key: str | None, head: Path | None, as_json: bool
+    ledgers: tuple[Path, ...],
+    site_key: str | None,
+    contract: Path | None,
+    head: Path | None,
+    received: Path | None,
+    as_json: bool,
 ) -> None:
-    """Is each ledger whole, signed, and within its contracts and policies?
+    """Is each ledger whole, signed, and within its contracts and policies? An export will do.
 
-    Keys come from --site-key or from contract.json beside the run, heads from --head or from the
-    run's summary.json; never from the ledger itself.
+    Keys come from --site-key, from --contract or from contract.json beside the run, heads from
+    --head or from the run's summary.json; never from the ledger itself.
     """
+    evidence = Evidence(site_key=site_key, contract=contract, head=head, received=received)
     chains: list[VerifiedChain] = []
     faults: list[str] = []
     for path in ledgers:
         try:
-            chains += _verified(path, site_key, head)
+            chains += _verified(path, evidence)
         except UsageError:
             raise
         except BractError as error:
@@ -62,38 +68,62 @@ def verify(
         print_json(report.model_dump())
     elif not as_json:
         for chain in chains:
-            tail = (
-                "anchored"
-                if chain.anchored
-                else f"whole up to entry {chain.entries - 1}; later entries cannot be excluded"
-            )
-            if chain.witnessed is not None:
-                tail += f", witnessed up to entry {chain.witnessed}"
-            tail += ", simulation: no guarantee" if chain.simulation else ""
-            click.echo(
-                f"ok  {chain.ledger}  {chain.site}  {chain.domain}  {chain.entries} entries, {tail}"
-            )
+            click.echo(f"ok  {_line(chain)}")
     if faults:
         for fault in faults[1:]:
             click.echo(f"bract: {fault}", err=True)
         raise VerificationFailed(faults[0])
 
 
-@audit.command(epilog="Example: bract audit budget runs/demo/ledgers/*.sqlite --json")
-@LEDGERS
-@click.option("--site-key", metavar="K", help="The site's public key, hexadecimal; pins it.")
-@click.option("--thorough", is_flag=True, help="Account on a grid of 1e-4 instead of 1e-3.")
+@audit.command(epilog="Example: bract audit export state/ledger.sqlite -o ledger.jsonl")
+@click.argument("ledger", type=click.Path(path_type=Path), metavar="LEDGER")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The new file.",
+)
 @AS_JSON
-def budget(ledgers: tuple[Path, ...], site_key: str | None, thorough: bool, as_json: bool) -> None:
-    """Print ε spent, left and forecast, by domain over all runs, by two accountants."""
-    domains = [domain for path in ledgers for domain in _domain_budgets(path, site_key, thorough)]
+def export(ledger: Path, output: Path, as_json: bool) -> None:
+    """Write all that a ledger says into one file for an auditor; it holds no secret.
+
+    It is written as it stands, and verified by whoever reads it: bract audit verify FILE.
+    """
+    from bract.shared import canonical
+    from bract.shared.privacy import export as exporting
+
+    if output.exists():
+        raise UsageError(f"{output} exists: name a new file")
+    held = exporting.contents(ledger)
+    if not held.rows:
+        raise VerificationFailed(f"{ledger}: the ledger is empty")
+    text = exporting.to_bytes(held)
+    try:
+        canonical.write_atomically(output, text)
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}") from error
+    kinds = [kind for kind, _ in held.documents]
+    report = LedgerExport(
+        output=str(output),
+        chains=len(held.rows),
+        entries=sum(map(len, held.rows.values())),
+        contracts=kinds.count("contract"),
+        policies=kinds.count("policy"),
+        witnesses=len(held.witnesses),
+        sha256=canonical.sha256(text),
+    )
     if as_json:
-        print_json(Budget(domains=domains).model_dump())
-        return
-    _print_budgets(domains)
+        print_json(report.model_dump())
+    else:
+        click.echo(
+            f"{report.entries} entries of {report.chains} domains, {report.contracts} contracts, "
+            f"{report.policies} policies, {report.witnesses} witnesses: {output}"
+        )
 
 
-def _verified(path: Path, site_key: str | None, head: Path | None) -> list[VerifiedChain]:
+def _verified(path: Path, evidence: Evidence) -> list[VerifiedChain]:
     return [
         VerifiedChain(
             ledger=str(path),
@@ -103,121 +133,22 @@ def _verified(path: Path, site_key: str | None, head: Path | None) -> list[Verif
             head=found.chain.head.hash if found.chain.head else "",
             anchored=found.anchored,
             witnessed=found.witnessed,
+            received=found.received,
             simulation=bool(found.chain.genesis and found.chain.genesis.simulation),
         )
-        for found in _verify(path, site_key, head)
+        for found in verified(path, evidence)
     ]
 
 
-def _verify(path: Path, site_key: str | None, head: Path | None) -> list[Any]:
-    from bract.shared.privacy import anchors, verification
-
-    if not path.is_file():
-        raise LedgerError(f"no ledger at {path}: name the .sqlite file")
-    run = path.resolve().parent.parent
-    pinned = anchors.site_keys(path, site_key, run / "contract.json")
-    if head is not None:
-        known = anchors.heads(head)
-        if not known:
-            raise UsageError(f"{head} holds no heads: name a summary.json or a head file")
-    else:
-        # A run that was stopped has no summary yet; its checkpoint holds the heads last signed.
-        beside = (run / "summary.json", run / "checkpoint" / "state.json")
-        known = next((anchors.heads(file) for file in beside if file.exists()), {})
-    return verification.verify(path, site_keys=pinned, anchors=known)
-
-
-def _domain_budgets(path: Path, site_key: str | None, thorough: bool) -> list[DomainBudget]:
-    from bract.shared.privacy import accounting, budget, forecast, prv
-
-    interval = accounting.THOROUGH_INTERVAL if thorough else accounting.ONLINE_INTERVAL
-    reports = []
-    for found in _verify(path, site_key, None):
-        chain, limit = found.chain, found.policy.domains[found.chain.domain]
-        order, events = budget.order_of(chain), chain.events
-        spent = accounting.epsilon(events, limit.delta, interval=interval)
-        filtered = None if order is None else accounting.filter_epsilon(events, limit.delta, order)
-        reports.append(
-            DomainBudget(
-                ledger=str(path),
-                site=chain.site,
-                domain=chain.domain,
-                epsilon=_finite(spent),
-                epsilon_prv=prv.epsilon_prv(events, limit.delta),
-                epsilon_filter=_finite(filtered),
-                filter_order=order,
-                unbounded=accounting.is_unbounded(events),
-                limit=limit.epsilon,
-                left=_left(chain, limit.epsilon, spent if filtered is None else filtered),
-                delta=limit.delta,
-                adjacency=ADJACENCY,
-                charges=sum(chain.attempts.values()),
-                steps=sum(getattr(event, "steps", 0) for event in events),
-                seeded=chain.seeded,
-                more_rounds=forecast.more_rounds(chain, limit, found.last_contract),
-                note=_note(chain, order),
-            )
-        )
-    return reports
-
-
-def _left(chain: Chain, limit: float, spent: float) -> float | None:
-    if not math.isfinite(spent):
-        return None
-    # Whatever ε is allowed later, nothing more is charged to a domain that lost entries.
-    return 0.0 if chain.recovered is not None else max(0.0, limit - spent)
-
-
-def _note(chain: Chain, order: int | None) -> str:
-    if chain.recovered is not None:
-        return "entries were lost: the whole epsilon counts as spent, and nothing more is charged"
-    adaptive = (
-        "epsilon is valid if contracts were chosen without looking at earlier releases; "
-        "epsilon_filter also if they were not"
-        if order is not None
-        else "the menu covers contracts chosen in any order"
+def _line(chain: VerifiedChain) -> str:
+    said = (
+        "anchored"
+        if chain.anchored
+        else f"whole up to entry {chain.entries - 1}; later entries cannot be excluded"
     )
-    if chain.seeded:
-        return f"simulation: no guarantee, the noise was seeded; {adaptive}"
-    return adaptive
-
-
-def _print_budgets(domains: list[DomainBudget]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    table = Table(
-        "site",
-        Column("domain", overflow="fold"),
-        "ε PLD",
-        "ε PRV",
-        "ε filter",
-        "limit",
-        "left",
-        "rounds left",
-    )
-    for domain in domains:
-        table.add_row(
-            domain.site,
-            domain.domain,
-            shown(domain.epsilon),
-            shown(domain.epsilon_prv),
-            shown(domain.epsilon_filter),
-            f"{domain.limit:g}",
-            shown(domain.left),
-            "-" if domain.more_rounds is None else str(domain.more_rounds),
-        )
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 160  # nothing to keep to; a folded domain could not be pasted
-    console.print(table)
-    for note in sorted({domain.note for domain in domains}):
-        console.print(f"δ = {domains[0].delta:g}, {ADJACENCY}, per example; {note}")
-    console.print(
-        "The claim is of the idealised real-valued mechanism: floating-point and timing attacks "
-        "are mitigated, not excluded."
-    )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    if chain.witnessed is not None:
+        said += f", witnessed up to entry {chain.witnessed}"
+    if chain.received is not None:
+        said += f", {chain.received} updates received, each behind its charge"
+    said += ", simulation: no guarantee" if chain.simulation else ""
+    return f"{chain.ledger}  {chain.site}  {chain.domain}  {chain.entries} entries, {said}"

@@ -77,11 +77,15 @@ class Chain:
 
     def events_of(self, contract: str) -> tuple[Event, ...]:
         """Returns what one contract was charged, merged."""
-        return merge(event_of(cost) for cost in self.costs() if cost.contract == contract)
+        return merge(event_of(cost) for cost in self.costs_of(contract))
 
     def events_until(self, sequence: int) -> tuple[Event, ...]:
         """Returns what was charged up to an entry, merged."""
         return merge(event_of(cost) for cost in self.costs() if cost.sequence <= sequence)
+
+    def costs_of(self, contract: str) -> Iterator[Charge | Evaluation]:
+        """Yields every entry by which one contract was charged, in no order."""
+        return (cost for cost in self.costs() if cost.contract == contract)
 
     def costs(self) -> Iterator[Charge | Evaluation]:
         """Yields every entry that costs something, in no order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -33,6 +34,9 @@ def epsilon_prv(events: Iterable[Event], delta: float) -> float | None:
         for event in merged
         if isinstance(event, PoissonGaussian)
     ]
-    with np.errstate(divide="ignore"):  # at q = 1 Opacus takes log(1 − q), whose limit is right
+    # At q = 1 Opacus takes log(1 − q), whose limit is right; and it warns of the Rényi orders by
+    # which it sizes its grid, which makes that grid larger and no ε wrong.
+    with np.errstate(divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         value = float(accountant.get_epsilon(delta=delta))
     return value if math.isfinite(value) else None

@@ -6,7 +6,7 @@ Imports neither torch nor Opacus: an auditor's machine needs none of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,12 @@ from bract.shared.configuration import parse
 from bract.shared.contract import Contract
 from bract.shared.errors import BractError, Refusal, VerificationFailed
 from bract.shared.policy import Policy, check
-from bract.shared.privacy import accounting, budget, entries, ledger, witness
+from bract.shared.privacy import accounting, budget, entries, evidence, export
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Charge, Evaluation, Head
+from bract.shared.privacy.ledger import Contents
+from bract.shared.privacy.receipts import Received
+from bract.shared.privacy.witness import Witness
 
 # ε is a float that another version of an accountant may round differently.
 TOLERANCE = 1e-6
@@ -27,7 +30,9 @@ TOLERANCE = 1e-6
 class Verified:
     """A chain that holds, and whether an anchor excludes that its tail was cut.
 
-    `witnessed` is the number of the last entry that a server countersigned, None where none did.
+    `witnessed` is the number of the last entry that a server countersigned, None where none did;
+    `received` counts the updates that a server took and that stand here behind a charge, None where
+    no receipts were given.
     """
 
     chain: Chain
@@ -35,6 +40,7 @@ class Verified:
     policies: Mapping[str, Policy]
     contracts: Mapping[str, Contract]
     witnessed: int | None = None
+    received: int | None = None
 
     @property
     def policy(self) -> Policy:
@@ -49,37 +55,59 @@ class Verified:
 
 
 def verify(
-    path: Path, *, site_keys: Mapping[str, str], anchors: Mapping[tuple[str, str], Head]
+    path: Path,
+    *,
+    site_keys: Mapping[str, str],
+    anchors: Mapping[tuple[str, str], Head],
+    witnesses: Sequence[Witness] = (),
+    received: Sequence[Received] | None = None,
 ) -> list[Verified]:
-    """Returns the chains of a ledger file where every one of them holds.
+    """Returns the chains of a ledger file, or of an export, where every one of them holds.
 
     Args:
-        path: the SQLite file, opened read-only.
+        path: the SQLite file, opened read-only, or its export.
         site_keys: the pinned public key of each site; from the contract or from `--site-key`,
             never from the ledger.
         anchors: heads by (site, domain), seen elsewhere; a chain must contain its anchor.
+        witnesses: heads that a server countersigned, kept elsewhere; each is an anchor too.
+        received: what a server took; each update of these sites must stand behind a charge.
 
     Raises:
         VerificationFailed: naming the ledger, the entry and the fault. Any exception at all on
             the way means 'not verified'.
     """
     try:
-        return _verify(path, site_keys, anchors)
+        return verify_contents(
+            export.contents(path),
+            site_keys=site_keys,
+            anchors=anchors,
+            witnesses=witnesses,
+            received=received,
+        )
     except BractError as error:
         raise VerificationFailed(f"{path}: {error}") from error
     except Exception as error:
         raise VerificationFailed(f"{path}: not verified ({type(error).__name__})") from error
 
 
-def _verify(
-    path: Path, site_keys: Mapping[str, str], anchors: Mapping[tuple[str, str], Head]
+def verify_contents(
+    held: Contents,
+    *,
+    site_keys: Mapping[str, str],
+    anchors: Mapping[tuple[str, str], Head],
+    witnesses: Sequence[Witness] = (),
+    received: Sequence[Received] | None = None,
 ) -> list[Verified]:
-    held = ledger.contents(path)
+    """Returns the chains of a ledger that was read; see `verify`, which also names the file.
+
+    Raises:
+        VerificationFailed: naming the entry and the fault.
+    """
     if not held.rows:
         raise VerificationFailed("the ledger is empty")
     contracts, policies = _documents(held)
     sites = {site for site, _ in held.rows}
-    for site, domain in anchors:
+    for site, domain in [*anchors, *((seen.site, seen.domain) for seen in witnesses)]:
         if site in sites and (site, domain) not in held.rows:
             raise VerificationFailed(
                 f"ledger of {site!r}: holds no domain {domain!r}, but the anchor names it"
@@ -95,14 +123,19 @@ def _verify(
     if unused:
         raise VerificationFailed(f"{unused[0][0]} {unused[0][1]} is stored but no entry names it")
     _check_overlaps(chains, policies)
-    witnessed = _check_witnesses(held, contracts)
+    witnessed = evidence.check_witnesses(held, contracts)
+    given = evidence.check_given(held, contracts, witnesses)
+    taken = evidence.check_received(held, contracts, site_keys, received or ())
     return [
         Verified(
             chain=chain,
-            anchored=name in anchors,
+            anchored=name in anchors or name in given,
             policies=policies,
             contracts=contracts,
-            witnessed=witnessed.get(name),
+            witnessed=max(
+                (seen[name] for seen in (witnessed, given) if name in seen), default=None
+            ),
+            received=None if received is None else taken[name],
         )
         for name, chain in chains.items()
     ]
@@ -145,7 +178,7 @@ def _chain(
     return chain
 
 
-def _documents(held: ledger.Contents) -> tuple[dict[str, Contract], dict[str, Policy]]:
+def _documents(held: Contents) -> tuple[dict[str, Contract], dict[str, Policy]]:
     contracts, policies = {}, {}
     for (kind, sha256), text in held.documents.items():
         document: Contract | Policy
@@ -155,6 +188,8 @@ def _documents(held: ledger.Contents) -> tuple[dict[str, Contract], dict[str, Po
                 document = contracts[sha256] = signed.verify(signed.contract.coordinator)
             elif kind == "policy":
                 document = policies[sha256] = parse(Policy, canonical.decode(text), source="policy")
+                if document.to_bytes() != text:
+                    raise VerificationFailed("is in a second spelling")
             else:
                 raise VerificationFailed("unknown kind of document")
             if document.sha256 != sha256:
@@ -261,31 +296,6 @@ def _departure(charge: Charge, agreed: Contract, policy: Policy) -> str | None:
     if charge.round > agreed.rounds:
         return f"round {charge.round} is over the contract's {agreed.rounds}"
     return None
-
-
-def _check_witnesses(
-    held: ledger.Contents, contracts: Mapping[str, Contract]
-) -> dict[tuple[str, str], int]:
-    """Returns the last witnessed entry of each chain, every witness being in its chain."""
-    trusted = {agreed.witness for agreed in contracts.values()}
-    found: dict[tuple[str, str], int] = {}
-    for (site, domain, key), text in held.witnesses.items():
-        seen = witness.from_bytes(text)
-        if (seen.site, seen.domain, seen.key) != (site, domain, key) or key not in trusted:
-            raise VerificationFailed(
-                f"ledger of {site!r}, domain {domain!r}: a witness of another chain, or by a key "
-                "that no contract names"
-            )
-        seen.verify(key)
-        rows = held.rows.get((site, domain), [])
-        body = rows[seen.sequence][1] if seen.sequence < len(rows) else None
-        if body is None or entries.hash_of(body) != seen.hash:
-            raise VerificationFailed(
-                f"ledger of {site!r}, domain {domain!r}: the witnessed entry {seen.sequence} is "
-                "not in the chain"
-            )
-        found[site, domain] = max(seen.sequence, found.get((site, domain), -1))
-    return found
 
 
 def _check_overlaps(

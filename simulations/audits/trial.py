@@ -113,7 +113,7 @@ def run(setting: Setting, subject: Subject, *, seed: int, folder: Path) -> Trial
         grid.close()
     for answer in answers:
         answer.events = charged(
-            state.ledger(answer.site, plan.sites), terms[answer.site], signed.contract
+            state.ledger(answer.site, many=plan.many), terms[answer.site], signed.contract
         )
     return completed(setting, subject, signed, answers, seed=seed)
 

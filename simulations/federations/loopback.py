@@ -63,6 +63,11 @@ class Layout:
         return self.root / "coordinator" / "contract.json"
 
     @property
+    def auditor(self) -> Path:
+        """The folder of the auditor's certificate, where the federation has one."""
+        return self.root / "auditor"
+
+    @property
     def out(self) -> Path:
         """The run folder."""
         return self.root / "coordinator" / "run"
@@ -83,6 +88,7 @@ def lay_out(
     port: int,
     terms: Mapping[str, Any],
     public_data: str | None = None,
+    audit_port: int | None = None,
 ) -> Layout:
     """Returns a federation whose keys, TOML files and signed contract are in a new folder.
 
@@ -93,6 +99,7 @@ def lay_out(
         terms: the tables of FEDERATION.toml that say what to train: rounds, model, data,
             training, privacy, deadlines and the like.
         public_data: the folder of the server's public examples.
+        audit_port: where the server answers an auditor, who is listed then.
     """
     names = tuple(site.name for site in sites)
     layout = Layout(root=root, sites=names, port=port)
@@ -103,6 +110,7 @@ def lay_out(
     keyfiles.create(
         [
             keyfiles.public(coordinator / "ca.pem", authority.certificate_pem()),
+            keyfiles.private(coordinator / "ca-key.pem", authority.key_pem()),
             keyfiles.public(coordinator / "server.pem", served.certificate_pem()),
             keyfiles.private(coordinator / "server-key.pem", served.key_pem()),
             keyfiles.private(coordinator / "coordinator.pem", keys.to_pem(signing)),
@@ -143,10 +151,27 @@ def lay_out(
     if public_data is not None:
         server["public_data"] = public_data
     tables = {"coordinator_key": "coordinator.pem", **terms, "server": server, "sites": entries}
+    if audit_port is not None:
+        tables |= _audited(layout.auditor, authority, audit_port)
     layout.federation.write_text(tomli_w.dumps(tables))
     signed = federation.propose(federation.read(layout.federation))
     layout.contract.write_bytes(signed.to_bytes())
     return layout
+
+
+def _audited(folder: Path, authority: pki.Identity, port: int) -> dict[str, Any]:
+    """Returns the tables of a server that answers an auditor, whose files are made here."""
+    identity = pki.issue_auditor(authority, "erin")
+    folder.mkdir()
+    keyfiles.create(
+        [
+            keyfiles.public(folder / "ca.pem", authority.certificate_pem()),
+            keyfiles.public(folder / "auditor.pem", identity.certificate_pem()),
+            keyfiles.private(folder / "auditor-key.pem", identity.key_pem()),
+        ]
+    )
+    listed = {"name": "erin", "certificate_sha256": pki.fingerprint(identity.certificate)}
+    return {"audit": {"listen": f"{LOOPBACK}:{port}"}, "auditors": [listed]}
 
 
 def free_port() -> int:

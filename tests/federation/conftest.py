@@ -24,7 +24,7 @@ import pytest
 
 from bract.server import checkpoint
 from bract.shared import canonical, contract
-from bract.shared.privacy import head_file, verification
+from bract.shared.privacy import head_file, receipts, verification
 from bract.shared.privacy.chain import Chain
 from bract.simulations.federations import loopback
 from bract.simulations.federations.loopback import Layout, Processes, SitePlan
@@ -250,6 +250,10 @@ def outcome(layout: Layout) -> Outcome:
     assert not list(layout.out.rglob(".*.tmp"))
     assert not list(layout.root.glob("sites/*/state/updates/.*.tmp"))
     keys = {site.name: site.key for site in agreed.cohort}
+    received = receipts.read(layout.out / "receipts.jsonl")
+    for line in metrics:
+        counted = [r for r in received if r.counted and r.receipt.round == line["round"]]
+        assert len(counted) == line["replied"]
     chains = {}
     for site in layout.sites:
         if not layout.ledger(site).exists():
@@ -257,7 +261,9 @@ def outcome(layout: Layout) -> Outcome:
         anchors = head_file.heads(
             canonical.decode((layout.site(site).parent / "head.json").read_bytes())
         )
-        (held,) = verification.verify(layout.ledger(site), site_keys=keys, anchors=anchors)
+        (held,) = verification.verify(
+            layout.ledger(site), site_keys=keys, anchors=anchors, received=received
+        )
         assert held.anchored
         assert held.chain.head == anchors[site, site], "the head file is the newest head"
         chains[site] = held.chain
@@ -279,9 +285,10 @@ def federate(tmp_path: Path, forkserver: ForkServerContext) -> Iterator[Callable
     """Lays out a federation of this test's own; all of its processes end with the test."""
     with contextlib.ExitStack() as stack:
 
-        def made(*sites: str, **terms: Any) -> Federation:
+        def made(*sites: str, audited: bool = False, **terms: Any) -> Federation:
             names = sites or ("alpha", "beta")
             port = stack.enter_context(reserved_port())
+            audit_port = stack.enter_context(reserved_port()) if audited else None
             layout = loopback.lay_out(
                 tmp_path / "federation",
                 sites=[
@@ -296,6 +303,7 @@ def federate(tmp_path: Path, forkserver: ForkServerContext) -> Iterator[Callable
                 ],
                 port=port,
                 terms=_merged(TERMS, terms),
+                audit_port=audit_port,
             )
             processes = ForkedProcesses(layout, context=forkserver)
             stack.callback(_end, processes)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bract.simulations.benchmarks import private_step
+from bract.simulations.benchmarks import audit_record, private_step
 
 
 def test_private_step_prints_a_ratio_for_every_way(
@@ -31,3 +31,14 @@ def test_models_of_the_private_step_have_the_sizes_that_are_said(name: str, coun
     build, make = private_step.CASES[name]
     assert sum(parameter.numel() for parameter in build().parameters()) == count
     assert len(make()[0]) == 64
+
+
+def test_the_record_s_benchmark_verifies_and_accounts_what_it_wrote(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    audit_record.main(["--json", "--charges", "7", "--runs", "3"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["charges"], found["runs"], found["entries"]) == (7, 3, 8)
+    assert 0 < found["epsilon_thorough"] <= found["epsilon"]
+    assert abs(found["epsilon_prv"] - found["epsilon_thorough"]) < 0.02
+    assert 0 < found["plain_seconds"] < found["thorough_seconds"]

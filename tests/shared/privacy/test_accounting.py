@@ -174,3 +174,27 @@ def test_a_person_of_one_row_costs_what_a_row_does_and_nothing_is_known_of_lost_
     assert accounting.epsilon_of_person([], 1e-5, 3) == 0
     assert math.isinf(accounting.epsilon_of_person([event, Unbounded()], 1e-5, 2))
     assert math.isinf(accounting.epsilon_of_person([event, Spent(3.0)], 1e-5, 2))
+
+
+def test_a_replaced_example_costs_what_is_published_of_it() -> None:
+    """Measured by another: 4.86 and 8.26 at q = 0.0128, σ = 1, 3900 steps."""
+    step = PoissonGaussian(0.0128, 1.0, 3900)
+    assert accounting.epsilon([step], 1e-5) == pytest.approx(4.86, abs=0.005)
+    assert accounting.epsilon_replace_one([step], 1e-5) == pytest.approx(8.26, abs=0.005)
+
+
+@settings(max_examples=10, deadline=None)
+@given(EVENTS, st.sampled_from([1e-7, 1e-5]))
+def test_a_replaced_example_costs_more_than_one_and_no_more_than_two(
+    event: PoissonGaussian, delta: float
+) -> None:
+    """One removed and one added: two examples at the most."""
+    one = accounting.epsilon([event], delta)
+    replaced = accounting.epsilon_replace_one([event], delta)
+    assert one - 1e-3 <= replaced <= accounting.epsilon_of_person([event], delta, 2) + 1e-3
+
+
+def test_nothing_bounds_a_replaced_example_where_entries_were_lost_or_noise_was_none() -> None:
+    for event in (Spent(3.0), Unbounded()):
+        assert accounting.epsilon_replace_one([event], 1e-5) == math.inf
+    assert accounting.epsilon_replace_one([], 1e-5) == 0.0

@@ -17,7 +17,7 @@ from bract.shared.contract import ModelTerms
 from bract.shared.data import describe
 from bract.shared.errors import ModelRejected, UnknownName, UsageError
 from bract.shared.reports import schema
-from bract.simulations.audits import commands, faults, mechanism
+from bract.simulations.audits import experiment_command, faults, mechanism
 from bract.simulations.audits.mechanism import Findings
 from bract.simulations.audits.proposal import Subject
 from bract.simulations.audits.settings import Suite, suite
@@ -103,7 +103,7 @@ def test_a_model_that_cannot_be_trained_privately_is_one_error(
 
 
 def experiment(*arguments: str) -> Result:
-    return CliRunner().invoke(commands.experiment, arguments)
+    return CliRunner().invoke(experiment_command.experiment, arguments)
 
 
 def test_command_prints_its_schema_and_leaves_a_folder_whose_ledgers_verify(

@@ -1,0 +1,1 @@
+"""The auditor's service as protocol buffers; what is generated from audit.proto lies beside it."""

@@ -1,0 +1,222 @@
+"""`bract audit` as an auditor types it: verify, budget and export, with files from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from bract.shared import keys
+from bract.shared.commands import budget
+from bract.shared.contract import EvaluationTerms
+from bract.shared.privacy import accounting, anchors, entries, receipts, witness
+from bract.shared.privacy.events import PoissonGaussian
+from bract.shared.privacy.receipts import Received
+from bract.shared.reports import schema
+
+Bract = Callable[..., Any]
+STEP = PoissonGaussian(0.1, 1.5, 1)
+
+
+@pytest.fixture
+def site(world: Any) -> Any:
+    """Two runs of a site: three rounds of one, and one, evaluated, of another."""
+    world.server = keys.generate()
+    world.first = world.contract(witness=world.server.public)
+    world.second = world.contract(
+        run="later",
+        witness=world.server.public,
+        evaluation=EvaluationTerms(every=1, noise_multiplier=4.0),
+        rounds=2,
+        max_attempts=2,
+        privacy={"noise_multiplier": 2.0},
+    )
+    wide = world.policy(evaluation=True, domain={"epsilon": 30.0})
+    gate = world.gate(policy=wide)
+    replies = [
+        world.serve(gate, world.order(world.sign(agreed), number))
+        for agreed, number in ((world.first, 1), (world.first, 2), (world.second, 1))
+    ]
+    gate.ledger.close()
+    world.taken = world.folder / "receipts.jsonl"
+    world.taken.write_bytes(
+        receipts.to_lines(
+            Received(r.receipt, r.signature, r.ledger, number, True)
+            for number, r in enumerate(replies, start=1)
+        )
+    )
+    world.seen = world.folder / "witnesses.json"
+    head = replies[-1].receipt.head
+    world.seen.write_bytes(anchors.to_bytes([witness.sign("alpha", "ward", head, world.server)]))
+    world.pinned = world.folder / "contract.json"
+    world.pinned.write_bytes(world.sign(world.first).to_bytes())
+    return world
+
+
+def printed(done: Any, name: str) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    value: dict[str, Any] = json.loads(done.stdout)
+    jsonschema.validate(value, schema(name))
+    return value
+
+
+def exported(bract: Bract, site: Any) -> Path:
+    path = Path("x.jsonl")
+    report = printed(
+        bract("audit", "export", str(site.ledger_path), "-o", str(path), "--json"), "audit-export"
+    )
+    assert (report["chains"], report["entries"]) == (1, 8)
+    assert (report["contracts"], report["policies"], report["witnesses"]) == (2, 1, 0)
+    return path
+
+
+def test_an_export_is_verified_with_files_from_elsewhere_alone(bract: Bract, site: Any) -> None:
+    path = exported(bract, site)
+    bare = bract("audit", "verify", str(path))
+    assert (bare.returncode, "give --site-key or --contract" in bare.stderr) == (1, True)
+    held = ("--contract", site.pinned, "--head", site.seen, "--received", site.taken)
+    (chain,) = printed(
+        bract("audit", "verify", str(path), *map(str, held), "--json"), "audit-verify"
+    )["chains"]
+    assert (chain["anchored"], chain["witnessed"], chain["received"]) == (True, 7, 3)
+    said = bract("audit", "verify", str(path), *map(str, held)).stdout
+    assert "8 entries, anchored, witnessed up to entry 7, 3 updates received" in said
+    # What the server took and the ledger lacks is shown.
+    lines = site.taken.read_bytes().splitlines()
+    fault = json.loads(lines[0])
+    fault["receipt"]["update"] = "0" * 64
+    receipt = receipts.Receipt(**fault["receipt"])
+    fault["signature"] = site.key.sign(receipt.digest()).hex()
+    text = json.dumps(fault, sort_keys=True, separators=(",", ":"))
+    site.taken.write_text(f"{text}\n")
+    refused = bract("audit", "verify", str(path), *map(str, held))
+    assert (refused.returncode, "round 1 stands behind no charge" in refused.stderr) == (1, True)
+
+
+def test_a_contract_of_another_hand_does_not_pin(bract: Bract, site: Any) -> None:
+    path = exported(bract, site)
+    value = json.loads(site.pinned.read_bytes())
+    value["contract"]["cohort"][0]["key"] = keys.generate().public
+    site.pinned.write_text(json.dumps(value, sort_keys=True, separators=(",", ":")))
+    refused = bract("audit", "verify", str(path), "--contract", str(site.pinned))
+    assert (refused.returncode, "signature" in refused.stderr) == (1, True)
+
+
+def test_an_export_does_not_replace_a_file_and_is_not_made_of_nothing(
+    bract: Bract, site: Any, tmp_path: Path
+) -> None:
+    path = exported(bract, site)
+    again = bract("audit", "export", str(site.ledger_path), "-o", str(path))
+    assert (again.returncode, "exists: name a new file" in again.stderr) == (2, True)
+    missing = bract("audit", "export", "none.sqlite", "-o", "y.jsonl")
+    assert (missing.returncode, "no ledger at" in missing.stderr) == (1, True)
+    header = path.read_bytes().splitlines(keepends=True)[0]
+    Path("empty.jsonl").write_bytes(header)
+    empty = bract("audit", "export", "empty.jsonl", "-o", "y.jsonl")
+    assert (empty.returncode, "the ledger is empty" in empty.stderr) == (1, True)
+    nowhere = bract("audit", "export", str(path), "-o", "none/y.jsonl")
+    assert (nowhere.returncode, "cannot write" in nowhere.stderr) == (2, True)
+    assert sorted(p.name for p in Path().glob("*.jsonl")) == [
+        "empty.jsonl",
+        "receipts.jsonl",
+        "x.jsonl",
+    ]
+
+
+# What was spent
+
+
+def domain(bract: Bract, site: Any, *options: str) -> dict[str, Any]:
+    path = Path("x.jsonl") if Path("x.jsonl").exists() else exported(bract, site)
+    done = bract("audit", "budget", str(path), "--contract", str(site.pinned), *options, "--json")
+    (found,) = printed(done, "audit-budget")["domains"]
+    return dict(found)
+
+
+def test_each_run_is_listed_with_what_it_cost_alone(bract: Bract, site: Any) -> None:
+    found = domain(bract, site)
+    first, second = found["runs"]
+    assert (first["contract_sha256"], second["contract_sha256"]) == (
+        site.first.sha256,
+        site.second.sha256,
+    )
+    assert [(r["run"], r["rounds"], r["charges"], r["evaluations"]) for r in found["runs"]] == [
+        ("trial", 2, 2, 0),
+        ("later", 1, 1, 1),
+    ]
+    two = entries.events_of(site.first, rounds=2, evaluations=0)
+    one = entries.events_of(site.second, rounds=1, evaluations=1)
+    assert first["epsilon"] == accounting.epsilon(two, 1e-5)
+    assert second["epsilon"] == accounting.epsilon(one, 1e-5)
+    assert found["epsilon"] == accounting.epsilon([*two, *one], 1e-5)
+    assert found["epsilon"] < first["epsilon"] + second["epsilon"]
+    assert found["left"] == pytest.approx(30.0 - found["epsilon_filter"])
+    text = bract("audit", "budget", "x.jsonl", "--contract", str(site.pinned)).stdout
+    assert "later" in text
+    assert site.second.sha256[:12] in text
+
+
+def test_other_neighbours_and_groups_are_given_where_asked(bract: Bract, site: Any) -> None:
+    plain = domain(bract, site)
+    names = ("epsilon_replace_one", "group", "epsilon_group", "epsilon_group_replace_one")
+    assert [plain[name] for name in names] == [None] * 4
+    both = domain(bract, site, "--replace-one", "--group", "3")
+    assert both["group"] == 3
+    assert both["epsilon"] == plain["epsilon"]
+    assert plain["epsilon"] < both["epsilon_replace_one"] < both["epsilon_group"]
+    assert both["epsilon_group"] < both["epsilon_group_replace_one"]
+    wrong = bract("audit", "budget", "x.jsonl", "--group", "1")
+    assert wrong.returncode == 2
+    text = bract(
+        "audit",
+        "budget",
+        "x.jsonl",
+        "--contract",
+        str(site.pinned),
+        "--replace-one",
+        "--group",
+        "3",
+    ).stdout
+    assert f"ε {both['epsilon_group']:.4f} of 3 examples together, at the most" in text
+
+
+def test_rounds_of_another_contract_are_forecast(bract: Bract, site: Any) -> None:
+    last = domain(bract, site)
+    assert last["forecast_contract"] == site.second.sha256
+    path = Path("next.json")
+    dearer = site.contract(run="next", privacy={"noise_multiplier": 0.8, "sampling_rate": 0.5})
+    path.write_bytes(site.sign(dearer).to_bytes())
+    other = domain(bract, site, "--forecast", str(path))
+    assert other["forecast_contract"] == dearer.sha256
+    assert 0 < other["more_rounds"] < last["more_rounds"]
+    fits = [
+        accounting.fits(
+            [
+                *entries.events_of(site.first, rounds=2, evaluations=0),
+                *entries.events_of(site.second, rounds=1, evaluations=1),
+                *entries.events_of(dearer, rounds=rounds, evaluations=0),
+            ],
+            limit=30.0,
+            delta=1e-5,
+            order=other["filter_order"],
+        )
+        for rounds in (other["more_rounds"], other["more_rounds"] + 1)
+    ]
+    assert fits == [True, False]
+
+
+def test_the_second_accountant_is_left_out_where_it_is_slow_unless_asked_for(
+    bract: Bract, site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "PRV_KINDS", 2)  # here are three
+    quick = domain(bract, site)
+    assert quick["epsilon_prv"] is None
+    assert "takes --thorough" in quick["note"]
+    thorough = domain(bract, site, "--thorough")
+    assert abs(thorough["epsilon_prv"] - thorough["epsilon"]) <= 0.02
+    assert thorough["epsilon"] <= quick["epsilon"]
+    assert "--thorough" not in thorough["note"]
