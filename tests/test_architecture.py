@@ -24,8 +24,13 @@ FLOORS = ("shared", "client", "server", "simulations")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+RIVALS = ROOT / "simulations/benchmarks/rivals"
+# Scripts of an environment without bract.
+ELSEWHERE = {RIVALS / "flower_ray.py", RIVALS / "pfl_cohort.py"}
+
+
 def sources(floor: str) -> list[Path]:
-    return sorted((ROOT / floor).rglob("*.py"))
+    return sorted(path for path in (ROOT / floor).rglob("*.py") if path not in ELSEWHERE)
 
 
 def imports(path: Path) -> set[str]:
@@ -166,7 +171,8 @@ def modules() -> list[str]:
             for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
             if not module.ispkg and module.name != "__main__"
         ]
-    return found
+    elsewhere = {f"bract.{path.relative_to(ROOT).with_suffix('')}" for path in ELSEWHERE}
+    return [name for name in found if name not in {one.replace("/", ".") for one in elsewhere}]
 
 
 @pytest.mark.parametrize("name", modules())
