@@ -252,7 +252,7 @@ def _rounds(run: Simulation) -> tuple[list[float], list[float]]:
         cpu.append(_cpu_seconds() - spent)
         return found
 
-    RoundLoop._round = timed  # type: ignore[method-assign]
+    RoundLoop._round = timed  # type: ignore[method-assign, assignment]
     try:
         with run.prepared():
             run.run(LocalEngine())
