@@ -84,7 +84,7 @@ class _Rows:
         self._path, self._offset = path, path.stat().st_size - whole.nbytes
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return int(self.shape[0])
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         places = np.arange(len(self))[rows].reshape(-1)

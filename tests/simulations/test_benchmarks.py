@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bract.simulations.benchmarks import private_step
+from bract.simulations.benchmarks import grid, made_up, private_step
 
 
 def test_private_step_prints_a_ratio_for_every_way(
@@ -31,3 +31,11 @@ def test_models_of_the_private_step_have_the_sizes_that_are_said(name: str, coun
     build, make = private_step.CASES[name]
     assert sum(parameter.numel() for parameter in build().parameters()) == count
     assert len(make()[0]) == 64
+
+
+def test_the_grid_is_measured_in_whole_rounds_of_real_sites() -> None:
+    case = grid.Case(made_up.SMALL_CNN, clients=4, examples=10, batch=5, local_steps=1, cohort=2)
+    row = grid.measure_client_round(case, rounds=2, workers=1)
+    assert (row["clients"], row["asked"], row["rounds"]) == (4, 2, 1)
+    assert row["cpu_ms"] > 0
+    assert row["wall_ms"] > 0
