@@ -402,11 +402,18 @@ def from_bytes(text: bytes, *, source: str = "contract") -> SignedContract:
         VerificationFailed: where the text is not canonical.
         UsageError: where a field is missing, unknown or out of range.
     """
-    return _from_bytes(text, source)
+    try:
+        return _from_bytes(text)
+    except (VerificationFailed, UsageError):
+        return _parsed(text, source)  # raises again, in the name of this source
 
 
 @lru_cache(maxsize=8)  # every order of a run carries the same one
-def _from_bytes(text: bytes, source: str) -> SignedContract:
+def _from_bytes(text: bytes) -> SignedContract:
+    return _parsed(text, "contract")
+
+
+def _parsed(text: bytes, source: str) -> SignedContract:
     try:
         value: Any = canonical.decode(text)
     except VerificationFailed as error:

@@ -36,13 +36,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalEngine:
-    """bract's own grid: this process, or workers forked from it."""
+    """bract's own grid: this process, or workers forked from it where the device is the CPU."""
 
     def run(self, plan: Path, *, sites: int, workers: int, run_config: Mapping[str, Any]) -> int:
         """Returns the number of workers, when the ServerApp has ended."""
-        count = min(workers, sites)
         grid: LocalGrid | CohortGrid
         planned = open_plan(plan)
+        # One process serves all sites on a GPU, which it has for itself; and once a process has
+        # asked a GPU for a gradient, no fork of it can.
+        count = 1 if torch.device(planned.device).type == "cuda" else min(workers, sites)
         if planned.shares_a_file:
             grid = CohortGrid(plan, sites=sites, workers=count)
         else:

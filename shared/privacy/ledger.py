@@ -181,9 +181,12 @@ class Transaction:
 
     def keep(self, kind: DocumentKind, sha256: str, text: bytes) -> None:
         """Stores the contract or policy that entries name, so that the file explains itself."""
-        self._connection.execute(
-            "INSERT OR IGNORE INTO documents VALUES (?, ?, ?)", (kind, sha256, text.decode())
-        )
+        known = "SELECT 1 FROM documents WHERE kind = ? AND sha256 = ?"
+        # The contract of many sites is long, and each of them names it.
+        if self._connection.execute(known, (kind, sha256)).fetchone() is None:
+            self._connection.execute(
+                "INSERT INTO documents VALUES (?, ?, ?)", (kind, sha256, text.decode())
+            )
 
 
 class Ledger:

@@ -1,4 +1,4 @@
-"""Made-up images of Fashion-MNIST's shape, shared by benchmarks; they lie on disk and are mapped.
+"""Made-up images of Fashion-MNIST's shape, shared by benchmarks; they lie on disk.
 
 The folder that `lay_out` fills is all that a run needs, and no run reads more of it than the rows
 it trains on.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from torch import nn
@@ -74,10 +75,32 @@ def lay_out(folder: Path, examples: int) -> None:
         np.save(folder / f"{name}-targets.npy", generator.integers(0, CLASSES, count))
 
 
+class _Rows:
+    """Rows of a file, read as they are taken; of a mapped file whole neighbourhoods stay mapped."""
+
+    def __init__(self, path: Path) -> None:
+        whole = np.load(path, mmap_mode="r")
+        self.shape, self.dtype, self.ndim = whole.shape, whole.dtype, whole.ndim
+        self._path, self._offset = path, path.stat().st_size - whole.nbytes
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        places = np.arange(len(self))[rows].reshape(-1)
+        found = np.empty((len(places), *self.shape[1:]), self.dtype)
+        size = found[0].nbytes if len(found) else 0
+        with self._path.open("rb", buffering=0) as file:
+            for row, place in zip(found, places, strict=True):
+                file.seek(self._offset + int(place) * size)
+                file.readinto(row.reshape(-1))
+        return found
+
+
 def _read(folder: Path | None, name: str) -> Examples:
     if folder is None:
         raise ValueError("made-up images need the folder that lay_out filled")
     return Examples(
-        inputs=np.load(folder / f"{name}-inputs.npy", mmap_mode="r"),
+        inputs=cast(np.ndarray, _Rows(folder / f"{name}-inputs.npy")),
         targets=np.load(folder / f"{name}-targets.npy"),
     )

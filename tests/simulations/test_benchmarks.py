@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bract.simulations.benchmarks import audit_record, private_step
+from bract.simulations.benchmarks import audit_record, grid, made_up, private_step
 
 
 def test_private_step_prints_a_ratio_for_every_way(
@@ -30,7 +30,7 @@ def test_private_step_prints_a_ratio_for_every_way(
 def test_models_of_the_private_step_have_the_sizes_that_are_said(name: str, count: int) -> None:
     build, make = private_step.CASES[name]
     assert sum(parameter.numel() for parameter in build().parameters()) == count
-    assert len(make()[0]) == 64
+    assert len(make(1)[0]) == 64
 
 
 def test_the_record_s_benchmark_verifies_and_accounts_what_it_wrote(
@@ -42,3 +42,11 @@ def test_the_record_s_benchmark_verifies_and_accounts_what_it_wrote(
     assert 0 < found["epsilon_thorough"] <= found["epsilon"]
     assert abs(found["epsilon_prv"] - found["epsilon_thorough"]) < 0.02
     assert 0 < found["plain_seconds"] < found["thorough_seconds"]
+
+
+def test_the_grid_is_measured_in_whole_rounds_of_real_sites() -> None:
+    case = grid.Case(made_up.SMALL_CNN, clients=4, examples=10, batch=5, local_steps=1, cohort=2)
+    row = grid.measure_client_round(case, rounds=2, workers=1)
+    assert (row["clients"], row["asked"], row["rounds"]) == (4, 2, 1)
+    assert row["cpu_ms"] > 0
+    assert row["wall_ms"] > 0

@@ -17,7 +17,7 @@ from bract.server import app
 from bract.shared import contract, models
 from bract.shared.privacy import accounting, ledger
 from bract.shared.privacy.events import PoissonGaussian
-from bract.simulations import cohort, simulation, state
+from bract.simulations import shards, simulation, state
 from bract.simulations.engines import LocalEngine
 from bract.simulations.experiment import Experiment, load
 from bract.simulations.sites import Plan
@@ -84,16 +84,16 @@ def test_a_killed_cohort_is_charged_again_and_ends_with_the_same_weights(
 ) -> None:
     whole = completed(tmp_path / "whole")
     run = begun(tmp_path / "run")
-    inner, calls = cohort.ShardTrainer.train, [0]
+    inner, calls = shards.ShardTrainer.train, [0]
 
-    def killed(trainer: cohort.ShardTrainer, shard: cohort.Shard) -> cohort.Trained:
+    def killed(trainer: shards.ShardTrainer, shard: shards.Shard) -> shards.Trained:
         calls[0] += 1
         if shard.round == 2:
             raise KeyboardInterrupt
         return inner(trainer, shard)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cohort.ShardTrainer, "train", killed)
+        patch.setattr(shards.ShardTrainer, "train", killed)
         with pytest.raises(KeyboardInterrupt):
             run.complete(LocalEngine())
     assert calls[0] > 1
@@ -108,9 +108,9 @@ def test_every_charge_of_a_cohort_stands_before_any_of_it_is_read(
     tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, seen = begun(tmp_path / "run"), []
-    inner = cohort.ShardTrainer.read
+    inner = shards.ShardTrainer.read
 
-    def looked(trainer: cohort.ShardTrainer, shard: cohort.Shard) -> None:
+    def looked(trainer: shards.ShardTrainer, shard: shards.Shard) -> None:
         path = tmp_path / "run/ledgers/all.sqlite"
         connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
         query = 'SELECT count(*) FROM entries WHERE body LIKE \'%"kind":"charge"%\''
@@ -118,7 +118,7 @@ def test_every_charge_of_a_cohort_stands_before_any_of_it_is_read(
         connection.close()
         inner(trainer, shard)
 
-    monkeypatch.setattr(cohort.ShardTrainer, "read", looked)
+    monkeypatch.setattr(shards.ShardTrainer, "read", looked)
     run.complete(LocalEngine())
     assert len(seen) > 3
     assert all(count == SITES * number for number, count in seen)
@@ -128,14 +128,14 @@ def test_a_worker_that_dies_costs_its_shards_and_no_other(
     tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = begun(tmp_path / "run", workers=2)
-    inner = cohort.ShardTrainer.train
+    inner = shards.ShardTrainer.train
 
-    def dies(trainer: cohort.ShardTrainer, shard: cohort.Shard) -> cohort.Trained:
+    def dies(trainer: shards.ShardTrainer, shard: shards.Shard) -> shards.Trained:
         if shard.round == 2 and shard.place == 0:
             os._exit(1)
         return inner(trainer, shard)
 
-    monkeypatch.setattr(cohort.ShardTrainer, "train", dies)
+    monkeypatch.setattr(shards.ShardTrainer, "train", dies)
     summary = run.complete(LocalEngine())
     assert summary.rounds == 3
     assert {refusal.reason for refusal in summary.refused} == {"node-failed"}
