@@ -114,6 +114,7 @@ def simulate(
                 "--json"
             )
         run = simulation.resume(resume, workers=count)
+        _leave_gpus(run.begun.experiment.device)
         if experiment not in (None, run.begun.experiment.name):
             raise UsageError(
                 f"{resume} holds the experiment {run.begun.experiment.name!r}, not {experiment!r}"
@@ -136,6 +137,7 @@ def simulate(
             },
             settings=settings,
         )
+        _leave_gpus(chosen.device)
         folder = out or Path("runs") / f"{chosen.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
         run = simulation.begin(chosen, out=folder, state=state, data_dir=data_dir, workers=count)
     summary = run.complete(carrier, track)
@@ -164,6 +166,12 @@ def _engine(name: str, address: str | None, workers: int | None) -> Engine:
             f"the address {address}"
         )
     return RayEngine(address)
+
+
+def _leave_gpus(device: str) -> None:
+    """Sees to it that workers can be forked: torch must not know of a GPU that is not used."""
+    if device == "cpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 def _workers(asked: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import multiprocessing
 import os
 import queue
@@ -18,6 +19,8 @@ import torch
 
 from bract.shared.errors import BractError
 
+logger = logging.getLogger("bract.simulations")
+
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
 
@@ -28,7 +31,7 @@ class Pool(Generic[Task, Answer]):
     Args:
         handler: what answers one task; it must not raise.
         lost: the answer for a task whose worker died.
-        workers: how many processes; 1 answers here.
+        workers: how many processes; 1 answers here, as does a process that sees a GPU.
         ahead: what a worker does for its next task, in a thread, while it answers the one before.
     """
 
@@ -48,6 +51,14 @@ class Pool(Generic[Task, Answer]):
         self._processes: list[multiprocessing.process.BaseProcess] = []
         # fork shares the data sets already read; macOS cannot fork after its frameworks are up.
         fork = sys.platform == "linux"
+        if fork and workers > 1 and torch.cuda.device_count():
+            # torch has a thread for each GPU once a gradient was formed, and no fork has them
+            logger.warning(
+                "one process serves all sites, since it sees a GPU: for %d workers on the CPU set "
+                "CUDA_VISIBLE_DEVICES to nothing",
+                workers,
+            )
+            workers = 1
         start: Any = multiprocessing.get_context("fork" if fork else "spawn")
         for _ in range(workers if workers > 1 else 0):
             ours, theirs = start.Pipe()

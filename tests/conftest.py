@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -301,7 +302,8 @@ def bract(
         from bract.shared import cli
 
         monkeypatch.setattr(sys, "argv", ["bract", *arguments])
-        with pytest.raises(SystemExit) as ended:
+        # a command may set what a process of its own would take along when it ends
+        with mock.patch.dict(os.environ), pytest.raises(SystemExit) as ended:
             cli.main()
         captured = capsys.readouterr()
         return Done(int(ended.value.code or 0), captured.out, captured.err)

@@ -201,24 +201,26 @@ def _one_tensor_bare() -> Iterator[None]:
 @contextmanager
 def _one_noise_for_two() -> Iterator[None]:
     """The second tensor gets the noise of the first, as far as that reaches."""
-    add_noise, normals = PrivateOptimizer.add_noise, RandomStream.normals
+    add_noise, noised = PrivateOptimizer.add_noise, PrivateOptimizer._noised
     drawn: list[np.ndarray] = []
 
     def noting(optimizer: PrivateOptimizer) -> None:
         drawn.clear()
         add_noise(optimizer)
 
-    def repeating(stream: RandomStream, count: int) -> np.ndarray:
-        found = normals(stream, count)
-        drawn.append(found.copy())
-        if len(drawn) == 2:
-            width = min(len(drawn[0]), count)
-            found[:width] = drawn[0][:width]
-        return found
+    def repeating(
+        optimizer: PrivateOptimizer, noise: np.ndarray, together: list[Any], places: list[int]
+    ) -> Tensor:
+        for part in np.split(noise, np.cumsum(places)[:-1]):
+            drawn.append(part.copy())
+            if len(drawn) == 2:
+                width = min(len(drawn[0]), len(part))
+                part[:width] = drawn[0][:width]
+        return noised(optimizer, noise, together, places)
 
     with (
         mock.patch.object(PrivateOptimizer, "add_noise", noting),
-        mock.patch.object(RandomStream, "normals", repeating),
+        mock.patch.object(PrivateOptimizer, "_noised", repeating),
     ):
         yield
 
