@@ -8,7 +8,7 @@ import click
 
 from bract.shared.cli import AS_JSON, LOG_FORMAT, fail_reported, print_json
 from bract.shared.errors import UsageError
-from bract.shared.reports import Recovery
+from bract.shared.reports.services import Recovery
 
 
 @click.command(epilog="Example: bract client SITE.toml --check contract.json")

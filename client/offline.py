@@ -17,7 +17,7 @@ from bract.shared.errors import Refusal, RolledBack, VerificationFailed
 from bract.shared.policy import check as check_policy
 from bract.shared.privacy import accounting, budget, ledger, verification
 from bract.shared.privacy.chain import Chain
-from bract.shared.reports import ContractCheck, DomainStatus, SiteStatus
+from bract.shared.reports.services import ContractCheck, DomainStatus, SiteStatus
 
 
 def check(path: Path, contract_path: Path) -> ContractCheck:

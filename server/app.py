@@ -28,7 +28,7 @@ from bract.shared.data import load_public, public
 from bract.shared.data.locations import folder_of
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.evaluation import Evaluator
-from bract.shared.reports import Traffic
+from bract.shared.reports.runs import Traffic
 
 _WAIT_SECONDS = 60.0
 

@@ -12,7 +12,7 @@ from typing import Any
 from bract.shared import wire
 from bract.shared.contract import Contract
 from bract.shared.policy import evaluation_error
-from bract.shared.reports import LocalAccuracy
+from bract.shared.reports.runs import LocalAccuracy
 
 
 def of_round(receipts: Mapping[str, wire.Receipt], agreed: Contract) -> LocalAccuracy:

@@ -23,7 +23,7 @@ from bract.shared.data import Examples
 from bract.shared.errors import BractError
 from bract.shared.evaluation import Evaluator
 from bract.shared.privacy import accounting, entries
-from bract.shared.reports import MetricsLine
+from bract.shared.reports.runs import MetricsLine
 
 logger = logging.getLogger("bract.server")
 

@@ -24,7 +24,8 @@ from bract.shared.contract import Contract
 from bract.shared.errors import UsageError
 from bract.shared.federation import Federation
 from bract.shared.privacy import accounting, entries
-from bract.shared.reports import GUARANTEE_PRIVATE, ServerStatus, ServerSummary, facts_of
+from bract.shared.reports.runs import GUARANTEE_PRIVATE, ServerSummary, facts_of
+from bract.shared.reports.services import ServerStatus
 
 logger = logging.getLogger("bract.server")
 

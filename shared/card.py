@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from bract.shared.contract import Contract
-from bract.shared.reports import (
+from bract.shared.reports.runs import (
     GUARANTEE_PRIVATE,
     GUARANTEE_SIMULATION,
     GUARANTEE_UNPROTECTED,

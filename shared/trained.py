@@ -16,7 +16,7 @@ from bract.shared.arrays import Arrays
 from bract.shared.configuration import parse
 from bract.shared.contract import Contract, DataTerms
 from bract.shared.errors import UsageError, VerificationFailed
-from bract.shared.reports import ServerSummary, Summary
+from bract.shared.reports.runs import ServerSummary, Summary
 
 
 class RawModel(nn.Module):

@@ -12,7 +12,7 @@ import click
 
 from bract.shared.cli import DATA_DIR, TRACK, print_json, shown
 from bract.shared.errors import BractError, UsageError
-from bract.shared.reports import Summary
+from bract.shared.reports.runs import Summary
 
 if TYPE_CHECKING:
     from bract.simulations.engines import Engine

@@ -29,7 +29,7 @@ from bract.shared.policy import DomainPolicy, check_delta
 from bract.shared.privacy import entries
 from bract.shared.privacy.budget import fixed_rule
 from bract.shared.privacy.calibration import check_budget, noise_within, rate_of
-from bract.shared.reports import Summary
+from bract.shared.reports.runs import Summary
 from bract.simulations import summary
 from bract.simulations.engines import Engine
 from bract.simulations.experiment import Experiment

@@ -14,7 +14,7 @@ from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.events import Event
 from bract.shared.privacy.ledger import Ledger
-from bract.shared.reports import (
+from bract.shared.reports.runs import (
     GUARANTEE_PRIVATE,
     GUARANTEE_SIMULATION,
     GUARANTEE_UNPROTECTED,

@@ -12,7 +12,7 @@ from bract.shared.commands.ledgers import LEDGERS, Evidence, pinned, verified
 from bract.shared.commands.pull import pull
 from bract.shared.commands.report import report
 from bract.shared.errors import BractError, UsageError, VerificationFailed
-from bract.shared.reports import LedgerExport, Verification, VerifiedChain
+from bract.shared.reports.audits import LedgerExport, Verification, VerifiedChain
 
 
 @click.group(cls=GroupWithAbove)

@@ -14,7 +14,7 @@ from bract.shared.cli import AS_JSON, print_json
 from bract.shared.contract import ADJACENCY, Contract, DataTerms
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Numeric, Table, Text
-from bract.shared.reports import ContractShown
+from bract.shared.reports.services import ContractShown
 
 _SHOWN = 6  # labels or categories of a line
 

@@ -23,7 +23,7 @@ from bract.shared.cli import AS_JSON, print_json
 from bract.shared.contract import Name
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.keyfiles import NewFile, private, public
-from bract.shared.reports import (
+from bract.shared.reports.keys import (
     AuditorKeys,
     CertificateFile,
     CoordinatorKeys,

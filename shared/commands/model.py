@@ -9,7 +9,7 @@ import click
 
 from bract.shared.cli import AS_JSON, DATA_DIR, print_json, shown
 from bract.shared.errors import UsageError, VerificationFailed
-from bract.shared.reports import ModelExport, ModelPredictions, ModelScores
+from bract.shared.reports.models import ModelExport, ModelPredictions, ModelScores
 
 if TYPE_CHECKING:
     from bract.shared.contract import Contract

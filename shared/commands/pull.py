@@ -9,7 +9,7 @@ import click
 
 from bract.shared.cli import AS_JSON, print_json
 from bract.shared.errors import UsageError
-from bract.shared.reports import AuditPull, PulledSite
+from bract.shared.reports.audits import AuditPull, PulledSite
 
 FILE = click.Path(path_type=Path)
 

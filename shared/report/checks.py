@@ -8,7 +8,7 @@ from typing import Literal
 
 from bract.shared.privacy.verification import TOLERANCE
 from bract.shared.report.evidence import Evidence
-from bract.shared.reports import Summary
+from bract.shared.reports.runs import Summary
 
 Result = Literal["passed", "failed", "not done"]
 

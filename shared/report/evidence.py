@@ -17,13 +17,8 @@ from bract.shared.errors import BractError, UsageError
 from bract.shared.report import folder, sites
 from bract.shared.report.folder import Folder
 from bract.shared.report.sites import LedgerRecord, Spent
-from bract.shared.reports import (
-    FederationSummary,
-    Membership,
-    MetricsLine,
-    ServerSummary,
-    Summary,
-)
+from bract.shared.reports.audits import Membership
+from bract.shared.reports.runs import FederationSummary, MetricsLine, ServerSummary, Summary
 
 Model = TypeVar("Model", bound=BaseModel)
 _METHODS = {"one_run_f_dp": "one run, f-DP", "gaussian": "Gaussian"}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bract.shared import reports
 from bract.shared.report import charts
 from bract.shared.report.charts import LineChart, RowChart
 from bract.shared.report.evidence import Evidence, Mechanism
 from bract.shared.report.sites import Spent
-from bract.shared.reports import Membership, MembershipAttack, MetricsLine
+from bract.shared.reports.audits import Figure as Estimate
+from bract.shared.reports.audits import Membership, MembershipAttack
+from bract.shared.reports.runs import MetricsLine
 
 TABLE_ROWS = 9
 CURVES = charts.SERIES
@@ -248,7 +249,7 @@ def _thinned(numbers: list[int]) -> list[int]:
     return [numbers[round(place * last / (TABLE_ROWS - 1))] for place in range(TABLE_ROWS)]
 
 
-def _interval(figure: reports.Figure) -> str:
+def _interval(figure: Estimate) -> str:
     return f"{figure.value:.3f} ({figure.low:.3f}–{figure.high:.3f})"
 
 

@@ -16,7 +16,7 @@ from bract.shared.report import checks as checking
 from bract.shared.report import figures, wording
 from bract.shared.report.checks import Check
 from bract.shared.report.evidence import Evidence
-from bract.shared.reports import Summary
+from bract.shared.reports.runs import Summary
 
 _RANDOMNESS: Final = {
     "csprng": "of a cryptographic source, keyed by the operating system",

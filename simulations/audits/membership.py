@@ -12,7 +12,7 @@ import numpy as np
 from bract.shared.data.examples import Examples
 from bract.shared.errors import UsageError
 from bract.shared.evaluation import Evaluator
-from bract.shared.reports import AttackCurve, Figure, Membership, MembershipAttack
+from bract.shared.reports.audits import AttackCurve, Figure, Membership, MembershipAttack
 from bract.shared.trained import Trained
 from bract.simulations import experiment as experiments
 from bract.simulations.audits import references, roc

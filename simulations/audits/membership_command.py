@@ -13,7 +13,7 @@ from bract.shared.cli import AS_JSON, DATA_DIR, print_json
 from bract.shared.errors import UsageError
 
 if TYPE_CHECKING:
-    from bract.shared.reports import Membership, MembershipAttack
+    from bract.shared.reports.audits import Membership, MembershipAttack
 
 FILE = "membership.json"
 

@@ -16,7 +16,7 @@ from bract.shared.data.partitions import nominal_size
 from bract.shared.errors import BractError
 from bract.shared.evaluation import Evaluator
 from bract.shared.privacy.calibration import rate_of
-from bract.shared.reports import Summary
+from bract.shared.reports.runs import Summary
 from bract.shared.trained import Trained
 from bract.simulations import simulation
 from bract.simulations.audits.likelihood import confidence

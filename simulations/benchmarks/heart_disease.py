@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bract.shared.reports import Summary
+from bract.shared.reports.runs import Summary
 from bract.simulations import experiment, simulation
 from bract.simulations.engines import LocalEngine
 

@@ -29,7 +29,7 @@ from bract.shared.data.locations import folder_of
 from bract.shared.data.partitions import nominal_size
 from bract.shared.errors import BractError, UsageError
 from bract.shared.privacy.head_file import HeadFile
-from bract.shared.reports import FederationSummary, MetricsLine, Repeats, Summary
+from bract.shared.reports.runs import FederationSummary, MetricsLine, Repeats, Summary
 from bract.simulations import experiment as experiments
 from bract.simulations import simulation, summary
 from bract.simulations.engines import LocalEngine

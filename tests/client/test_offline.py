@@ -19,7 +19,8 @@ from bract.shared.contract import Contract, SignedContract, TrainingTerms
 from bract.shared.data.heart_disease import split_files
 from bract.shared.errors import Refusal, UsageError, VerificationFailed
 from bract.shared.privacy import accounting
-from bract.shared.reports import ContractCheck, schema
+from bract.shared.reports import schema
+from bract.shared.reports.services import ContractCheck
 from bract.simulations.federations.loopback import Layout, SitePlan, lay_out
 
 Bract = Callable[..., Any]

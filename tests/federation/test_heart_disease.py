@@ -16,7 +16,7 @@ import pytest
 from bract.shared import cli, contract
 from bract.shared.data.heart_disease import HOSPITALS
 from bract.shared.privacy import head_file, verification
-from bract.shared.reports import FederationSummary
+from bract.shared.reports.runs import FederationSummary
 from bract.simulations import experiment, simulation
 from bract.simulations.federations import heart_disease
 

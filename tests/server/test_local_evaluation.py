@@ -18,7 +18,7 @@ from bract.shared import keys, wire
 from bract.shared.contract import Contract, EvaluationTerms, SignedContract, SiteTerms
 from bract.shared.errors import VerificationFailed
 from bract.shared.privacy import entries
-from bract.shared.reports import LocalAccuracy
+from bract.shared.reports.runs import LocalAccuracy
 from bract.shared.wire import Receipt, TrainReply
 from bract.simulations.grid import LocalGrid
 

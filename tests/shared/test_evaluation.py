@@ -13,7 +13,7 @@ from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, Groups
 from bract.shared.evaluation import Evaluator, _area, _macro
 from bract.shared.preparation import Numeric, Table, Target
-from bract.shared.reports import Scores
+from bract.shared.reports.runs import Scores
 
 NAMES = ("large", "small", "empty")
 

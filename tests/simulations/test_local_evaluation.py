@@ -17,7 +17,7 @@ from bract.shared.commands.contract import _shown
 from bract.shared.errors import UsageError
 from bract.shared.privacy import accounting, forecast, verification
 from bract.shared.privacy.events import PoissonGaussian
-from bract.shared.reports import LocalAccuracy
+from bract.shared.reports.runs import LocalAccuracy
 from bract.simulations import experiment
 from bract.simulations.federations.loopback import SitePlan, lay_out
 

@@ -161,7 +161,7 @@ def test_the_card_of_a_real_run_states_its_claim_whatever_is_simulated_states_no
     world: Any, run: Path, tmp_path: Path
 ) -> None:
     from bract.shared import card
-    from bract.shared.reports import ServerSummary
+    from bract.shared.reports.runs import ServerSummary
 
     said = summary(run)
     facts = {name: said[name] for name in ServerSummary.model_fields}

@@ -1,0 +1,178 @@
+"""What audits print: of ledgers, budgets, exports and membership."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from bract.shared.configuration import Frozen
+
+
+class VerifiedChain(Frozen):
+    """One chain that holds.
+
+    `witnessed` is the last entry that a server countersigned; `received` counts the updates that a
+    server took, each behind its charge, and is null where no receipts were given.
+    """
+
+    ledger: str
+    site: str
+    domain: str
+    entries: int
+    head: str
+    anchored: bool
+    witnessed: int | None
+    received: int | None
+    simulation: bool
+
+
+class Verification(Frozen):
+    """`bract audit verify --json`."""
+
+    verified: bool
+    chains: list[VerifiedChain]
+    faults: list[str]
+
+
+class LedgerExport(Frozen):
+    """`bract audit export --json`; `sha256` is the file's."""
+
+    output: str
+    chains: int
+    entries: int
+    contracts: int
+    policies: int
+    witnesses: int
+    sha256: str
+
+
+class PulledSite(Frozen):
+    """What a server showed of one site.
+
+    `entries` is how many it saw, `shown` of how many it saw the body; `updates` each stand behind a
+    charge; `extends` says whether an earlier pull was extended.
+    """
+
+    site: str
+    domain: str
+    sequence: int
+    head: str
+    entries: int
+    shown: int
+    updates: int
+    extends: bool
+
+
+class AuditPull(Frozen):
+    """`bract audit pull --json`; `pinned` is whether the auditor named the coordinator's key."""
+
+    verified: bool
+    address: str
+    contract_sha256: str
+    run: str
+    coordinator: str
+    pinned: bool
+    sites: list[PulledSite]
+    output: str
+
+
+class RunCost(Frozen):
+    """What one run cost a domain: `epsilon` is of it alone, and such do not add up to the total."""
+
+    contract_sha256: str
+    run: str
+    rounds: int
+    charges: int
+    evaluations: int
+    steps: int
+    epsilon: float | None
+
+
+class DomainBudget(Frozen):
+    """The budget of one domain of one site, over all runs in its ledger.
+
+    `epsilon_prv` is null too where it was left out, which the note says. `more_rounds` are those of
+    `forecast_contract`. `epsilon_replace_one` is of one example that is replaced, `epsilon_group`
+    bounds that of `group` examples; null where not asked for, or where nothing bounds it.
+    """
+
+    ledger: str
+    site: str
+    domain: str
+    epsilon: float | None
+    epsilon_prv: float | None
+    epsilon_filter: float | None
+    filter_order: int | None
+    unbounded: bool
+    limit: float
+    left: float | None
+    delta: float
+    adjacency: str
+    charges: int
+    steps: int
+    seeded: bool
+    more_rounds: int | None
+    forecast_contract: str | None
+    epsilon_replace_one: float | None = None
+    group: int | None = None
+    epsilon_group: float | None = None
+    epsilon_group_replace_one: float | None = None
+    runs: list[RunCost]
+    note: str
+
+
+class Budget(Frozen):
+    """`bract audit budget --json`."""
+
+    domains: list[DomainBudget]
+
+
+class Figure(Frozen):
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class AttackCurve(Frozen):
+    """How well members were told from others.
+
+    `auc` is the area under `roc`, whose points are (false-positive rate, true-positive rate); 0.5
+    is guessing. `true_positive_rates` are by the false-positive rate, and of such rates alone as
+    the non-members can tell.
+    """
+
+    auc: Figure
+    true_positive_rates: dict[str, Figure]
+    roc: list[tuple[float, float]]
+
+
+class MembershipAttack(Frozen):
+    """One attack on models that were trained with privacy, and on the same ones without.
+
+    `models` were attacked of each kind; `members` and `non_members` are distinct examples.
+    """
+
+    attack: Literal["loss", "reference models"]
+    models: int
+    members: int
+    non_members: int
+    private: AttackCurve
+    unprotected: AttackCurve
+
+
+class Membership(Frozen):
+    """`bract audit membership --json` and membership.json: the audit of a result, on public data.
+
+    `epsilon` is what the audited run's ledgers say; `meaning` says what the figures are not.
+    """
+
+    experiment: str
+    data: str
+    model: str
+    rounds: int
+    sites: int
+    epsilon: float | None
+    delta: float
+    attacks: list[MembershipAttack]
+    meaning: str

@@ -1,0 +1,79 @@
+"""What is said of contracts, of a site and of a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bract.shared.configuration import Frozen
+
+
+class ContractShown(Frozen):
+    """`bract contract make --json` and `show --json`; ε is what one site spends.
+
+    `epsilon_person` is, for every attempt, that of a person with `rows_per_person`.
+    """
+
+    contract_sha256: str
+    contract: dict[str, Any]
+    epsilon: float | None
+    epsilon_rounds: float | None
+    rows_per_person: int | None = None
+    epsilon_person: float | None = None
+    delta: float
+    adjacency: str
+
+
+class ContractCheck(Frozen):
+    """`bract client SITE.toml --check contract.json --json`, for the site's operator alone.
+
+    `problems` names files, rows and columns of the true data, never a value.
+    """
+
+    contract_sha256: str
+    accepted: bool
+    reason: str | None
+    problems: list[str]
+    epsilon_before: float | None
+    epsilon_after: float | None
+
+
+class Recovery(Frozen):
+    """`bract client SITE.toml --recover DOMAIN --json`."""
+
+    domain: str
+    epsilon: float
+
+
+class DomainStatus(Frozen):
+    """What is spent and left of one domain's budget."""
+
+    epsilon: float | None
+    limit: float
+    left: float | None
+    delta: float
+    charges: int
+
+
+class SiteStatus(Frozen):
+    """`bract client SITE.toml --status --json`."""
+
+    site: str
+    running: bool
+    doing: str
+    round: str | None
+    since: str | None
+    domains: dict[str, DomainStatus]
+
+
+class ServerStatus(Frozen):
+    """`bract server FEDERATION.toml --status --json`."""
+
+    run: str
+    doing: str
+    healthy: bool
+    connected: list[str]
+    round: int
+    rounds: int
+    attempts: int
+    epsilon_run: float | None
+    written: str | None
