@@ -546,7 +546,8 @@ def leaks(log: str, secrets: dict[str, list[str]], sizes: list[int]) -> list[str
 def no_log_holds_a_key_a_true_size_a_loss_or_a_weight(run: Done) -> None:
     layout = run.processes.layout
     secrets = secrets_of(layout)
-    assert len(secrets) == 7  # coordinator, witness, server's TLS; ledger and node of each site
+    # coordinator, authority, witness, server's TLS; ledger and node of each site
+    assert len(secrets) == 8
     sizes = [len(load_part(describe("digits"), None, f"{place}/2")) for place in (1, 2)]
     assert leaks(run.processes.log(ALPHA), secrets, sizes) == []
     # Its last line is the summary: figures of public examples, and ε from public terms.

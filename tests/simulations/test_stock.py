@@ -40,7 +40,7 @@ def test_stock_flower_trains_through_each_sites_gate_to_the_same_weights(
     assert [json.loads(line)["replied"] for line in lines] == [SITES] * ROUNDS
     pinned = {site.name: site.key for site in signed.contract.cohort}
     for site in signed.contract.cohort:
-        path = run.state.ledger(site.name, SITES)
+        path = run.state.ledger(site.name, many=False)
         (found,) = verification.verify(path, site_keys=pinned, anchors={})
         charged = found.chain.charges
         assert set(charged) == {(signed.contract.sha256, n) for n in range(1, ROUNDS + 1)}
