@@ -145,23 +145,20 @@ def _of_values(outcome: _Outcome, truth: np.ndarray, unit: float) -> dict[str, A
 
 
 def _of_classes(outcome: _Outcome, targets: np.ndarray, classes: int) -> dict[str, Any]:
-    rows = np.flatnonzero(outcome.known)
+    from sklearn import metrics  # slow to import
+
+    rows, labels = np.flatnonzero(outcome.known), list(range(classes))
     truth, scores = targets[rows], outcome.outputs[rows]
     guesses = scores.argmax(1) if len(rows) else truth
-    confusion = _confusion(truth, guesses, classes)
-    return {**_macro(np.array(confusion)), "confusion": confusion, "auc": _auc(scores, truth)}
-
-
-def _macro(confusion: np.ndarray) -> dict[str, float]:
-    """Returns the means over classes, 0 of a class that there is nothing to divide by.
-
-    Not by scikit-learn, which takes longer to import than a small run takes.
-    """
-    right, said, there = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        truth, guesses, labels=labels, average="macro", zero_division=0
+    )
     return {
-        "precision": float((right / np.maximum(said, 1)).mean()),
-        "recall": float((right / np.maximum(there, 1)).mean()),
-        "f1": float((2 * right / np.maximum(said + there, 1)).mean()),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+        "confusion": _confusion(truth, guesses, classes),
+        "auc": _auc(scores, truth),
     }
 
 
@@ -177,23 +174,16 @@ def _auc(scores: np.ndarray, truth: np.ndarray) -> float | None:
     None where a class is missing, or a score is not finite. The mean is Provost & Domingos' 2000
     without their weights: each class counts alike.
     """
+    from sklearn import metrics  # slow to import
+
     classes = scores.shape[1]
     if len(np.unique(truth)) != classes or not np.isfinite(scores).all():
         return None
     if classes == 2:
-        return _area(truth == 1, scores[:, 1] - scores[:, 0])
+        return float(metrics.roc_auc_score(truth, scores[:, 1] - scores[:, 0]))
     probabilities = softmax(scores)
-    areas = [_area(truth == one, probabilities[:, one]) for one in range(classes)]
+    areas = [metrics.roc_auc_score(truth == one, probabilities[:, one]) for one in range(classes)]
     return float(np.mean(areas))
-
-
-def _area(positive: np.ndarray, scores: np.ndarray) -> float:
-    """Returns how often a positive example scores over a negative one, a tie being half."""
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    some = int(positive.sum())
-    above = ranks[positive].sum() - some * (some + 1) / 2
-    return float(above / (some * (len(scores) - some)))
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

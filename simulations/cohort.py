@@ -22,8 +22,7 @@ from bract.client.site import Site
 from bract.shared import wire
 from bract.shared.errors import BractError, VerificationFailed
 from bract.shared.privacy.ledger import Transaction
-from bract.simulations import flower
-from bract.simulations.grid import FIRST_NODE, RUN, SERVER, SimulatedGrid, failed
+from bract.simulations.grid import FIRST_NODE, SimulatedGrid, failed
 from bract.simulations.shards import Board, Shard, ShardTrainer, Trained, lost, shards_of
 from bract.simulations.sites import site_of
 from bract.simulations.workers import Pool
@@ -43,45 +42,21 @@ class CohortGrid(SimulatedGrid):
     adds_up = True
 
     def __init__(self, plan: Path, *, sites: int, workers: int) -> None:
-        flower.bind_server(RUN, SERVER)
+        super().__init__()
         self._plan, self._sites = plan, sites
         self._workers = workers if sys.platform == "linux" else 1  # the board is for forks
         self._pool: Pool[Shard, Trained] | None = None
         self._board: Board | None = None
         self._contract: str | None = None
-        self._replies: dict[str, Message] = {}
-        self._sent = 0
-
-    @property
-    def run(self) -> flower.Run:
-        """The one run of this grid."""
-        return flower.empty_run(RUN)
 
     def get_node_ids(self) -> Iterable[int]:
         """Returns every node."""
         return range(FIRST_NODE, FIRST_NODE + self._sites)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Returns the ids of messages that were sent and, in this grid, already answered."""
-        pushed = list(messages)
-        for message in pushed:
-            self._sent += 1
-            flower.number(message, f"message-{self._sent}")
-        trained = [m for m in pushed if m.metadata.message_type == MessageType.TRAIN]
-        closed = [m for m in pushed if m.metadata.message_type != MessageType.TRAIN]
-        for reply in (*self._train(trained), *self._close(closed)):
-            self._replies[reply.metadata.reply_to_message_id] = reply
-        return [message.metadata.message_id for message in pushed]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Returns the replies that have arrived; each is handed out once."""
-        return [self._replies.pop(name) for name in message_ids if name in self._replies]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Returns the replies of all messages; no site here is ever too late."""
-        return self.pull_messages(self.push_messages(messages))
+    def _answers(self, messages: Sequence[Message]) -> Iterable[Message]:
+        trained = [m for m in messages if m.metadata.message_type == MessageType.TRAIN]
+        closed = [m for m in messages if m.metadata.message_type != MessageType.TRAIN]
+        return [*self._train(trained), *self._close(closed)]
 
     def close(self) -> None:
         """Ends the workers."""

@@ -33,6 +33,40 @@ class SimulatedGrid(SingleRunGrid):
 
     noise: Callable[[int], Callable[[int], npt.NDArray[np.float64]]] | None = None
 
+    def __init__(self) -> None:
+        flower.bind_server(RUN, SERVER)
+        self._replies: dict[str, Message] = {}
+        self._sent = 0
+
+    @property
+    def run(self) -> flower.Run:
+        """The one run of this grid."""
+        return flower.empty_run(RUN)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Returns the ids of messages that were sent and, in this grid, already answered."""
+        pushed = list(messages)
+        for message in pushed:
+            self._sent += 1
+            flower.number(message, f"message-{self._sent}")
+        for reply in self._answers(pushed):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in pushed]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Returns the replies that have arrived; each is handed out once."""
+        return [self._replies.pop(name) for name in message_ids if name in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Returns the replies of all messages; no site here is ever too late."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _answers(self, messages: Sequence[Message]) -> Iterable[Message]:
+        """Returns the replies to messages, in any order."""
+        raise NotImplementedError
+
 
 class LocalGrid(SimulatedGrid):
     """Carries messages to sites in this process or in workers.
@@ -46,7 +80,7 @@ class LocalGrid(SimulatedGrid):
     def __init__(
         self, client: ClientApp, node_configs: Sequence[Mapping[str, Any]], *, workers: int
     ) -> None:
-        flower.bind_server(RUN, SERVER)
+        super().__init__()
         nodes = {FIRST_NODE + place: config for place, config in enumerate(node_configs)}
 
         def answer(message: Message) -> Message:
@@ -61,37 +95,13 @@ class LocalGrid(SimulatedGrid):
 
         self._nodes = list(nodes)
         self._pool = Pool(answer, failed, workers=workers)
-        self._replies: dict[str, Message] = {}
-        self._sent = 0
-
-    @property
-    def run(self) -> flower.Run:
-        """The one run of this grid."""
-        return flower.empty_run(RUN)
 
     def get_node_ids(self) -> Iterable[int]:
         """Returns every node."""
         return list(self._nodes)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Returns the ids of messages that were sent and, in this grid, already answered."""
-        pushed = list(messages)
-        for message in pushed:
-            self._sent += 1
-            flower.number(message, f"message-{self._sent}")
-        for reply in self._pool.map(pushed):
-            self._replies[reply.metadata.reply_to_message_id] = reply
-        return [message.metadata.message_id for message in pushed]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Returns the replies that have arrived; each is handed out once."""
-        return [self._replies.pop(name) for name in message_ids if name in self._replies]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Returns the replies of all messages; no site here is ever too late."""
-        return self.pull_messages(self.push_messages(messages))
+    def _answers(self, messages: Sequence[Message]) -> Iterable[Message]:
+        return self._pool.map(messages)
 
     def close(self) -> None:
         """Ends the workers."""

@@ -11,7 +11,7 @@ from torch import nn
 from bract.shared import models
 from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, Groups
-from bract.shared.evaluation import Evaluator, _area, _macro
+from bract.shared.evaluation import Evaluator
 from bract.shared.preparation import Numeric, Table, Target
 from bract.shared.reports.runs import Scores
 
@@ -181,20 +181,3 @@ def test_r2_of_targets_that_are_all_alike_is_null() -> None:
     found = Evaluator(model, data).report(zeros, shown)
     assert found["test_r2"] is None
     assert found["test_mean_absolute_error"] == pytest.approx(0.125)
-
-
-@pytest.mark.parametrize("classes", [2, 5])
-def test_macro_scores_are_those_of_scikit_learn(classes: int) -> None:
-    generator = np.random.default_rng(classes)
-    truth, guesses = generator.integers(0, classes, (2, 200))
-    truth[truth == classes - 1] = 0  # a class that is guessed and never true
-    expected = metrics.precision_recall_fscore_support(
-        truth, guesses, labels=range(classes), average="macro", zero_division=0
-    )
-    found = _macro(metrics.confusion_matrix(truth, guesses, labels=range(classes)))
-    np.testing.assert_allclose(list(found.values()), expected[:3])
-    assert not any(_macro(np.zeros((classes, classes), int)).values())
-    scores = np.round(generator.random(200), 1)  # with ties
-    positive = generator.random(200) < 0.3
-    area = metrics.roc_auc_score(positive, scores)
-    assert _area(positive, scores) == pytest.approx(area)
