@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from bract.shared import canonical, contract
+from bract.shared.audits import MechanismAudit
 from bract.shared.configuration import parse
 from bract.shared.contract import Contract
 from bract.shared.errors import BractError, UsageError
@@ -21,38 +22,6 @@ from bract.shared.reports.audits import Membership
 from bract.shared.reports.runs import FederationSummary, MetricsLine, ServerSummary, Summary
 
 Model = TypeVar("Model", bound=BaseModel)
-_METHODS = {"one_run_f_dp": "one run, f-DP", "gaussian": "Gaussian"}
-
-
-class Mechanism(BaseModel):
-    """audit.json, as far as the page shows it.
-
-    `epsilon_lower` holds lower bounds by method, or by method and confidence.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-    passed: bool
-    recovered: dict[str, float | None]
-    recovered_error: dict[str, float | None] = {}
-    claimed: dict[str, float | None]
-    p_values: dict[str, float | None]
-    epsilon_ledger: float | None
-    epsilon_lower: dict[str, float | dict[str, float | None] | None]
-    failed: list[str] = []
-    not_checked: list[str] = []
-
-    @property
-    def lower(self) -> list[tuple[str, float]]:
-        """Every lower bound that there is, with its name."""
-        found: list[tuple[str, float | None]] = []
-        for method, value in self.epsilon_lower.items():
-            name = _METHODS.get(method, method.replace("_", " "))
-            if isinstance(value, dict):
-                found += [(f"{name}, {_percent(sure)}", one) for sure, one in value.items()]
-            else:
-                found.append((name, value))
-        return [(name, value) for name, value in found if value is not None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +39,7 @@ class Evidence:
     summary: Summary | ServerSummary | None
     metrics: tuple[MetricsLine, ...]
     model_sha256: str | None
-    mechanism: Mechanism | None
+    mechanism: MechanismAudit | None
     membership: Membership | None
     agreement: tuple[Mapping[str, Any], ...]
 
@@ -110,17 +79,10 @@ def gather(found: Folder) -> Evidence:
         summary=None if found.summary is None else _summary(found.summary),
         metrics=() if found.metrics is None else _metrics(found.metrics),
         model_sha256=None if model is None else canonical.sha256(model),
-        mechanism=_read(Mechanism, found.mechanism),
+        mechanism=_read(MechanismAudit, found.mechanism),
         membership=_read(Membership, found.membership),
         agreement=() if found.agreement is None else _agreement(found.agreement),
     )
-
-
-def _percent(confidence: str) -> str:
-    try:
-        return f"{100 * float(confidence):.6g} %"
-    except ValueError:
-        return confidence
 
 
 def _summary(path: Path) -> Summary | ServerSummary:

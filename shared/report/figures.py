@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bract.shared.audits import MechanismAudit
 from bract.shared.report import charts
 from bract.shared.report.charts import LineChart, RowChart
-from bract.shared.report.evidence import Evidence, Mechanism
+from bract.shared.report.evidence import Evidence
 from bract.shared.report.sites import Spent
 from bract.shared.reports.audits import Figure as Estimate
 from bract.shared.reports.audits import Membership, MembershipAttack
 from bract.shared.reports.runs import MetricsLine
 
 TABLE_ROWS = 9
+_METHODS = {"one_run_f_dp": "one run, f-DP", "gaussian": "Gaussian"}
 CURVES = charts.SERIES
 _PARAMETERS: Mapping[str, str] = {
     "noise_multiplier": "noise multiplier σ",
@@ -109,12 +111,13 @@ def accuracy(metrics: Sequence[MetricsLine]) -> Figure | None:
     return Figure(chart, Table(f"{name.capitalize()} after a round", ("round", name), rows))
 
 
-def recovered(audit: Mechanism) -> Figure | None:
+def recovered(audit: MechanismAudit) -> Figure | None:
     """Returns what the mechanism's audit recovered over what is claimed."""
     both = [
         (words, found, claimed)
         for name, words in _PARAMETERS.items()
-        if (found := audit.recovered.get(name)) is not None and (claimed := audit.claimed.get(name))
+        if (found := getattr(audit.recovered, name)) is not None
+        and (claimed := getattr(audit.claimed, name))
     ]
     if not both:
         return None
@@ -127,7 +130,7 @@ def recovered(audit: Mechanism) -> Figure | None:
         rows=[(name, found / claimed, f"{found / claimed:.3f}") for name, found, claimed in both],
         level=1.0,
     )
-    errors = {_PARAMETERS.get(name, name): e for name, e in audit.recovered_error.items() if e}
+    errors = {words: getattr(audit.recovered_error, name) for name, words in _PARAMETERS.items()}
     rows = tuple(
         (name, f"{claimed:.6g}", f"{found:.5g}{_more_or_less(errors.get(name))}")
         for name, found, claimed in both
@@ -135,12 +138,17 @@ def recovered(audit: Mechanism) -> Figure | None:
     return Figure(chart, Table("Mechanism", ("what", "claimed", "recovered"), rows))
 
 
-def bounds(audit: Mechanism) -> Figure | None:
+def bounds(audit: MechanismAudit) -> Figure | None:
     """Returns the lower bounds of ε that an experiment shows, beside the ledger's ε."""
-    if audit.epsilon_ledger is None or not audit.lower:
+    lower = [
+        (f"at least, by {_METHODS.get(method, method.replace('_', ' '))}, {_percent(sure)}", value)
+        for method, found in audit.epsilon_lower.items()
+        for sure, value in found.items()
+    ]
+    if audit.epsilon_ledger is None or not lower:
         return None
     ledger = [("ε of the experiment’s ledger", audit.epsilon_ledger)]
-    every = [*ledger, *((f"at least, by {name}", value) for name, value in audit.lower)]
+    every = [*ledger, *lower]
     chart = charts.bars(
         "bounds",
         title="What the experiment could show, beside what the ledger counts",
@@ -265,3 +273,10 @@ def _plain(value: object) -> str:
 
 def _cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
+
+
+def _percent(confidence: str) -> str:
+    try:
+        return f"{100 * float(confidence):.6g} %"
+    except ValueError:
+        return confidence

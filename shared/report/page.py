@@ -149,7 +149,7 @@ def _p_values(found: Evidence) -> list[tuple[str, str]]:
     """Returns the tests of the mechanism, the least likely first."""
     if found.mechanism is None:
         return []
-    known = [(p, name) for name, p in found.mechanism.p_values.items() if p is not None]
+    known = [(p, name) for name, p in found.mechanism.p_values.items()]
     return [(name, f"{p:.3g}") for p, name in sorted(known)[:P_VALUES]]
 
 

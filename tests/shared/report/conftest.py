@@ -15,14 +15,37 @@ from bract.simulations import experiment, simulation
 from bract.simulations.engines import LocalEngine
 
 MECHANISM: dict[str, Any] = {
+    "experiment": "digits",
+    "model": "linear",
+    "data": "digits",
+    "made_up": False,
+    "grid": "in-process",
     "passed": True,
     "recovered": {"noise_multiplier": 1.01, "clip_norm": 0.299, "sampling_rate": 0.251, "steps": 4},
-    "recovered_error": {"noise_multiplier": 0.02, "clip_norm": None},
+    "recovered_error": {
+        "noise_multiplier": 0.02,
+        "clip_norm": None,
+        "sampling_rate": None,
+        "steps": None,
+    },
     "claimed": {"noise_multiplier": 1.0, "clip_norm": 0.3, "sampling_rate": 0.25, "steps": 4},
     "p_values": {"noise of canaries": 0.41, "rounds correlate": 0.03},
+    "checks": [],
+    "failed": [],
+    "threshold": 1e-5,
     "epsilon_ledger": 11.28,
-    "epsilon_lower": {"one_run": {"0.99": 2.2}, "gaussian": 5.7},
+    "epsilon_claimed": 11.28,
+    "epsilon_recovered": 11.1,
+    "epsilon_lower": {"one_run": {"0.99": 2.2}, "gaussian": {"0.99": 5.7}},
+    "delta": 1e-5,
+    "true_positive_rates": [],
+    "canaries": 1000,
+    "sites": 2,
+    "rounds": 20,
+    "seed": 1,
+    "seconds": 3.0,
     "not_checked": ["the noise of a GPU"],
+    "versions": {"torch": "2"},
 }
 
 

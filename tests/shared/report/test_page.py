@@ -242,7 +242,7 @@ def test_whatever_a_file_says_is_text_on_the_page(
     """A script as the name of a folder, a data set, a test, an experiment, a site of a summary."""
     audit = json.loads((audited_run / "audit.json").read_bytes())
     audit["p_values"] = {HOSTILE: 0.5}
-    audit["epsilon_lower"] = {HOSTILE: 1.0}
+    audit["epsilon_lower"] = {HOSTILE: {"0.99": 1.0}}
     audit["not_checked"] = [HOSTILE]
     (audited_run / "audit.json").write_text(json.dumps(audit))
     attacked = json.loads((audited_run / "membership.json").read_bytes())
