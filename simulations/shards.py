@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from bract.client.gate import Permit
 from bract.client.site import Site
-from bract.client.training.trainer import Job
+from bract.client.training.together import Job
 from bract.server.strategy import check_update
 from bract.shared import arrays
 from bract.shared.arrays import Arrays

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bract.client.training import layers
-from bract.client.training.clipping import clip_factors, joint_norms
+from bract.client.training.clipping import WHOLE, clip_factors, joint_norms
 from bract.client.training.layers import Rule, Share, Use
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -175,21 +175,37 @@ class BookKeepingSum:
 
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         """Adds the clipped gradients of a physical batch."""
-        self.add_parts_([(sums, layers.EVERY)], inputs, targets)
+        totals = {name: value[None] for name, value in sums.items()}
+        self.add_parts_(totals, WHOLE, inputs, targets)
 
     def add_parts_(
-        self, parts: Sequence[tuple[dict[str, Tensor], slice]], inputs: Tensor, targets: Tensor
+        self,
+        totals: Mapping[str, Tensor],
+        parts: Sequence[slice],
+        inputs: Tensor,
+        targets: Tensor,
     ) -> None:
-        """Adds to each sums the clipped gradients of its part of the examples, in one pass."""
+        """Adds the clipped gradients of each part of the examples to a total, in one pass.
+
+        Args:
+            totals: by parameter, a part on the first axis.
+            parts: which examples are whose.
+            inputs: of all examples.
+            targets: of all examples.
+        """
         try:
-            self._add_(parts, inputs, targets)
+            self._add_(totals, parts, inputs, targets)
         except BaseException:
             self._module.clear()
             layers.give_back(self._names)
             raise
 
     def _add_(
-        self, parts: Sequence[tuple[dict[str, Tensor], slice]], inputs: Tensor, targets: Tensor
+        self,
+        totals: Mapping[str, Tensor],
+        parts: Sequence[slice],
+        inputs: Tensor,
+        targets: Tensor,
     ) -> None:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._halves):
             outputs = self._outputs(inputs)
@@ -202,9 +218,7 @@ class BookKeepingSum:
                 raise RuntimeError(f"no per-example gradient reached {names}")
             factors = clip_factors(joint_norms([share.norms for share in shares]), self._clip_norm)
             for share in shares:
-                name = self._names[share.parameter]
-                for sums, part in parts:
-                    share.add_(sums[name], factors, part)
+                share.add_(totals[self._names[share.parameter]], factors, parts)
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         return self._layout.outputs(self._run, inputs)

@@ -8,7 +8,7 @@ the sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 SLACK = 1e-3
 # Numbers widened to float64 at once: two megabytes, about what a core keeps near.
 BLOCK = 1 << 18
+WHOLE: tuple[slice, ...] = (slice(None),)
+# Rows so narrow are summed for all parts of a batch at once, though most products are with zeros.
+_NARROW = 2048
 
 
 def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
@@ -39,11 +42,29 @@ def joint_norms(norms: list[Tensor]) -> Tensor:
 
 def weighted_sum(factors: Tensor, gradients: Tensor) -> Tensor:
     """Returns Σ f_i·g_i in float64."""
+    return weighted_sums(factors, gradients, WHOLE)[0]
+
+
+def weighted_sums(factors: Tensor, gradients: Tensor, parts: Sequence[slice]) -> Tensor:
+    """Returns Σ f_i·g_i of each part of the examples, in float64, a part on the first axis."""
     rows = without_dropped(factors, gradients).reshape(len(gradients), -1)
-    first, *rest = (factors[part] @ rows[part].double() for part in _blocks(rows))
-    for more in rest:
-        first += more
-    return first.view(gradients.shape[1:])
+    if len(parts) > 1 and rows.shape[1] <= _NARROW:
+        sums = _spread(factors, parts) @ rows.double()
+    else:
+        sums = rows.new_zeros((len(parts), rows.shape[1]), dtype=torch.float64)
+        for total, part in zip(sums, parts, strict=True):
+            some, their = factors[part], rows[part]
+            for block in _blocks(their):
+                total += some[block] @ their[block].double()
+    return sums.view(len(parts), *gradients.shape[1:])
+
+
+def _spread(factors: Tensor, parts: Sequence[slice]) -> Tensor:
+    """Returns a row of factors for each part, zeros outside it: one product sums all parts."""
+    spread = factors.new_zeros((len(parts), len(factors)))
+    for row, part in zip(spread, parts, strict=True):
+        row[part] = factors[part]
+    return spread
 
 
 def without_dropped(factors: Tensor, rows: Tensor) -> Tensor:

@@ -29,7 +29,13 @@ from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bract.client.training.clipping import BLOCK, row_norms, weighted_sum, without_dropped
+from bract.client.training.clipping import (
+    BLOCK,
+    WHOLE,
+    row_norms,
+    weighted_sums,
+    without_dropped,
+)
 
 # The greatest cancellation within one example that a norm from factors is believed in: past it the
 # norm is taken to be Σ‖a_t‖‖b_t‖ / GREATEST_CANCELLATION, which clips more than need be.
@@ -39,7 +45,6 @@ UNIT_ROUNDOFF = 2.0**-53
 ROW_COST = 24
 _ROOM = "_rows_of_examples"
 
-EVERY = slice(None)
 Use = tuple[Sequence[Tensor], Tensor]
 Gram = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,8 +54,8 @@ class Share:
     """One parameter's part of the clipped sum.
 
     `norms` bounds the norm of each example's gradient, in float64, and is that norm but for
-    rounding. `add_(total, factors)` adds Σ f_i·g_i to a float64 total in place, of all examples or
-    of a part of them.
+    rounding. `add_(totals, factors, parts)` adds Σ f_i·g_i of each part of the examples to its own
+    float64 total in place.
     """
 
     parameter: Tensor
@@ -59,10 +64,10 @@ class Share:
 
 
 class Add(Protocol):
-    """Adds the weighted gradients of some examples to a total, given the factors of all."""
+    """Adds the weighted gradients of parts of the examples to a total each."""
 
-    def __call__(self, total: Tensor, factors: Tensor, part: slice = EVERY, /) -> None:
-        """Adds in place."""
+    def __call__(self, totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE, /) -> None:
+        """Adds in place; `totals` has a part on its first axis, `factors` are those of all."""
 
 
 Rule = Callable[[Any, Sequence[Use]], list[Share]]
@@ -127,11 +132,13 @@ def embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
     example, token = pairs // layer.num_embeddings, pairs % layer.num_embeddings
     squares = rows.new_zeros(len(tokens)).index_add_(0, example, row_norms(rows).square())
 
-    def add_(total: Tensor, factors: Tensor, part: slice = EVERY) -> None:
-        start, stop, _ = part.indices(len(tokens))
-        some = slice(*torch.searchsorted(example, example.new_tensor([start, stop])).tolist())
-        weights = factors[example[some]]
-        total.index_add_(0, token[some], without_dropped(weights, rows[some]) * weights[:, None])
+    def add_(totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE) -> None:
+        for total, part in zip(totals, parts, strict=True):
+            start, stop, _ = part.indices(len(tokens))
+            some = slice(*torch.searchsorted(example, example.new_tensor([start, stop])).tolist())
+            weights = factors[example[some]]
+            kept = without_dropped(weights, rows[some])
+            total.index_add_(0, token[some], kept * weights[:, None])
 
     return [Share(layer.weight, squares.sqrt(), add_)]
 
@@ -233,8 +240,8 @@ def _weight(
     else:
         share = _formed_products(weight, activations, backprops, features)
 
-    def add_(total: Tensor, factors: Tensor, part: slice = EVERY) -> None:
-        share.add_(total.movedim(1, -1) if channels_last else total, factors, part)
+    def add_(totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE) -> None:
+        share.add_(totals.movedim(2, -1) if channels_last else totals, factors, parts)
 
     return [replace(share, add_=add_)]
 
@@ -256,9 +263,9 @@ def _formed_products(
         torch.bmm(left.transpose(1, 2), right, out=rows[part].flatten(0, 1))
         norms.append(row_norms(rows[part]))
 
-    def add_(total: Tensor, factors: Tensor, part: slice = EVERY) -> None:
-        found = weighted_sum(factors[part], rows[part])
-        total += (found.transpose(1, 2) if wide else found).reshape(total.shape)
+    def add_(totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE) -> None:
+        found = weighted_sums(factors, rows, parts)
+        totals += (found.transpose(2, 3) if wide else found).reshape(totals.shape)
 
     return Share(parameter, torch.cat(norms), add_)
 
@@ -301,8 +308,8 @@ def _keeps_factors(*, places: int, inputs: int, outputs: int) -> bool:
 def formed(parameter: Tensor, rows: Tensor) -> Share:
     """Returns the share of gradients that were formed: what is measured is what is added."""
 
-    def add_(total: Tensor, factors: Tensor, part: slice = EVERY) -> None:
-        total += weighted_sum(factors[part], rows[part])
+    def add_(totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE) -> None:
+        totals += weighted_sums(factors, rows, parts)
 
     return Share(parameter, row_norms(rows), add_)
 
@@ -320,15 +327,14 @@ def _products(parameter: Tensor, a: Tensor, b: Tensor, gram: Gram) -> Share:
 
 
 def _add_products_(
-    a: Tensor, b: Tensor, total: Tensor, factors: Tensor, part: slice = EVERY
+    a: Tensor, b: Tensor, totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE
 ) -> None:
-    """Adds Σ_it (f_i·b_it)·a_itᵀ, one float64 product for each group."""
-    kept = factors[part]
-    one, other = (
-        without_dropped(kept, side[part]).double().transpose(0, 1).flatten(1, 2) for side in (a, b)
-    )
-    weighted = other * kept.repeat_interleave(b.shape[2])[:, None]
-    total += torch.bmm(weighted.transpose(1, 2), one).view(total.shape)
+    """Adds Σ_it (f_i·b_it)·a_itᵀ of each part, one float64 product for each group."""
+    one, other = (without_dropped(factors, side).double().transpose(0, 1) for side in (a, b))
+    weighted = other * factors[:, None, None]
+    for total, part in zip(totals, parts, strict=True):
+        left, right = weighted[:, part].flatten(1, 2), one[:, part].flatten(1, 2)
+        total += torch.bmm(left.transpose(1, 2), right).view(total.shape)
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:

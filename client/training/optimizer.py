@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,8 +104,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         """Adds the host's noise in float64, and rounds the result to a public grid.
 
         The grid of σC·2⁻²⁰ hides the low bits, whose pattern could tell the sum from the noise
-        (Mironov 2012); rounding is post-processing. A GPU is not waited for: noise is drawn while
-        it still forms the sum, and follows it there.
+        (Mironov 2012); rounding is post-processing.
         """
         if self._stddev == 0:
             for parameter in self.params:
@@ -116,40 +115,50 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         for together in _groups(self.params):
             # An odd count's last normal is thrown away, as if each were drawn alone.
             even = [p.numel() + p.numel() % 2 for p in together]
-            noise = self._stream.normals(sum(even))
-            noise *= self._stddev
-            released = self._noised(noise, together, even)
+            sums = [self._taken(parameter) for parameter in together]
+            released = noised(sums, even, stddev=self._stddev, stream=self._stream)
             for parameter, piece in zip(together, torch.split(released, even), strict=True):
                 gradient = piece[: parameter.numel()].view(parameter.shape)
                 parameter.grad = gradient.to(parameter.dtype)
 
-    def _noised(self, noise: np.ndarray, together: list[Any], places: list[int]) -> Tensor:
-        """Returns noise and sums on the grid, in float32 and where the sums are.
-
-        Args:
-            noise: drawn on the host, one number for each place.
-            together: parameters on one device.
-            places: how many of the numbers are each one's.
-        """
-        device, start = together[0].device, 0
-        on_host = device.type == "cpu"
-        noisy = torch.from_numpy(noise)
-        if not on_host:
-            noisy = noisy.pin_memory().to(device, non_blocking=True)
-        for parameter, count in zip(together, places, strict=True):
-            _check_processed_flag(parameter.summed_grad)
-            total = parameter.summed_grad.detach().to(torch.float64)
-            noisy[start : start + total.numel()] += total.reshape(-1)
-            _mark_as_processed(parameter.summed_grad)
-            start += count
-        if on_host:
-            return torch.from_numpy(on_grid(noise, self._stddev).astype(np.float32))
-        return tensor_on_grid(noisy, self._stddev).to(torch.float32)
+    def _taken(self, parameter: Any) -> Tensor:
+        """Returns a sum that was not used before, flat and in float64."""
+        _check_processed_flag(parameter.summed_grad)
+        _mark_as_processed(parameter.summed_grad)
+        flat: Tensor = parameter.summed_grad.detach().to(torch.float64).reshape(-1)
+        return flat
 
     def scale_grad(self) -> None:
         """Divides by the public normaliser."""
         for parameter in self.params:
             parameter.grad /= self._normaliser
+
+
+def noised(
+    sums: Sequence[Tensor], places: Sequence[int], *, stddev: float, stream: RandomStream
+) -> Tensor:
+    """Returns sums with the host's noise, on the grid, in float32 and where the sums are.
+
+    A GPU is not waited for: noise is drawn while it still forms the sums, and follows it there.
+
+    Args:
+        sums: float64 and flat, on one device.
+        places: how many numbers of the answer are each one's; what it does not fill is noise.
+        stddev: σC.
+        stream: where the noise comes from.
+    """
+    noise = stream.normals(sum(places))
+    noise *= stddev
+    device, start = sums[0].device, 0
+    noisy = torch.from_numpy(noise)
+    if device.type != "cpu":
+        noisy = noisy.pin_memory().to(device, non_blocking=True)
+    for total, count in zip(sums, places, strict=True):
+        noisy[start : start + len(total)] += total
+        start += count
+    if device.type != "cpu":
+        return tensor_on_grid(noisy, stddev).to(torch.float32)
+    return torch.from_numpy(on_grid(noise, stddev).astype(np.float32))
 
 
 def _groups(parameters: list[Any]) -> Iterator[list[Any]]:

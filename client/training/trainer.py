@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ from bract.client.training.clipping import SLACK
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum, Precision
 from bract.client.training.optimizer import PrivateOptimizer, Sgd
 from bract.client.training.randomness import RandomStream
+from bract.client.training.together import Job, SharedStep
 from bract.client.training.views import Moves
 from bract.shared import arrays, models, tasks
 from bract.shared.arrays import Array, Arrays
@@ -31,7 +34,6 @@ from bract.shared.updates import KINDS, ProtectedScore, Update
 # gradient, which varies with the size of the batch, as large as the clip norm. Public, so that
 # refusing tells nothing; trained weights stay far below it.
 GREATEST_WEIGHT = 1e3
-_TOGETHER = 1 << 24  # numbers in the sums of sites that are trained together: 128 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +51,7 @@ class Execution:
     precision: Precision = "float32"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Job:
-    """What a site's round needs: its public terms, its opened examples, its randomness."""
-
-    terms: SiteTerms
-    examples: Examples
-    stream: RandomStream
+T = TypeVar("T")
 
 
 class Trainer:
@@ -90,6 +86,7 @@ class Trainer:
         self.parameters = models.released_parameters(self._model)
         self.shapes = models.released_shapes(self._model)
         self._summer, self._summed = _summer(contract, execution, self._model)
+        self._shared = SharedStep(contract, self._summed, self.parameters)
         self._rehearse()
 
     def check(self, weights: Arrays) -> None:
@@ -145,49 +142,52 @@ class Trainer:
         rate = self._contract.privacy.sampling_rate
         batches = [job.stream.poisson_sample(len(job.examples), rate) for job in jobs]
         with gradients.expected_warnings():
-            sums = self._sums_apart(jobs, batches)
-        return [self._stepped(job, each, weights) for job, each in zip(jobs, sums, strict=True)]
+            rows = self._sums_apart(jobs, batches)
+        kind = KINDS[self._contract.privacy.mechanism]
+        return [kind(values) for values in self._shared.updates(rows, jobs, weights)]
 
     def _shares_a_pass(self, sites: int) -> bool:
-        training, size = self._contract.training, sum(p.numel() for p in self._summed.values())
+        training = self._contract.training
         return (
             isinstance(self._summer, BookKeepingSum)
             and self._features is None
             and training.local_steps == 1
             and training.augmentation == "none"
-            and sites > 1
-            and sites * size <= _TOGETHER
+            and self._shared.holds(sites)
         )
 
-    def _stepped(self, job: Job, sums: dict[str, Tensor], weights: Arrays) -> Update:
-        self._load(weights)
-        optimizer = self._optimizer(job.terms, job.stream)
-        optimizer.put(list(sums.values()))
-        optimizer.step()
-        optimizer.zero_grad()
-        return self._update(weights)
-
-    def _sums_apart(
-        self, jobs: Sequence[Job], batches: Sequence[npt.NDArray[np.int64]]
-    ) -> list[dict[str, Tensor]]:
+    def _sums_apart(self, jobs: Sequence[Job], batches: Sequence[npt.NDArray[np.int64]]) -> Tensor:
         """Returns each site's sums over its own batch; a pass holds examples of several sites."""
-        assert isinstance(self._summer, BookKeepingSum)  # noqa: S101  the caller asked
-        ends = np.cumsum([len(batch) for batch in batches])
+        summer = self._summer
+        assert isinstance(summer, BookKeepingSum)  # noqa: S101  the caller asked
+        bounds = np.cumsum([0, *map(len, batches)])
+
+        def run(size: int) -> Tensor:
+            rows, totals = self._shared.rows(len(jobs))
+            for piece in _parts(int(bounds[-1]), size):
+                cuts = np.clip(bounds, piece.start, piece.stop)
+                pairs = [
+                    self._batch(job.examples, batch[start - begin : stop - begin])
+                    for job, batch, begin, (start, stop) in zip(
+                        jobs, batches, bounds, pairwise(cuts), strict=False
+                    )
+                    if start < stop
+                ]
+                inputs, targets = (torch.cat(side) for side in zip(*pairs, strict=True))
+                parts = [slice(start, stop) for start, stop in pairwise(cuts - piece.start)]
+                summer.add_parts_(totals, parts, inputs, targets)
+            return rows
+
+        return self._in_pieces(run)
+
+    def _in_pieces(self, run: Callable[[int], T]) -> T:
+        """Returns what running with pieces of so many examples gives; of fewer as memory asks.
+
+        The same batch again: no new sample, no new charge.
+        """
         while True:
-            sums = [self._zeros() for _ in jobs]
             try:
-                for part in _parts(int(ends[-1]), self._pieces):
-                    pieces, places, read = [], [], 0
-                    for place, (end, batch) in enumerate(zip(ends, batches, strict=True)):
-                        begin = int(end) - len(batch)
-                        rows = batch[max(part.start - begin, 0) : max(part.stop - begin, 0)]
-                        if len(rows):
-                            pieces.append(self._batch(jobs[place].examples, rows))
-                            places.append((sums[place], slice(read, read + len(rows))))
-                            read += len(rows)
-                    inputs, targets = (torch.cat(side) for side in zip(*pieces, strict=True))
-                    self._summer.add_parts_(places, inputs, targets)
-                return sums
+                return run(self._pieces)
             except (RuntimeError, MemoryError) as error:
                 if self._pieces == 1 or not _out_of_memory(error):
                     raise
@@ -233,18 +233,15 @@ class Trainer:
         self, examples: Examples, batch: npt.NDArray[np.int64], moves: Moves | None
     ) -> dict[str, Tensor]:
         """Returns the summed (clipped) gradients of a logical batch, piece by piece."""
-        while True:
+
+        def run(size: int) -> dict[str, Tensor]:
             sums = self._zeros()
-            try:
-                for part in _parts(len(batch), self._pieces):
-                    seen = None if moves is None else moves.take(part)
-                    self._summer.add_(sums, *self._batch(examples, batch[part], seen))
-                return sums
-            except (RuntimeError, MemoryError) as error:
-                # The same batch again in smaller pieces: no new sample, no new charge.
-                if self._pieces == 1 or not _out_of_memory(error):
-                    raise
-                self._pieces //= 2
+            for part in _parts(len(batch), size):
+                seen = None if moves is None else moves.take(part)
+                self._summer.add_(sums, *self._batch(examples, batch[part], seen))
+            return sums
+
+        return self._in_pieces(run)
 
     def _batch(
         self, examples: Examples, piece: npt.NDArray[np.int64], moves: Moves | None = None

@@ -6,7 +6,7 @@ in this process alone. Client and server can never import this module; a test ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bract.client.training import bookkeeping, clipping
+from bract.client.training import optimizer as optimizers
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream
 from bract.client.training.trainer import Trainer
@@ -201,7 +202,7 @@ def _one_tensor_bare() -> Iterator[None]:
 @contextmanager
 def _one_noise_for_two() -> Iterator[None]:
     """The second tensor gets the noise of the first, as far as that reaches."""
-    add_noise, noised = PrivateOptimizer.add_noise, PrivateOptimizer._noised
+    add_noise, noised = PrivateOptimizer.add_noise, optimizers.noised
     drawn: list[np.ndarray] = []
 
     def noting(optimizer: PrivateOptimizer) -> None:
@@ -209,18 +210,20 @@ def _one_noise_for_two() -> Iterator[None]:
         add_noise(optimizer)
 
     def repeating(
-        optimizer: PrivateOptimizer, noise: np.ndarray, together: list[Any], places: list[int]
+        sums: Sequence[Tensor], places: Sequence[int], *, stddev: float, stream: RandomStream
     ) -> Tensor:
+        noise = stream.normals(sum(places))
         for part in np.split(noise, np.cumsum(places)[:-1]):
             drawn.append(part.copy())
             if len(drawn) == 2:
                 width = min(len(drawn[0]), len(part))
                 part[:width] = drawn[0][:width]
-        return noised(optimizer, noise, together, places)
+        with mock.patch.object(stream, "normals", return_value=noise):
+            return noised(sums, places, stddev=stddev, stream=stream)
 
     with (
         mock.patch.object(PrivateOptimizer, "add_noise", noting),
-        mock.patch.object(PrivateOptimizer, "_noised", repeating),
+        mock.patch.object(optimizers, "noised", repeating),
     ):
         yield
 

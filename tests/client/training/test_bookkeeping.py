@@ -332,7 +332,7 @@ def test_norm_from_cancelling_factors_is_never_below_the_true_norm(
     assert float(share.norms) >= exact_norm(a, b, 1.0) * (1 - 1e-12)
     total = torch.zeros(2, 2, dtype=torch.float64)
     factor = ((1 - SLACK) / share.norms).clamp(max=1)
-    share.add_(total, factor)
+    share.add_(total[None], factor)
     assert float(total.norm()) <= 1
     assert exact_norm(a, b, float(factor)) <= 1
 
@@ -382,7 +382,7 @@ def test_each_share_adds_no_more_than_it_measured() -> None:
         backprops = torch.randn(layer(inputs).shape, generator=generator)
         for share in layers.RULES[type(layer)](layer, [([inputs], backprops)]):
             total = torch.zeros(share.parameter.shape, dtype=torch.float64)
-            share.add_(total, torch.ones(1, dtype=torch.float64))
+            share.add_(total[None], torch.ones(1, dtype=torch.float64))
             assert float(total.norm()) <= float(share.norms) * (1 + 1e-12)
             assert float(total.norm()) == pytest.approx(float(share.norms), rel=1e-6)
 
@@ -396,7 +396,7 @@ def test_embedding_adds_rows_of_its_tokens_and_no_more() -> None:
     whole = backprops[1].double().sum(0)
     assert share.norms.tolist() == pytest.approx([float(expected.norm()), float(whole.norm())])
     total = torch.zeros(50_000, 3, dtype=torch.float64)
-    share.add_(total, torch.tensor([0.5, 0.0], dtype=torch.float64))
+    share.add_(total[None], torch.tensor([0.5, 0.0], dtype=torch.float64))
     assert total.abs().sum(1).nonzero().flatten().tolist() == [4, 9]
     torch.testing.assert_close(total[[4, 9]], 0.5 * expected)
 
@@ -420,7 +420,7 @@ def test_tokens_of_an_example_that_is_not_finite_add_nothing() -> None:
     (share,) = layers.embedding(layer, [([torch.tensor([[0, 1, 1], [1, 2, 3]])], backprops)])
     assert math.isnan(share.norms[1])
     total = torch.zeros(5, 2, dtype=torch.float64)
-    share.add_(total, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    share.add_(total[None], torch.tensor([1.0, 0.0], dtype=torch.float64))
     assert total.tolist() == [[1, 1], [2, 2], [0, 0], [0, 0], [0, 0]]
 
 
