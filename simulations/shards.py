@@ -7,6 +7,7 @@ import math
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -198,11 +199,12 @@ def _opened(site: Site, permit: Permit) -> Examples | Exception:
 
 
 def shards_of(round_number: int, members: Sequence[tuple[int, int]]) -> list[Shard]:
-    """Returns a cohort in equal parts, whatever the number of workers."""
-    size = min(_GREATEST_SHARD, max(1, math.ceil(len(members) / _SHARDS)))
+    """Returns a cohort in parts that differ by one at most, whatever the number of workers."""
+    count = max(min(_SHARDS, len(members)), math.ceil(len(members) / _GREATEST_SHARD))
+    bounds = [len(members) * place // count for place in range(count + 1)]
     return [
-        Shard(place, round_number, tuple(members[start : start + size]))
-        for place, start in enumerate(range(0, len(members), size))
+        Shard(place, round_number, tuple(members[start:end]))
+        for place, (start, end) in enumerate(pairwise(bounds))
     ]
 
 

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from bract.shared import malloc
 from bract.shared.errors import BractError
 
 logger = logging.getLogger("bract.simulations")
@@ -131,6 +132,7 @@ def _serve(
     for end in inherited:
         end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    malloc.keep_freed()
     torch.set_num_threads(1)
     received = _received(tasks) if ahead is None else _read_ahead(tasks, ahead)
     for task in received:

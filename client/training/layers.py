@@ -353,10 +353,11 @@ def _channels_last(
     layer: nn.Conv1d | nn.Conv2d, inputs: Sequence[Tensor], backprops: Tensor
 ) -> bool:
     """Whether patches are copied in longer runs, or at all, where channels are the last axis."""
-    if layer.groups > 1 or layer.in_channels == 1:
+    if layer.groups > 1:
         return False
-    run: int = layer.kernel_size[-1] * layer.in_channels
-    return inputs[0].stride(1) == 1 or run > backprops.shape[-1]
+    # numbers that lie side by side: of a patch, or of a row of places, whose strides leave gaps
+    run: int = layer.kernel_size[-1] * layer.in_channels * layer.stride[-1]
+    return (inputs[0].stride(1) == 1 and layer.in_channels > 1) or run > backprops.shape[-1]
 
 
 def _patches(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, last: bool) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -125,6 +125,7 @@ def write(made: Body, key: keys.SigningKey) -> Entry:
     text = canonical.encode(made.model_dump())
     digest = _hash(made.previous, text)
     signature = key.sign(_signed(digest))
+    _know(text, made)
     return Entry(body=made, text=text, signature=signature, hash=digest.hex())
 
 
@@ -147,18 +148,33 @@ def event_of(entry: Charge | Evaluation) -> events.Event:
     return events.decode(entry.event)
 
 
-@lru_cache(maxsize=1024)  # what a site shows, its server in the same process reads again
 def body(text: bytes) -> Body:
     """Returns the body in canonical JSON; no signature is looked at.
 
     Raises:
         VerificationFailed: where it is none.
     """
-    value = canonical.decode(text)
-    try:
-        return _ADAPTER.validate_python(value)
-    except ValidationError as error:
-        raise VerificationFailed(f"not an entry of schema {SCHEMA_VERSION}") from error
+    found = _KNOWN.get(text)
+    if found is None:
+        value = canonical.decode(text)
+        try:
+            found = _ADAPTER.validate_python(value)
+        except ValidationError as error:
+            raise VerificationFailed(f"not an entry of schema {SCHEMA_VERSION}") from error
+        _know(text, found)
+    return found
+
+
+_KEPT = 1024
+# What this process wrote or read, the newest: a site shows what it wrote, and its server in the
+# same process reads it again.
+_KNOWN: OrderedDict[bytes, Body] = OrderedDict()
+
+
+def _know(text: bytes, found: Body) -> None:
+    _KNOWN[text] = found
+    while len(_KNOWN) > _KEPT:
+        _KNOWN.popitem(last=False)
 
 
 def body_hash(text: bytes) -> bytes:

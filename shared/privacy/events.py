@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from bract.shared.errors import VerificationFailed
@@ -107,12 +107,12 @@ def merge(events: Iterable[Event]) -> tuple[Event, ...]:
         >>> merge([step, step])
         (PoissonGaussian(sampling_rate=0.1, noise_multiplier=1.0, steps=10),)
     """
-    steps: Counter[PoissonGaussian] = Counter()
+    steps: Counter[tuple[float, float]] = Counter()
     others: set[Unbounded | Spent] = set()
     for event in events:
         if isinstance(event, PoissonGaussian):
-            steps[replace(event, steps=1)] += event.steps
+            steps[event.sampling_rate, event.noise_multiplier] += event.steps
         else:
             others.add(event)
-    merged = sorted(replace(kind, steps=count) for kind, count in steps.items())
+    merged = [PoissonGaussian(*kind, count) for kind, count in sorted(steps.items())]
     return (*merged, *sorted(others, key=repr))

@@ -54,6 +54,7 @@ class Transaction:
     _connection: sqlite3.Connection
     _chains: dict[tuple[str, str], Chain]
     _seen: Mapping[tuple[str, str], Head]
+    _kept: set[tuple[DocumentKind, str]]
     touched: set[tuple[str, str]] = field(default_factory=set)
     ahead: set[tuple[str, str]] = field(default_factory=set)
 
@@ -100,6 +101,7 @@ class Transaction:
         except BaseException:
             for name in self.ahead:
                 self._chains.pop(name, None)
+            self._kept.clear()
             if self._connection.in_transaction:  # a full disk has undone all of it already
                 self._connection.execute("ROLLBACK TO part")
                 self._connection.execute("RELEASE part")
@@ -181,12 +183,16 @@ class Transaction:
 
     def keep(self, kind: DocumentKind, sha256: str, text: bytes) -> None:
         """Stores the contract or policy that entries name, so that the file explains itself."""
+        # The contract of many sites is long, and each of them names it: to look for it is to read
+        # all of it.
+        if (kind, sha256) in self._kept:
+            return
         known = "SELECT 1 FROM documents WHERE kind = ? AND sha256 = ?"
-        # The contract of many sites is long, and each of them names it.
         if self._connection.execute(known, (kind, sha256)).fetchone() is None:
             self._connection.execute(
                 "INSERT INTO documents VALUES (?, ?, ?)", (kind, sha256, text.decode())
             )
+        self._kept.add((kind, sha256))
 
 
 class Ledger:
@@ -205,6 +211,7 @@ class Ledger:
         self.path, self._head_file = path, head_file
         self._chains: dict[tuple[str, str], Chain] = {}
         self._seen: dict[tuple[str, str], Head] = head_file.read() if head_file else {}
+        self._kept: set[tuple[DocumentKind, str]] = set()  # documents that the file holds
         with _typed_errors(path):
             self._connection = sqlite3.connect(
                 path, timeout=timeout_seconds, isolation_level=None, check_same_thread=False
@@ -223,7 +230,7 @@ class Ledger:
         """
         with _typed_errors(self.path):
             self._connection.execute("BEGIN IMMEDIATE")
-            transaction = Transaction(self._connection, self._chains, self._seen)
+            transaction = Transaction(self._connection, self._chains, self._seen, self._kept)
             try:
                 yield transaction
                 self._connection.execute("COMMIT")
@@ -232,6 +239,8 @@ class Ledger:
                         self._seen[name] = head
                 if self._head_file and transaction.ahead:
                     self._head_file.write(self._seen)
+                if len(self._kept) > CHAINS_IN_MEMORY:
+                    self._kept.clear()
                 while len(self._chains) > CHAINS_IN_MEMORY:
                     del self._chains[next(iter(self._chains))]  # longest unused; its head is kept
             except BaseException:
@@ -239,6 +248,7 @@ class Ledger:
                 # the last head that was committed, so that a cut file stays refused.
                 for name in transaction.ahead:
                     self._chains.pop(name, None)
+                self._kept.clear()
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
