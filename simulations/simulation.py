@@ -180,6 +180,8 @@ class Simulation:
             evaluation=experiment.evaluation is not None,
             device=str(devices.resolve(experiment.device)),
             execution=experiment.execution,
+            # A worker has no core beside its own where there is one for each.
+            noise_ahead=(os.cpu_count() or 1) > self.workers,
         )
 
     def _contract(self, plan: Plan, sizes: list[int]) -> SignedContract:

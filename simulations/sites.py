@@ -53,6 +53,7 @@ class Plan(Frozen):
     evaluation: bool = False
     device: str
     execution: ExecutionSettings
+    noise_ahead: bool = False
 
     @property
     def state(self) -> State:
@@ -210,6 +211,7 @@ def _trainers(plan_path: str) -> Trainers:
             mode=plan.execution.mode,
             physical_batch=plan.execution.physical_batch,
             precision=plan.execution.precision,
+            noise_ahead=plan.noise_ahead,
         )
     )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from bract.client.training.randomness import RandomStream
 
 GRID_BITS = 20
 _TOGETHER = 1 << 17
+_GREATEST_AHEAD = 1 << 22  # normals of a step that wait for it: 32 MiB
 
 
 class Sgd:
@@ -88,11 +90,24 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         self._normaliser = normaliser
         self._stream = stream
         self._stddev = noise_multiplier * clip_norm
+        self._drawn: deque[Future[np.ndarray]] = deque()
 
     def put(self, sums: list[Tensor]) -> None:
         """Sets the sum of a logical batch, one tensor a parameter; zeros for an empty batch."""
         for parameter, value in zip(self.params, sums, strict=True):
             parameter.summed_grad = value
+
+    def draw_ahead(self, executor: Executor) -> None:
+        """Lets another thread draw the next step's noise; the stream is its own until that step.
+
+        The numbers are those that the step would draw by itself.
+        """
+        counts = [sum(_even(together)) for together in _groups(self.params)]
+        if self._stddev > 0 and sum(counts) <= _GREATEST_AHEAD:
+            self._drawn.extend(executor.submit(self._stream.normals, count) for count in counts)
+
+    def _normals(self, count: int) -> np.ndarray:
+        return self._drawn.popleft().result() if self._drawn else self._stream.normals(count)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noises and scales the sums; no logical step is ever skipped."""
@@ -113,10 +128,9 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                 _mark_as_processed(parameter.summed_grad)
             return
         for together in _groups(self.params):
-            # An odd count's last normal is thrown away, as if each were drawn alone.
-            even = [p.numel() + p.numel() % 2 for p in together]
+            even = _even(together)
             sums = [self._taken(parameter) for parameter in together]
-            released = noised(sums, even, stddev=self._stddev, stream=self._stream)
+            released = noised(sums, even, stddev=self._stddev, normals=self._normals(sum(even)))
             for parameter, piece in zip(together, torch.split(released, even), strict=True):
                 gradient = piece[: parameter.numel()].view(parameter.shape)
                 parameter.grad = gradient.to(parameter.dtype)
@@ -135,22 +149,21 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
 
 def noised(
-    sums: Sequence[Tensor], places: Sequence[int], *, stddev: float, stream: RandomStream
+    sums: Sequence[Tensor], places: Sequence[int], *, stddev: float, normals: np.ndarray
 ) -> Tensor:
     """Returns sums with the host's noise, on the grid, in float32 and where the sums are.
 
-    A GPU is not waited for: noise is drawn while it still forms the sums, and follows it there.
+    A GPU is not waited for: it may still form the sums when their noise has been drawn.
 
     Args:
         sums: float64 and flat, on one device.
         places: how many numbers of the answer are each one's; what it does not fill is noise.
         stddev: σC.
-        stream: where the noise comes from.
+        normals: one for each place; written over.
     """
-    noise = stream.normals(sum(places))
-    noise *= stddev
+    normals *= stddev
     device, start = sums[0].device, 0
-    noisy = torch.from_numpy(noise)
+    noisy = torch.from_numpy(normals)
     if device.type != "cpu":
         noisy = noisy.pin_memory().to(device, non_blocking=True)
     for total, count in zip(sums, places, strict=True):
@@ -158,7 +171,12 @@ def noised(
         start += count
     if device.type != "cpu":
         return tensor_on_grid(noisy, stddev).to(torch.float32)
-    return torch.from_numpy(on_grid(noise, stddev).astype(np.float32))
+    return torch.from_numpy(on_grid(normals, stddev).astype(np.float32))
+
+
+def _even(parameters: list[Any]) -> list[int]:
+    """Returns how many normals each takes: an odd count's last one is thrown away, as if alone."""
+    return [p.numel() + p.numel() % 2 for p in parameters]
 
 
 def _groups(parameters: list[Any]) -> Iterator[list[Any]]:

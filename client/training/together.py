@@ -93,7 +93,8 @@ class SharedStep:
         before = torch.from_numpy(flat).to(self._device)
         found = []
         for row, job in zip(rows, jobs, strict=True):
-            gradient = noised([row], [self._size], stddev=stddev, stream=job.stream)
+            normals = job.stream.normals(self._size)
+            gradient = noised([row], [self._size], stddev=stddev, normals=normals)
             gradient /= self._contract.normaliser(job.terms)
             moved = before.add(gradient, alpha=-training.learning_rate).sub_(before).cpu().numpy()
             found.append(self._arrays(moved))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -42,13 +44,15 @@ class Execution:
 
     `physical_batch` is the greatest number of examples in memory at once; a logical batch is
     split into pieces of it. `precision` is that of the products of the two passes; norms and sums
-    are float64 in either, of the very numbers that the passes gave.
+    are float64 in either, of the very numbers that the passes gave. `noise_ahead` lets a thread
+    draw a step's noise while its gradients are formed: for where a core is idle.
     """
 
     device: str = "cpu"
     mode: Mode = "book-keeping"
     physical_batch: int = 256
     precision: Precision = "float32"
+    noise_ahead: bool = True
 
 
 T = TypeVar("T")
@@ -82,6 +86,7 @@ class Trainer:
             self._features = Features(model, contract.data, self._device)
             model = model.behind()
         self._model, self._contract = model, contract
+        self._noise_ahead = execution.noise_ahead
         self._pieces = max(1, execution.physical_batch // contract.training.views)
         self.parameters = models.released_parameters(self._model)
         self.shapes = models.released_shapes(self._model)
@@ -119,6 +124,8 @@ class Trainer:
             for _ in range(self._contract.training.local_steps):
                 batch = stream.poisson_sample(len(examples), rate)
                 moves = self._moves(len(batch), stream)
+                if self._noise_ahead:
+                    optimizer.draw_ahead(_drawing(os.getpid()))
                 optimizer.put(list(self._sums(examples, batch, moves).values()))
                 optimizer.step()
                 optimizer.zero_grad()
@@ -293,6 +300,12 @@ def clipped(update: Arrays, clip_norm: float) -> dict[str, Array]:
         return {name: np.zeros_like(value) for name, value in update.items()}
     factor = min(1.0, clip_norm * (1 - SLACK) / norm) if norm > 0 else 1.0
     return {name: (value * factor).astype(np.float32) for name, value in update.items()}
+
+
+@lru_cache(maxsize=1)
+def _drawing(process: int) -> ThreadPoolExecutor:
+    """Returns the one thread of this process that draws noise; a forked one has its own."""
+    return ThreadPoolExecutor(1, thread_name_prefix="noise")
 
 
 def _summer(

@@ -210,16 +210,14 @@ def _one_noise_for_two() -> Iterator[None]:
         add_noise(optimizer)
 
     def repeating(
-        sums: Sequence[Tensor], places: Sequence[int], *, stddev: float, stream: RandomStream
+        sums: Sequence[Tensor], places: Sequence[int], *, stddev: float, normals: np.ndarray
     ) -> Tensor:
-        noise = stream.normals(sum(places))
-        for part in np.split(noise, np.cumsum(places)[:-1]):
+        for part in np.split(normals, np.cumsum(places)[:-1]):
             drawn.append(part.copy())
             if len(drawn) == 2:
                 width = min(len(drawn[0]), len(part))
                 part[:width] = drawn[0][:width]
-        with mock.patch.object(stream, "normals", return_value=noise):
-            return noised(sums, places, stddev=stddev, stream=stream)
+        return noised(sums, places, stddev=stddev, normals=normals)
 
     with (
         mock.patch.object(PrivateOptimizer, "add_noise", noting),

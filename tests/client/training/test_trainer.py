@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import itertools
+import multiprocessing
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,10 @@ class Watching(RandomStream):
         super().__init__(key)
         self.normal_counts: list[int] = []
         self.samples: list[tuple[int, float, int]] = []
+        self.threads: set[int] = set()
 
     def normals(self, count: int) -> np.ndarray:
+        self.threads.add(threading.get_ident())
         self.normal_counts.append(count)
         return super().normals(count)
 
@@ -205,6 +209,38 @@ def test_pieces_change_neither_the_update_nor_what_is_drawn(world: Any, mode: st
         np.testing.assert_allclose(update, updates[-1], atol=1e-6)
     other = flat(train(trainer, contract, examples(), Watching(key(9))))
     assert np.abs(other - updates[-1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("model", ["linear", "cnn"])
+def test_noise_that_a_thread_draws_ahead_is_that_of_the_step(world: Any, model: str) -> None:
+    contract = terms_of(world, model=ModelTerms(name=model))
+    updates, drawn = [], []
+    for ahead in (True, False):
+        trainer, stream = Trainer(contract, Execution(noise_ahead=ahead)), Watching()
+        updates.append(flat(train(trainer, contract, examples(), stream)))
+        drawn.append((stream.normal_counts, stream.samples))
+        here = stream.threads == {threading.get_ident()}
+        assert here is not ahead
+    assert drawn[0] == drawn[1]
+    np.testing.assert_array_equal(*updates)
+
+
+def test_a_forked_process_draws_ahead_by_a_thread_of_its_own(world: Any) -> None:
+    """A thread does not outlive a fork, and work that is given to it then waits for ever."""
+    contract = terms_of(world)
+    trainer = Trainer(contract, Execution(noise_ahead=True))
+    expected = flat(train(trainer, contract, examples(), RandomStream(key(1))))
+    forked = multiprocessing.get_context("fork")
+    ours, theirs = forked.Pipe()
+
+    def work() -> None:
+        theirs.send(flat(train(trainer, contract, examples(), RandomStream(key(1)))))
+
+    process = forked.Process(target=work)
+    process.start()
+    assert ours.poll(60)
+    np.testing.assert_array_equal(ours.recv(), expected)
+    process.join()
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -393,7 +429,7 @@ def test_lack_of_memory_makes_smaller_pieces_of_the_same_batch(world: Any, mode:
 
 def test_lack_of_memory_for_one_example_is_raised(world: Any) -> None:
     contract = terms_of(world)
-    trainer, stream = Trainer(contract, Execution()), Watching()
+    trainer, stream = Trainer(contract, Execution(noise_ahead=False)), Watching()
     trainer._summer = Scarce(trainer._summer, 0)
     with pytest.raises(torch.OutOfMemoryError):
         train(trainer, contract, examples(), stream)
