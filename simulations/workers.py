@@ -60,6 +60,8 @@ class Pool(Generic[Task, Answer]):
                 workers,
             )
             workers = 1
+        if workers <= 1:
+            malloc.keep_freed()
         start: Any = multiprocessing.get_context("fork" if fork else "spawn")
         for _ in range(workers if workers > 1 else 0):
             ours, theirs = start.Pipe()

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bract.client.training.gradients import Precision, clipped_sum, expected_warnings
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream, SecureRandomness
+from bract.shared import malloc
 from bract.simulations.benchmarks.rivals.networks import CLASSES, cnn, small_cnn
 
 REPEATS = 9
@@ -125,6 +126,7 @@ def measure(
         devices: "cpu", whose ratios stand by themselves, and "cuda", which has a table of its own.
     """
     torch.set_num_threads(1)
+    malloc.keep_freed()  # as workers do, for all ways alike
     with warnings.catch_warnings(), expected_warnings():
         warnings.filterwarnings("ignore", module="opacus")
         tables = {
