@@ -266,7 +266,7 @@ def _arithmetic(run: Simulation) -> float:
     torch.set_num_threads(1)
     with run.prepared() as (_, signed):
         agreed = signed.contract
-        trainer = Trainer(agreed, Execution())
+        trainer = Trainer(agreed, Execution(noise_ahead=False))
         model = models.of(agreed.model, agreed.data)
         weights = {
             name: value.detach().numpy()
