@@ -9,6 +9,7 @@ Shards do not depend on the number of workers, and so neither does the sum.
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ class CohortGrid(SimulatedGrid):
         """Ends the workers."""
         if self._pool is not None:
             self._pool.close()
+            gc.unfreeze()
 
     def _close(self, messages: Sequence[Message]) -> Iterator[Message]:
         asked = [(self._site(m), wire.decode_close(m.content)) for m in messages]
@@ -149,6 +151,9 @@ class CohortGrid(SimulatedGrid):
             self._board, self._contract = Board(shapes), contract.sha256
             trainer = ShardTrainer(self._plan, order.contract, self._board, shapes)
             ahead = trainer.read if self._workers > 1 else None
+            # What lasts as long as the run, the terms of thousands of sites, no collection looks at
+            # again, here or in a worker, where each look would copy it.
+            gc.freeze()
             self._pool = Pool(trainer.train, lost, workers=self._workers, ahead=ahead)
         if contract.sha256 != self._contract:
             raise BractError("a grid carries one run; start another for another contract")

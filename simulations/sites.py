@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ class Plan(Frozen):
     execution: ExecutionSettings
     noise_ahead: bool = False
 
-    @property
+    @cached_property
     def state(self) -> State:
         """The sites' lasting state."""
         return State(ledgers=Path(self.ledgers), private=Path(self.private))

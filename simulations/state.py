@@ -42,7 +42,7 @@ class State:
     def shares_a_file(self, site: str, *, many: bool) -> bool:
         """Returns whether a site, one of many, keeps its chains beside the others'."""
         # What a site has charged in a file of its own is never left behind.
-        return many and site not in _names(self.ledgers, ".sqlite")
+        return many and site not in _names(self.ledgers, "", ".sqlite")
 
     def ledger(self, site: str, *, many: bool) -> Path:
         """Returns the ledger file of a site."""
@@ -50,10 +50,9 @@ class State:
 
     def site_key(self, site: str, *, many: bool) -> keys.SigningKey:
         """Returns the key of a site, made where there is none yet."""
-        path = self.key(site)
-        if not self.shares_a_file(site, many=many) or site in _names(path.parent, path.suffix):
-            return keys.load_or_generate(path)
-        return keys.derived(_root(self.key("sites")), site)
+        if not self.shares_a_file(site, many=many) or site in _names(self.private, "keys/", ".pem"):
+            return keys.load_or_generate(self.key(site))
+        return keys.derived(_root(self), site)
 
     def key(self, name: str) -> Path:
         """Returns the file of a signing key."""
@@ -110,11 +109,11 @@ class State:
 
 
 @lru_cache(maxsize=8)
-def _names(folder: Path, suffix: str) -> frozenset[str]:
+def _names(folder: Path, within: str, suffix: str) -> frozenset[str]:
     """Returns the names of a folder's files, without their suffix; thousands of sites ask."""
-    return frozenset(path.stem for path in folder.glob(f"*{suffix}"))
+    return frozenset(path.stem for path in folder.glob(f"{within}*{suffix}"))
 
 
 @lru_cache(maxsize=4)
-def _root(path: Path) -> keys.SigningKey:
-    return keys.load_or_generate(path)
+def _root(state: State) -> keys.SigningKey:
+    return keys.load_or_generate(state.key("sites"))
