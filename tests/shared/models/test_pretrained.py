@@ -113,6 +113,15 @@ def test_adapters_start_without_effect_and_alike_from_one_seed(small: Callable[[
     assert len({value.sum().item() for value in downs}) == len(downs)
 
 
+@pytest.mark.parametrize("rank", [4, 8])
+def test_an_update_of_adapters_is_a_fiftieth_of_a_real_encoder_at_the_most(
+    pretrained: str, rank: int
+) -> None:
+    model = built(pretrained, 30522, rank=rank)
+    sent = sum(value.numel() for value in models.released_parameters(model).values())
+    assert 0 < sent <= 0.02 * sum(value.numel() for value in model.parameters())
+
+
 def test_adapters_can_be_of_the_last_layers_alone(small: Callable[[str], str]) -> None:
     folder = small("bert")
     released = models.released_parameters(built(folder, rank=2, adapted=1))
