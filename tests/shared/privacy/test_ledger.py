@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +438,38 @@ def release_of(world: Any, gate: Any, chain: Any, number: int) -> entries.Releas
     (contract,) = chain.attempts
     facts = {"kind": "release", "contract": contract, "round": number, "update": "0" * 64}
     return entries.Release.model_validate({**gate._common(chain, 1), **facts})
+
+
+POLICY = ("policy", "ab")
+
+
+@contextmanager
+def kept_and_undone(transaction: ledger.Transaction) -> Iterator[None]:
+    transaction.keep("policy", "ab", b"text")
+    yield
+    raise RuntimeError
+
+
+def test_a_document_of_an_undone_transaction_is_kept_when_it_is_named_again(
+    tmp_path: Path,
+) -> None:
+    """A ledger remembers what its file holds; else entries would name what is not there."""
+    held = Ledger(tmp_path / "ledger.sqlite")
+    with pytest.raises(RuntimeError), held.transaction() as first, kept_and_undone(first):
+        pass
+    with held.transaction() as second:
+        second.keep("policy", "ab", b"text")
+        second.keep("policy", "ab", b"text")
+    assert ledger.contents(held.path).documents == {POLICY: b"text"}
+
+
+def test_a_document_of_an_undone_part_is_kept_when_it_is_named_again(tmp_path: Path) -> None:
+    held = Ledger(tmp_path / "ledger.sqlite")
+    with held.transaction() as transaction:
+        with pytest.raises(RuntimeError), transaction.part(), kept_and_undone(transaction):
+            pass
+        transaction.keep("policy", "ab", b"text")
+    assert ledger.contents(held.path).documents == {POLICY: b"text"}
 
 
 def test_a_part_that_fails_undoes_itself_and_leaves_the_rest_of_its_transaction(
