@@ -6,12 +6,13 @@ import ctypes
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of malloc.h
-_EVERY_BLOCK = 1 << 30
+_EVERY_BLOCK, _GREATEST_ONCE = 1 << 30, 32 << 20  # the latter is all that glibc before 2.35 takes
 
 
 def keep_freed() -> None:
     """Lets this process keep what it frees, for the next step: to fault it in again costs time."""
-    _set(_MMAP_THRESHOLD, _EVERY_BLOCK)
+    if not _set(_MMAP_THRESHOLD, _EVERY_BLOCK):
+        _set(_MMAP_THRESHOLD, _GREATEST_ONCE)
     _set(_TRIM_THRESHOLD, _EVERY_BLOCK)
 
 
@@ -25,11 +26,12 @@ def give_back(*, from_bytes: int, arenas: int) -> None:
     _set(_ARENA_MAX, arenas)
 
 
-def _set(option: int, value: int) -> None:
+def _set(option: int, value: int) -> bool:
+    """Returns whether the allocator took the value."""
     if not sys.platform.startswith("linux"):
-        return
+        return False
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
-        return
-    mallopt(option, value)
+        return False
+    return bool(mallopt(option, value))
