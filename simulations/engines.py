@@ -19,6 +19,7 @@ import torch
 from bract.client.app import FACTORY_VARIABLE
 from bract.client.app import app as client_app
 from bract.server.app import app as server_app
+from bract.shared import malloc
 from bract.shared.errors import UsageError
 from bract.simulations import flower
 from bract.simulations.cohort import CohortGrid
@@ -40,6 +41,7 @@ class LocalEngine:
 
     def run(self, plan: Path, *, sites: int, workers: int, run_config: Mapping[str, Any]) -> int:
         """Returns the number of workers, when the ServerApp has ended."""
+        malloc.keep_freed()  # of a round's messages and sums, for the next round's
         grid: LocalGrid | CohortGrid
         planned = open_plan(plan)
         # One process serves all sites on a GPU, which it has for itself; and once a process has

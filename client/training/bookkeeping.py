@@ -20,8 +20,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bract.client.training import layers
-from bract.client.training.clipping import WHOLE, clip_factors, joint_norms
-from bract.client.training.layers import Rule, Share, Use
+from bract.client.training.clipping import (
+    NARROW,
+    WHOLE,
+    clip_factors,
+    joint_norms,
+    row_norms,
+    weighted_sums,
+)
+from bract.client.training.layers import Formed, Rule, Share, Shares, Use
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,7 +50,7 @@ class _Recorder(GradSampleModule):  # type: ignore[misc]
 
     def clear(self) -> None:
         """Forgets a pass; one that was cut off, by lack of memory, leaves much behind."""
-        self.shares: list[Share] = []
+        self.shares: Shares = []
         self.sources: list[GradientEdge] = []
         self.calls: Counter[nn.Module] = Counter()
         self._uses: dict[nn.Module, list[Use]] = {}
@@ -93,15 +100,16 @@ class _Recorder(GradSampleModule):  # type: ignore[misc]
         for weight, rows in layers.sampled_rows(layer, uses).items():
             self._tied[weight] = self._tied[weight] + rows if weight in self._tied else rows
 
-    def finished(self, examples: int) -> list[Share]:
+    def finished(self, examples: int) -> Shares:
         """Returns the shares of the pass, one a parameter that was reached."""
         for layer in list(self._uses):  # an output that nothing came back to
             self._settle(layer)
-        shares = self.shares + [layers.formed(weight, rows) for weight, rows in self._tied.items()]
+        shares = [*self.shares, *(Formed(weight, rows) for weight, rows in self._tied.items())]
         for share in shares:
-            if len(share.norms) != examples:
+            found = len(share.rows if isinstance(share, Formed) else share.norms)
+            if found != examples:
                 raise NotImplementedError(
-                    f"a layer has {len(share.norms)} gradients for {examples} examples: its first "
+                    f"a layer has {found} gradients for {examples} examples: its first "
                     "axis must be that of the examples"
                 )
         self.clear()
@@ -216,9 +224,8 @@ class BookKeepingSum:
             if missing := self._names.keys() - {share.parameter for share in shares}:
                 names = ", ".join(sorted(self._names[p] for p in missing))
                 raise RuntimeError(f"no per-example gradient reached {names}")
-            factors = clip_factors(joint_norms([share.norms for share in shares]), self._clip_norm)
-            for share in shares:
-                share.add_(totals[self._names[share.parameter]], factors, parts)
+            by_parameter = {p: totals[name] for p, name in self._names.items()}
+            _add_clipped_(by_parameter, shares, self._clip_norm, parts)
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         return self._layout.outputs(self._run, inputs)
@@ -227,6 +234,33 @@ class BookKeepingSum:
         self._module.clear()
         outputs: Tensor = self._module(inputs)
         return outputs
+
+
+def _add_clipped_(
+    totals: Mapping[Tensor, Tensor], shares: Shares, clip_norm: float, parts: Sequence[slice]
+) -> None:
+    """Adds Σ f_i·g_i of each part to the parameters' totals; narrow rows are taken as one."""
+    apart, narrow = list[Share | Formed](), list[Formed]()
+    for share in shares:
+        if isinstance(share, Formed) and share.parameter.numel() <= NARROW:
+            narrow.append(share)
+        else:
+            apart.append(share)
+    joined = (
+        [torch.cat([share.rows.reshape(len(share.rows), -1) for share in narrow], 1)]
+        if narrow
+        else []
+    )
+    norms = [*(share.norms for share in apart), *map(row_norms, joined)]
+    factors = clip_factors(joint_norms(norms), clip_norm)
+    for share in apart:
+        share.add_(totals[share.parameter], factors, parts)
+    for rows in joined:
+        widths = [share.parameter.numel() for share in narrow]
+        sums = torch.split(weighted_sums(factors, rows, parts), widths, 1)
+        for share, found in zip(narrow, sums, strict=True):
+            total = totals[share.parameter]
+            total += found.view(total.shape)
 
 
 class GhostSum(BookKeepingSum):

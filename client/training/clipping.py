@@ -17,21 +17,24 @@ SLACK = 1e-3
 # Numbers widened to float64 at once: two megabytes, about what a core keeps near.
 BLOCK = 1 << 18
 WHOLE: tuple[slice, ...] = (slice(None),)
-# Rows so narrow are summed for all parts of a batch at once, though most products are with zeros.
-_NARROW = 2048
+# Rows so narrow are measured with others, and summed for all parts of a batch at once, though most
+# products are with zeros: what it takes to start a product is more than that.
+NARROW = 2048
 
 
 def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
     """Returns min(1, C(1 − 1e-3) / norm) by example, float64; 0 where the norm is not finite."""
-    factors = (clip_norm * (1 - SLACK) / norms.double()).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+    factors: Tensor = (clip_norm * (1 - SLACK) / norms.double()).clamp(max=1.0)
+    factors.nan_to_num_(nan=0.0)  # of an infinite norm it is 0 already
+    return factors
 
 
 def row_norms(gradients: Tensor) -> Tensor:
     """Returns the norm of each row; in float64, since a square may overflow float32."""
     rows = gradients.reshape(len(gradients), -1)
-    parts = [torch.linalg.vector_norm(rows[part].double(), dim=1) for part in _blocks(rows)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if rows.numel() <= BLOCK:
+        return torch.linalg.vector_norm(rows.double(), dim=1)
+    return torch.cat([torch.linalg.vector_norm(rows[b].double(), dim=1) for b in _blocks(rows)])
 
 
 def joint_norms(norms: list[Tensor]) -> Tensor:
@@ -48,7 +51,9 @@ def weighted_sum(factors: Tensor, gradients: Tensor) -> Tensor:
 def weighted_sums(factors: Tensor, gradients: Tensor, parts: Sequence[slice]) -> Tensor:
     """Returns Σ f_i·g_i of each part of the examples, in float64, a part on the first axis."""
     rows = without_dropped(factors, gradients).reshape(len(gradients), -1)
-    if len(parts) > 1 and rows.shape[1] <= _NARROW:
+    if parts is WHOLE and rows.numel() <= BLOCK:
+        sums = factors[None] @ rows.double()
+    elif len(parts) > 1 and rows.shape[1] <= NARROW:
         sums = _spread(factors, parts) @ rows.double()
     else:
         sums = rows.new_zeros((len(parts), rows.shape[1]), dtype=torch.float64)
@@ -69,12 +74,11 @@ def _spread(factors: Tensor, parts: Sequence[slice]) -> Tensor:
 
 def without_dropped(factors: Tensor, rows: Tensor) -> Tensor:
     """Returns the rows, zeros where the factor is 0: the row may hold NaN."""
-    kept = factors > 0
     # Where all are kept nothing would change, so what is released does not depend on this branch;
     # to ask that of a GPU would be to wait for it.
-    if rows.device.type == "cpu" and kept.all():
+    if rows.device.type == "cpu" and len(rows) and float(factors.min()) > 0:
         return rows
-    return torch.where(kept.view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
+    return torch.where((factors > 0).view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:

@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from bract.client.training.clipping import (
     BLOCK,
+    NARROW,
     WHOLE,
     row_norms,
     weighted_sums,
@@ -70,15 +71,33 @@ class Add(Protocol):
         """Adds in place; `totals` has a part on its first axis, `factors` are those of all."""
 
 
-Rule = Callable[[Any, Sequence[Use]], list[Share]]
+@dataclass(frozen=True, slots=True, eq=False)
+class Formed:
+    """A share of gradients that were formed, a row for each: what is measured is what is added."""
+
+    parameter: Tensor
+    rows: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        """The norm of each example's gradient."""
+        return row_norms(self.rows)
+
+    def add_(self, totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE) -> None:
+        """Adds Σ f_i·g_i of each part to its total in place."""
+        totals += weighted_sums(factors, self.rows, parts)
 
 
-def sampled(layer: nn.Module, uses: Sequence[Use]) -> list[Share]:
+Shares = list[Share | Formed]
+Rule = Callable[[Any, Sequence[Use]], Shares]
+
+
+def sampled(layer: nn.Module, uses: Sequence[Use]) -> Shares:
     """Returns shares by Opacus' sampler, functorch where it has none; uses are added up first.
 
     For any other kind of layer, and for every layer whose parameters another layer uses too.
     """
-    return [formed(p, rows) for p, rows in sampled_rows(layer, uses).items()]
+    return [Formed(p, rows) for p, rows in sampled_rows(layer, uses).items()]
 
 
 def sampled_rows(layer: nn.Module, uses: Sequence[Use]) -> dict[Tensor, Tensor]:
@@ -95,7 +114,7 @@ def sampled_rows(layer: nn.Module, uses: Sequence[Use]) -> dict[Tensor, Tensor]:
     return rows
 
 
-def dense(layer: nn.Linear, uses: Sequence[Use]) -> list[Share]:
+def dense(layer: nn.Linear, uses: Sequence[Use]) -> Shares:
     """Returns the shares of a linear layer; a sequence axis and several uses are its places."""
     activations = _side([inputs[0].to(b.dtype) for inputs, b in uses])
     backprops = _side([b for _, b in uses])
@@ -105,7 +124,7 @@ def dense(layer: nn.Linear, uses: Sequence[Use]) -> list[Share]:
     return [*weight, *_bias(layer, lambda: backprops.sum(1))]
 
 
-def convolution(layer: nn.Conv1d | nn.Conv2d, uses: Sequence[Use]) -> list[Share]:
+def convolution(layer: nn.Conv1d | nn.Conv2d, uses: Sequence[Use]) -> Shares:
     """Returns the shares of a convolution: a dense layer over patches, for each group."""
     groups, last = layer.groups, _channels_last(layer, *uses[0])
     outputs = [b.flatten(2).reshape(len(b), groups, -1, b[0, 0].numel()) for _, b in uses]
@@ -120,7 +139,7 @@ def convolution(layer: nn.Conv1d | nn.Conv2d, uses: Sequence[Use]) -> list[Share
     return [*weight, *_bias(layer, lambda: backprops.sum(2).flatten(1))]
 
 
-def embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
+def embedding(layer: nn.Embedding, uses: Sequence[Use]) -> Shares:
     """Returns the share of an embedding: gradients by (example, token), never one-hot."""
     tokens = torch.cat([inputs[0].reshape(len(b), -1) for inputs, b in uses], 1)
     found = [_without_padding(layer, inputs[0], b) for inputs, b in uses]
@@ -164,7 +183,7 @@ def _distinct_by_sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
     return distinct, torch.empty_like(keys).scatter_(0, order, places)
 
 
-def ghost_dense(layer: nn.Linear, uses: Sequence[Use]) -> list[Share]:
+def ghost_dense(layer: nn.Linear, uses: Sequence[Use]) -> Shares:
     """Returns the shares of a linear layer by Opacus' own ghost norms, whatever the shapes."""
     ((inputs, b),) = uses
     activations, backprops = _side([inputs[0].to(b.dtype)]), _side([b])
@@ -179,12 +198,12 @@ def ghost_dense(layer: nn.Linear, uses: Sequence[Use]) -> list[Share]:
     return [_products(layer.weight, activations[:, None], backprops[:, None], gram), *bias]
 
 
-def ghost_embedding(layer: nn.Embedding, uses: Sequence[Use]) -> list[Share]:
+def ghost_embedding(layer: nn.Embedding, uses: Sequence[Use]) -> Shares:
     """Returns the share of an embedding by Opacus' own ghost norm."""
     ((inputs, backprops),) = uses
     tokens = inputs[0].contiguous()  # Opacus' sampler views it flat
     ghost = _norm_sampler(layer)(layer, [tokens], backprops.double())[layer.weight]
-    return [replace(share, norms=ghost) for share in embedding(layer, uses)]
+    return [Share(share.parameter, ghost, share.add_) for share in embedding(layer, uses)]
 
 
 RULES: dict[type[nn.Module], Rule] = {
@@ -222,7 +241,7 @@ def _weight(
     backprops: Tensor,
     features: int,
     channels_last: bool = False,
-) -> list[Share]:
+) -> Shares:
     """Returns the share of a product's weight, the cheaper way.
 
     Args:
@@ -235,6 +254,8 @@ def _weight(
     weight, (places, outputs) = layer.weight, backprops.shape[2:]
     if not weight.requires_grad:
         return []
+    if weight.numel() <= NARROW:
+        return [Formed(weight, _narrow(weight, activations, backprops, features, channels_last))]
     if _keeps_factors(places=places, inputs=features, outputs=outputs):
         share = _products(weight, activations(slice(None)), backprops, _gram)
     else:
@@ -246,10 +267,44 @@ def _weight(
     return [replace(share, add_=add_)]
 
 
+def _narrow(
+    weight: Tensor,
+    activations: Callable[[slice], Tensor],
+    backprops: Tensor,
+    features: int,
+    channels_last: bool,
+) -> Tensor:
+    """Returns Σ_t b_t·a_tᵀ of every example, as the weight's own axes lie."""
+    rows, wide, _ = _form(weight, activations, backprops, features, measured=False)
+    rows = rows.transpose(2, 3) if wide else rows
+    if channels_last:
+        kernel = rows.reshape(len(rows), weight.shape[0], *weight.shape[2:], weight.shape[1])
+        return kernel.movedim(-1, 2)
+    return rows.reshape(len(rows), *weight.shape)
+
+
 def _formed_products(
     parameter: Tensor, activations: Callable[[slice], Tensor], backprops: Tensor, features: int
 ) -> Share:
-    """Returns the share of Σ_t b_t·a_tᵀ formed for every example, some examples at a time."""
+    """Returns the share of Σ_t b_t·a_tᵀ formed for every example."""
+    rows, wide, norms = _form(parameter, activations, backprops, features, measured=True)
+
+    def add_(totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE) -> None:
+        found = weighted_sums(factors, rows, parts)
+        totals += (found.transpose(2, 3) if wide else found).reshape(totals.shape)
+
+    return Share(parameter, torch.cat(norms), add_)
+
+
+def _form(
+    parameter: Tensor,
+    activations: Callable[[slice], Tensor],
+    backprops: Tensor,
+    features: int,
+    *,
+    measured: bool,
+) -> tuple[Tensor, bool, list[Tensor]]:
+    """Returns Σ_t b_t·a_tᵀ or its transpose, which it is, and norms where they are asked for."""
     count, groups, places, outputs = backprops.shape
     wide = features < outputs  # a product is faster the more columns it has
     sides = (features, outputs) if wide else (outputs, features)
@@ -261,13 +316,9 @@ def _formed_products(
         a, b = activations(part).flatten(0, 1), backprops[part].flatten(0, 1)
         left, right = (a, b) if wide else (b, a)
         torch.bmm(left.transpose(1, 2), right, out=rows[part].flatten(0, 1))
-        norms.append(row_norms(rows[part]))
-
-    def add_(totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE) -> None:
-        found = weighted_sums(factors, rows, parts)
-        totals += (found.transpose(2, 3) if wide else found).reshape(totals.shape)
-
-    return Share(parameter, torch.cat(norms), add_)
+        if measured:
+            norms.append(row_norms(rows[part]))
+    return rows, wide, norms
 
 
 def _room(parameter: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -290,10 +341,10 @@ def give_back(parameters: Iterable[Tensor]) -> None:
         parameter.__dict__.pop(_ROOM, None)
 
 
-def _bias(layer: nn.Linear | nn.Conv1d | nn.Conv2d, rows: Callable[[], Tensor]) -> list[Share]:
+def _bias(layer: nn.Linear | nn.Conv1d | nn.Conv2d, rows: Callable[[], Tensor]) -> Shares:
     # annotated as never None, but a layer made with bias=False has none
     bias: Tensor | None = layer.bias
-    return [formed(bias, rows())] if bias is not None and bias.requires_grad else []
+    return [Formed(bias, rows())] if bias is not None and bias.requires_grad else []
 
 
 def _keeps_factors(*, places: int, inputs: int, outputs: int) -> bool:
@@ -305,36 +356,34 @@ def _keeps_factors(*, places: int, inputs: int, outputs: int) -> bool:
     return gram + places * inputs * outputs < (places / 2 + ROW_COST) * inputs * outputs
 
 
-def formed(parameter: Tensor, rows: Tensor) -> Share:
-    """Returns the share of gradients that were formed: what is measured is what is added."""
-
-    def add_(totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE) -> None:
-        totals += weighted_sums(factors, rows, parts)
-
-    return Share(parameter, row_norms(rows), add_)
-
-
 def _products(parameter: Tensor, a: Tensor, b: Tensor, gram: Gram) -> Share:
     """Returns the share of Σ_t b_t·a_tᵀ kept as factors, (examples, groups, t, ·) each."""
+    examples, groups, places = a.shape[:3]
     one, other = a.double().flatten(0, 1), b.double().flatten(0, 1)
     lengths = (torch.linalg.vector_norm(side, dim=2) for side in (one, other))
-    bound = torch.mul(*lengths).sum(1)
-    if one.shape[1] > 1:
+    bound = torch.mul(*lengths)
+    if places > 1:
+        bound = bound.sum(1)
         squares = gram(one, other).clamp(min=0) + _gram_error(one, other) * bound.square()
         bound = torch.maximum(squares.sqrt(), bound / GREATEST_CANCELLATION)
-    norms = torch.linalg.vector_norm(bound.view(a.shape[:2]), dim=1)
-    return Share(parameter, norms, partial(_add_products_, a, b))
+    norms = bound.view(examples, groups)
+    joint = norms[:, 0] if groups == 1 else torch.linalg.vector_norm(norms, dim=1)
+    return Share(parameter, joint, partial(_add_products_, a, b))
 
 
 def _add_products_(
     a: Tensor, b: Tensor, totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE
 ) -> None:
     """Adds Σ_it (f_i·b_it)·a_itᵀ of each part, one float64 product for each group."""
-    one, other = (without_dropped(factors, side).double().transpose(0, 1) for side in (a, b))
-    weighted = other * factors[:, None, None]
+    one, other = (without_dropped(factors, side).double() for side in (a, b))
+    other = other * factors[:, None, None, None]
     for total, part in zip(totals, parts, strict=True):
-        left, right = weighted[:, part].flatten(1, 2), one[:, part].flatten(1, 2)
-        total += torch.bmm(left.transpose(1, 2), right).view(total.shape)
+        if a.shape[1] == 1:
+            found = other[part].flatten(0, 2).t() @ one[part].flatten(0, 2)
+        else:
+            left, right = (side[part].transpose(0, 1).flatten(1, 2) for side in (other, one))
+            found = torch.bmm(left.transpose(1, 2), right)
+        total += found.view(total.shape)
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bract.client.training import layers
+from bract.client.training import bookkeeping, layers
 from bract.client.training.bookkeeping import BookKeepingSum, GhostSum
-from bract.client.training.clipping import SLACK
+from bract.client.training.clipping import NARROW, SLACK
 from bract.client.training.gradients import clipped_sum
 from bract.shared import models
 from bract.shared.errors import UsageError
@@ -461,13 +461,37 @@ def test_dense_layer_without_a_sequence_forms_gradients_for_its_bias_alone(
     kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     formed = []
-    monkeypatch.setattr(
-        layers, "row_norms", lambda rows: formed.append(rows.shape) or rows.norm(2, 1)
-    )
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    for module in (layers, bookkeeping):
+        monkeypatch.setattr(
+            module, "row_norms", lambda rows: formed.append(rows.shape) or rows.norm(2, 1)
+        )
+    model = nn.Sequential(nn.Linear(60, 80), nn.Tanh(), nn.Linear(80, 70))
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in model.named_parameters()}
-    kind(model, losses, 1.0).add_(sums, torch.rand(3, 6), torch.arange(3))
-    assert formed == [(3, CLASSES), (3, 8)]
+    kind(model, losses, 1.0).add_(sums, torch.rand(3, 60), torch.arange(3))
+    assert formed == [(3, 70 + 80)]
+
+
+def test_rows_of_small_parameters_are_measured_and_added_together() -> None:
+    """One product for all, of the very numbers that each rule gives, zeros where one is lost."""
+    torch.manual_seed(3)
+    small = [layers.Formed(torch.zeros(2, 3), torch.randn(4, 2, 3)), *_bias_of(5), *_bias_of(1)]
+    wide = layers.Formed(torch.zeros(NARROW + 1), torch.randn(4, NARROW + 1))
+    small[1].rows[2, 0] = torch.nan
+    shares = [small[0], wide, *small[1:]]
+    parts = (slice(0, 1), slice(1, 4))
+    totals = {s.parameter: torch.ones(2, *s.parameter.shape).double() for s in shares}
+    bookkeeping._add_clipped_(totals, shares, 40.0, parts)
+    norms = torch.stack([share.norms for share in shares]).norm(dim=0)
+    for share in shares:
+        expected = torch.ones(2, *share.parameter.shape).double()
+        for place, part in ((0, 0), (1, 1), (3, 1)):
+            factor = min(1.0, 40 * (1 - SLACK) / float(norms[place]))
+            expected[part] += factor * share.rows[place].double()
+        torch.testing.assert_close(totals[share.parameter], expected, rtol=1e-12, atol=1e-12)
+
+
+def _bias_of(size: int) -> list[layers.Formed]:
+    return [layers.Formed(torch.zeros(size), torch.randn(4, size))]
 
 
 def test_long_sequences_form_gradients_and_short_ones_keep_factors() -> None:
