@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -9,7 +10,13 @@ from flwr.serverapp import Grid
 
 
 class SingleRunGrid(Grid):
-    """A grid whose run is fixed when it is made."""
+    """A grid whose run is fixed when it is made.
+
+    Attributes:
+        meanwhile: what the server has to do while sites train; a grid may call it then.
+    """
+
+    meanwhile: Callable[[], object] | None = None
 
     def set_run(self, run: Any) -> None:
         """Does nothing: the grid lives for one run."""

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flwr.serverapp import Grid
 
 from bract.server import checkpoint, fairness, received
 from bract.server.checkpoint import RoundState
+from bract.server.grid import SingleRunGrid
 from bract.server.strategy import PublicFedAvg
 from bract.shared import canonical, wire
 from bract.shared.arrays import Array, Arrays
@@ -109,6 +111,8 @@ class RoundLoop:
         messages = self.strategy.configure_train(number, packed, ConfigRecord(), grid)
         if not messages:
             return None
+        if isinstance(grid, SingleRunGrid):  # what the round's line will say is then at hand
+            grid.meanwhile = partial(self._epsilon, state.attempts + 1, number)
         replies = grid.send_and_receive(messages, timeout=self.patience.round_seconds)
         average, _ = self.strategy.aggregate_train(number, replies)
         del replies

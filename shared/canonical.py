@@ -10,6 +10,10 @@ from typing import Any
 
 from bract.shared.errors import VerificationFailed
 
+_ENCODER = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+)
+
 
 def encode(value: Any) -> bytes:
     r"""Returns the canonical JSON of a value: sorted keys, no spaces, UTF-8, no NaN.
@@ -21,9 +25,7 @@ def encode(value: Any) -> bytes:
         >>> encode({"b": 1, "a": [0.5, "ε"]})
         b'{"a":[0.5,"\xce\xb5"],"b":1}'
     """
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def decode(text: bytes) -> Any:

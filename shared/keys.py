@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -20,12 +20,16 @@ class SigningKey:
 
     private: Ed25519PrivateKey
     public: str
+    _own: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Notes the public half by the key itself, not by what `public` says of it."""
+        object.__setattr__(self, "_own", self.private.public_key().public_bytes_raw())
 
     def sign(self, digest: bytes) -> bytes:
         """Returns the 64-byte signature of a tagged digest."""
         signature = self.private.sign(digest)
-        # By the key itself, not by what `public` says of it.
-        _remember((self.private.public_key().public_bytes_raw(), signature, digest))
+        _remember((self._own, signature, digest))
         return signature
 
     def __repr__(self) -> str:

@@ -107,7 +107,7 @@ class CohortGrid(SimulatedGrid):
         try:
             # Held while workers train: there is no other writer, and no second commit.
             with ledger.transaction() as transaction:
-                for trained in pool.map(shards):
+                for trained in pool.map(shards, meanwhile=self.meanwhile):
                     replies += self._released(transaction, trained, permits)
         except BractError as error:
             logger.error("a round's releases cannot be written: %s", error)

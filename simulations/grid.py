@@ -101,7 +101,7 @@ class LocalGrid(SimulatedGrid):
         return list(self._nodes)
 
     def _answers(self, messages: Sequence[Message]) -> Iterable[Message]:
-        return self._pool.map(messages)
+        return self._pool.map(messages, meanwhile=self.meanwhile)
 
     def close(self) -> None:
         """Ends the workers."""

@@ -74,8 +74,15 @@ class Pool(Generic[Task, Answer]):
             self._workers.append(ours)
             self._processes.append(process)
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[Answer]:
-        """Yields the answers as they come, in any order; each task is copied on its way."""
+    def map(
+        self, tasks: Sequence[Task], *, meanwhile: Callable[[], object] | None = None
+    ) -> Iterator[Answer]:
+        """Yields the answers as they come, in any order; each task is copied on its way.
+
+        Args:
+            tasks: what to answer.
+            meanwhile: called once workers, if there are any, are at work.
+        """
         if not self._processes:
             for task in tasks:
                 yield copy.deepcopy(self._handler(copy.deepcopy(task)))
@@ -88,6 +95,9 @@ class Pool(Generic[Task, Answer]):
                         self._send(worker, waiting, busy)
             if waiting and not self._workers:
                 raise BractError("every worker process died: lower --workers, or free some memory")
+            if meanwhile is not None:
+                meanwhile()
+                meanwhile = None
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)  # noqa: S101  only connections were given
                 try:

@@ -20,6 +20,9 @@ WHOLE: tuple[slice, ...] = (slice(None),)
 # Rows so narrow are measured with others, and summed for all parts of a batch at once, though most
 # products are with zeros: what it takes to start a product is more than that.
 NARROW = 2048
+# How many squares are added in float32. Of a norm over the least no more than 1.1e-9·√d is lost by
+# squares under 2⁻¹²⁶, and none under the most overflows.
+_RUN, _LEAST, _MOST = 128, 1e-10, 1e18
 
 
 def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
@@ -30,11 +33,35 @@ def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
 
 
 def row_norms(gradients: Tensor) -> Tensor:
-    """Returns the norm of each row; in float64, since a square may overflow float32."""
+    """Returns the norm of each row in float64, at least (1 − 1e-5) of the true one.
+
+    That is a hundredth of the slack. Squares of a wide row of float32 are added in float32, run by
+    run; all others in float64, as are those of a row so small or large that one could be lost.
+    """
     rows = gradients.reshape(len(gradients), -1)
-    if rows.numel() <= BLOCK:
-        return torch.linalg.vector_norm(rows.double(), dim=1)
-    return torch.cat([torch.linalg.vector_norm(rows[b].double(), dim=1) for b in _blocks(rows)])
+    if rows.dtype != torch.float32 or rows.device.type != "cpu" or rows.shape[1] <= NARROW:
+        return _wide_norms(rows)
+    norms = _norms_by_runs(rows)
+    odd = ~((norms > _LEAST) & (norms < _MOST))
+    if odd.any():  # each by itself: no row has a say in how another is measured
+        norms[odd] = _wide_norms(rows[odd])
+    return norms
+
+
+def _wide_norms(rows: Tensor) -> Tensor:
+    blocks = [rows] if rows.numel() <= BLOCK else [rows[block] for block in _blocks(rows)]
+    norms = [torch.linalg.vector_norm(block.double(), dim=1) for block in blocks]
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+def _norms_by_runs(rows: Tensor) -> Tensor:
+    """Returns norms off by at most (128 + 3)·2⁻²⁴ of each, whatever the order of adding."""
+    whole = rows.shape[1] // _RUN * _RUN
+    runs = torch.linalg.vector_norm(rows[:, :whole].reshape(len(rows), -1, _RUN), dim=2)
+    norms: Tensor = torch.linalg.vector_norm(runs.double(), dim=1)
+    if whole < rows.shape[1]:
+        norms = torch.hypot(norms, torch.linalg.vector_norm(rows[:, whole:].double(), dim=1))
+    return norms
 
 
 def joint_norms(norms: list[Tensor]) -> Tensor:

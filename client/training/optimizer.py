@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -15,9 +14,9 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bract.client.training.noise import noised
 from bract.client.training.randomness import RandomStream
 
-GRID_BITS = 20
 _TOGETHER = 1 << 17
 _GREATEST_AHEAD = 1 << 22  # normals of a step that wait for it: 32 MiB
 
@@ -148,32 +147,6 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.grad /= self._normaliser
 
 
-def noised(
-    sums: Sequence[Tensor], places: Sequence[int], *, stddev: float, normals: np.ndarray
-) -> Tensor:
-    """Returns sums with the host's noise, on the grid, in float32 and where the sums are.
-
-    A GPU is not waited for: it may still form the sums when their noise has been drawn.
-
-    Args:
-        sums: float64 and flat, on one device.
-        places: how many numbers of the answer are each one's; what it does not fill is noise.
-        stddev: σC.
-        normals: one for each place; written over.
-    """
-    normals *= stddev
-    device, start = sums[0].device, 0
-    noisy = torch.from_numpy(normals)
-    if device.type != "cpu":
-        noisy = noisy.pin_memory().to(device, non_blocking=True)
-    for total, count in zip(sums, places, strict=True):
-        noisy[start : start + len(total)] += total
-        start += count
-    if device.type != "cpu":
-        return tensor_on_grid(noisy, stddev).to(torch.float32)
-    return torch.from_numpy(on_grid(normals, stddev).astype(np.float32))
-
-
 def _even(parameters: list[Any]) -> list[int]:
     """Returns how many normals each takes: an odd count's last one is thrown away, as if alone."""
     return [p.numel() + p.numel() % 2 for p in parameters]
@@ -189,25 +162,3 @@ def _groups(parameters: list[Any]) -> Iterator[list[Any]]:
             group = []
         group.append(parameter)
     yield group
-
-
-def on_grid(values: np.ndarray, stddev: float) -> np.ndarray:
-    """Returns values rounded to multiples of the power of two just under stddev · 2⁻²⁰."""
-    if stddev == 0:
-        return values
-    step = _step(stddev)
-    multiples = np.rint(values * (1 / step))  # exact: the step is a power of two
-    multiples *= step
-    return multiples
-
-
-def tensor_on_grid(values: Tensor, stddev: float) -> Tensor:
-    """Returns what `on_grid` does, where the values are."""
-    if stddev == 0:
-        return values
-    step = _step(stddev)
-    return (values * (1 / step)).round() * step
-
-
-def _step(stddev: float) -> float:
-    return 2.0 ** (math.floor(math.log2(stddev)) - GRID_BITS)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bract.client.training.optimizer import on_grid
+from bract.client.training.noise import on_grid
 from bract.client.training.randomness import RandomStream
 from bract.shared.data import Examples
 from bract.shared.updates import ProtectedScore

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bract.client.training.optimizer import noised
+from bract.client.training.noise import noised
 from bract.client.training.randomness import RandomStream
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract, SiteTerms

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bract.client.training import bookkeeping, clipping
 from bract.client.training import optimizer as optimizers
+from bract.client.training.noise import noised
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream
 from bract.client.training.trainer import Trainer
@@ -202,7 +203,7 @@ def _one_tensor_bare() -> Iterator[None]:
 @contextmanager
 def _one_noise_for_two() -> Iterator[None]:
     """The second tensor gets the noise of the first, as far as that reaches."""
-    add_noise, noised = PrivateOptimizer.add_noise, optimizers.noised
+    add_noise = PrivateOptimizer.add_noise
     drawn: list[np.ndarray] = []
 
     def noting(optimizer: PrivateOptimizer) -> None:

@@ -7,13 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from bract.client.training.optimizer import (
-    GRID_BITS,
-    PrivateOptimizer,
-    Sgd,
-    on_grid,
-    tensor_on_grid,
-)
+from bract.client.training.noise import GRID_BITS, on_grid, tensor_on_grid
+from bract.client.training.optimizer import PrivateOptimizer, Sgd
 from bract.client.training.randomness import RandomStream
 
 SIGMA, CLIP, NORMALISER = 1.3, 0.7, 8.0

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from bract.client.training import scoring
-from bract.client.training.optimizer import GRID_BITS
+from bract.client.training.noise import GRID_BITS
 from bract.client.training.randomness import RandomStream, SecureRandomness
 from bract.client.training.trainer import Execution, Trainer
 from bract.shared.contract import EvaluationTerms

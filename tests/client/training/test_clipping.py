@@ -1,0 +1,68 @@
+"""Norms of rows: never below what they are of, and each by itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bract.client.training import clipping
+from bract.client.training.clipping import NARROW, SLACK, clip_factors, row_norms
+
+WIDTHS = [1, NARROW, NARROW + 1, 4096, 5000]
+
+
+def true_norms(rows: torch.Tensor) -> list[float]:
+    return [math.hypot(*row) for row in rows.double().tolist()]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    width=st.sampled_from(WIDTHS),
+    sizes=st.lists(st.floats(-44, 37), min_size=1, max_size=4),
+    spread=st.sampled_from([0.0, 1.0, 20.0]),
+    seed=st.integers(0, 1 << 20),
+)
+def test_norm_is_not_below_the_true_one_by_a_hundredth_of_the_slack(
+    width: int, sizes: list[float], spread: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    powers = torch.tensor(sizes)[:, None] - spread * torch.rand(
+        (len(sizes), width), generator=generator
+    )
+    rows = (10.0 ** powers.double()).float() * torch.randn(
+        (len(sizes), width), generator=generator
+    ).clamp(-5, 5)
+    norms = row_norms(rows)
+    assert norms.dtype == torch.float64
+    assert norms.tolist() == pytest.approx(true_norms(rows), rel=SLACK / 100, abs=0)
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e-22, 1e22, 1e38])
+def test_squares_that_float32_loses_are_made_up_for(size: float) -> None:
+    rows = torch.full((3, 4096), size)
+    by_runs = clipping._norms_by_runs(rows).tolist()
+    assert by_runs != pytest.approx(
+        true_norms(rows), rel=SLACK, abs=0
+    )  # past what the slack covers
+    assert row_norms(rows).tolist() == pytest.approx(true_norms(rows), rel=1e-6, abs=0)
+
+
+def test_row_is_measured_the_same_whatever_lies_beside_it() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(40, 5000)
+    others = torch.tensor([torch.nan, torch.inf, 1e30, 1e-30, 0.0])
+    alone = torch.cat([row_norms(row[None]) for row in rows])
+    for count in (1, 2, 3, 7, 16, 40):
+        assert torch.equal(row_norms(rows[:count]), alone[:count])
+        beside = torch.cat([others[:, None].expand(5, 5000), rows[:count]])
+        assert torch.equal(row_norms(beside)[5:], alone[:count])
+
+
+def test_row_that_is_not_finite_has_no_factor_and_keeps_its_norm_from_none() -> None:
+    rows = torch.ones(4, 4096)
+    rows[0, 5], rows[1, 7], rows[2, 4095] = torch.nan, torch.inf, -torch.inf
+    assert clip_factors(row_norms(rows), 64.0).tolist() == pytest.approx([0, 0, 0, 1 - SLACK])
