@@ -87,6 +87,27 @@ def test_of_more_than_two_classes_the_area_is_the_mean_of_each_against_the_rest(
     assert evaluator(3).report(given, shown)["auc"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("classes", "seen"), [(2, 2), (4, 4), (6, 3)])
+def test_figures_of_classes_and_ties_are_those_of_scikit_learn(classes: int, seen: int) -> None:
+    generator = np.random.default_rng(classes)
+    truth = generator.integers(0, seen, 80)
+    inputs = generator.integers(-2, 3, (80, 2)).astype(np.float32)  # so few values that many tie
+    matrix = generator.integers(-1, 2, (classes, 2)).astype(np.float32)
+    given = {"1.weight": matrix, "1.bias": np.zeros(classes, dtype=np.float32)}
+    found = evaluator(classes).report(given, Examples(inputs=inputs, targets=truth))
+    scores = inputs @ matrix.T
+    guesses, labels = scores.argmax(1), list(range(classes))
+    expected = metrics.precision_recall_fscore_support(
+        truth, guesses, labels=labels, average="macro", zero_division=0
+    )
+    assert (found["precision"], found["recall"], found["f1"]) == pytest.approx(expected[:3])
+    table = metrics.confusion_matrix(truth, guesses, labels=labels)
+    assert found["confusion"] == table.tolist()
+    if classes == 2:
+        area = metrics.roc_auc_score(truth, scores[:, 1] - scores[:, 0])
+        assert found["auc"] == pytest.approx(area)
+
+
 def test_an_area_of_a_group_that_lacks_a_class_is_null() -> None:
     groups = Groups(NAMES, np.repeat([0, 1, 2], [4, 10, 0]))
     areas = evaluator(2).report(weights(2), examples(groups))["test_auc_by_group"]
