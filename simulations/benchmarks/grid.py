@@ -39,7 +39,7 @@ from bract.simulations.experiment import Experiment
 from bract.simulations.simulation import Simulation
 from bract.simulations.sites import site_of
 
-ROUNDS = 6
+ROUNDS, TURNS = 6, 5
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -140,33 +140,50 @@ def measure_whole_run(case: Case = SMALL_CNN, *, rounds: int = 3) -> dict[str, A
     return {"process_s": round(whole, 3), "run_s": round(float(done.stdout.split()[-1]), 3)}
 
 
-def measure_overhead(case: Case, *, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Returns a round's wall time over its arithmetic shared by the cores.
+def measure_overhead(case: Case, *, turns: int = TURNS) -> dict[str, Any]:
+    """Returns a round's wall time over its arithmetic shared by the cores: medians over turns.
 
     The arithmetic is the same private steps of the same clients, one after another in one process
-    that does nothing else: no ledger, no message, no sum.
+    that does nothing else: no ledger, no message, no sum. Turns of both alternate, each of two
+    rounds, after one that is not counted.
     """
     cores = os.cpu_count() or 1
-    with _begun(case, rounds, cores) as run:
-        wall, _ = _rounds(run)
-        bare = _arithmetic(run)
-    measured = statistics.median(wall[1:])
+    walls, bare = list[float](), list[float]()
+    for _ in range(turns):
+        with _begun(case, 3, cores) as run:
+            wall, _ = _rounds(run)
+            walls.append(statistics.median(wall[1:]))
+            bare.append(statistics.median(_arithmetic(run, 3)[1:]))
+    measured, arithmetic = statistics.median(walls), statistics.median(bare)
     return {
         "wall_s": round(measured, 4),
-        "arithmetic_s": round(bare, 4),
+        "arithmetic_s": round(arithmetic, 4),
         "cores": cores,
-        "ratio": round(measured / (bare / cores), 3),
+        "ratio": round(measured / (arithmetic / cores), 3),
     }
 
 
-def measure_growth(*, many: Case = MANY, few: Case = FEW, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Returns how peak memory and the time of a round grow with clients that are not asked."""
-    found = {name: _alone(case, rounds) for name, case in (("many", many), ("few", few))}
+def measure_growth(
+    *, many: Case = MANY, few: Case = FEW, rounds: int = ROUNDS, turns: int = TURNS
+) -> dict[str, Any]:
+    """Returns how peak memory and the time of a round grow with clients that are not asked.
+
+    Medians over turns that alternate, each in a process of its own.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"many": [], "few": []}
+    for _ in range(turns):
+        for name, case in (("many", many), ("few", few)):
+            found[name].append(_alone(case, rounds))
+    row = {
+        f"{name}_{key}": statistics.median(each[key] for each in rows)
+        for name, rows in found.items()
+        for key in ("wall_ms", "cpu_ms", "peak_mib")
+    }
     return {
-        **{f"{name}_{key}": value for name, row in found.items() for key, value in row.items()},
-        "memory_ratio": round(found["many"]["peak_mib"] / found["few"]["peak_mib"], 3),
-        "time_ratio": round(found["many"]["wall_ms"] / found["few"]["wall_ms"], 3),
-        "cpu_ratio": round(found["many"]["cpu_ms"] / found["few"]["cpu_ms"], 3),
+        **row,
+        "memory_ratio": round(row["many_peak_mib"] / row["few_peak_mib"], 3),
+        "time_ratio": round(row["many_wall_ms"] / row["few_wall_ms"], 3),
+        "cpu_ratio": round(row["many_cpu_ms"] / row["few_cpu_ms"], 3),
     }
 
 
@@ -261,8 +278,8 @@ def _rounds(run: Simulation) -> tuple[list[float], list[float]]:
     return wall, cpu
 
 
-def _arithmetic(run: Simulation) -> float:
-    """Returns the seconds of one round's private steps alone: the median of five turns."""
+def _arithmetic(run: Simulation, turns: int) -> list[float]:
+    """Returns the seconds of one round's private steps alone, turn by turn."""
     torch.set_num_threads(1)
     malloc.keep_freed()  # as workers do
     with run.prepared() as (_, signed):
@@ -275,15 +292,15 @@ def _arithmetic(run: Simulation) -> float:
         }
         sites = [site_of(run.plan_path, place) for place in range(agreed.planned)]
         held = [site.gate.holdings.open("", agreed.data) for site in sites]
-        turns = []
-        for turn in range(5):
+        seconds = []
+        for turn in range(turns):
             started = time.perf_counter()
             for place, examples in enumerate(held):
                 stream = RandomStream(place.to_bytes(31, "big") + bytes([turn]))
                 terms = agreed.cohort[place]
                 trainer.train(terms=terms, examples=examples, weights=weights, stream=stream)
-            turns.append(time.perf_counter() - started)
-    return statistics.median(turns)
+            seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def _each_ms(seconds: list[float], case: Case) -> float:
