@@ -97,7 +97,7 @@ def test_noise_is_made_in_float64() -> None:
         return values
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bract.client.training.optimizer.on_grid", keep)
+        patch.setattr("bract.client.training.noise.on_grid", keep)
         optimizer.add_noise()
     assert kept["noise"].std() == pytest.approx(STDDEV, rel=0.15)
     assert parameter.grad.dtype == torch.float32
