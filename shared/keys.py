@@ -19,17 +19,16 @@ class SigningKey:
     """A private Ed25519 key; `public` is its 32-byte public half in hexadecimal."""
 
     private: Ed25519PrivateKey
-    public: str
-    _own: bytes = field(init=False)
+    public: str = field(init=False)
 
     def __post_init__(self) -> None:
-        """Notes the public half by the key itself, not by what `public` says of it."""
-        object.__setattr__(self, "_own", self.private.public_key().public_bytes_raw())
+        """Notes the public half, which every signature is remembered by."""
+        object.__setattr__(self, "public", self.private.public_key().public_bytes_raw().hex())
 
     def sign(self, digest: bytes) -> bytes:
         """Returns the 64-byte signature of a tagged digest."""
         signature = self.private.sign(digest)
-        _remember((self._own, signature, digest))
+        _remember((bytes.fromhex(self.public), signature, digest))
         return signature
 
     def __repr__(self) -> str:
@@ -38,7 +37,7 @@ class SigningKey:
 
 def generate() -> SigningKey:
     """Returns a new key from the operating system's randomness."""
-    return _with_public(Ed25519PrivateKey.generate())
+    return SigningKey(Ed25519PrivateKey.generate())
 
 
 def derived(root: SigningKey, name: str) -> SigningKey:
@@ -48,7 +47,7 @@ def derived(root: SigningKey, name: str) -> SigningKey:
     """
     secret = root.private.private_bytes_raw()
     seed = canonical.tagged("derived-key/1", secret, name.encode())
-    return _with_public(Ed25519PrivateKey.from_private_bytes(seed))
+    return SigningKey(Ed25519PrivateKey.from_private_bytes(seed))
 
 
 def save(key: SigningKey, path: Path) -> None:
@@ -83,7 +82,7 @@ def load(path: Path) -> SigningKey:
         raise UsageError(f"{path} holds no readable private key") from error
     if not isinstance(private, Ed25519PrivateKey):
         raise UsageError(f"{path} holds another kind of key; an Ed25519 key is needed")
-    return _with_public(private)
+    return SigningKey(private)
 
 
 def load_or_generate(path: Path) -> SigningKey:
@@ -119,7 +118,3 @@ def _remember(held: tuple[bytes, bytes, bytes]) -> None:
     _HOLD[held] = None
     while len(_HOLD) > _KEPT:
         _HOLD.popitem(last=False)
-
-
-def _with_public(private: Ed25519PrivateKey) -> SigningKey:
-    return SigningKey(private=private, public=private.public_key().public_bytes_raw().hex())

@@ -246,16 +246,14 @@ def _add_clipped_(
             narrow.append(share)
         else:
             apart.append(share)
-    joined = (
-        [torch.cat([share.rows.reshape(len(share.rows), -1) for share in narrow], 1)]
-        if narrow
-        else []
-    )
-    norms = [*(share.norms for share in apart), *map(row_norms, joined)]
+    norms = [share.norms for share in apart]
+    if narrow:
+        rows = torch.cat([share.rows.reshape(len(share.rows), -1) for share in narrow], 1)
+        norms.append(row_norms(rows))
     factors = clip_factors(joint_norms(norms), clip_norm)
     for share in apart:
         share.add_(totals[share.parameter], factors, parts)
-    for rows in joined:
+    if narrow:
         widths = [share.parameter.numel() for share in narrow]
         sums = torch.split(weighted_sums(factors, rows, parts), widths, 1)
         for share, found in zip(narrow, sums, strict=True):

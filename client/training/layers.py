@@ -27,7 +27,6 @@ from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
 )
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bract.client.training.clipping import (
     BLOCK,
@@ -37,6 +36,7 @@ from bract.client.training.clipping import (
     weighted_sums,
     without_dropped,
 )
+from bract.client.training.patches import lie_channels_last, patches_of
 
 # The greatest cancellation within one example that a norm from factors is believed in: past it the
 # norm is taken to be Σ‖a_t‖‖b_t‖ / GREATEST_CANCELLATION, which clips more than need be.
@@ -126,12 +126,12 @@ def dense(layer: nn.Linear, uses: Sequence[Use]) -> Shares:
 
 def convolution(layer: nn.Conv1d | nn.Conv2d, uses: Sequence[Use]) -> Shares:
     """Returns the shares of a convolution: a dense layer over patches, for each group."""
-    groups, last = layer.groups, _channels_last(layer, *uses[0])
+    groups, last = layer.groups, lie_channels_last(layer, *uses[0])
     outputs = [b.flatten(2).reshape(len(b), groups, -1, b[0, 0].numel()) for _, b in uses]
     backprops = (outputs[0] if len(uses) == 1 else torch.cat(outputs, 3)).transpose(2, 3)
 
     def patches(part: slice) -> Tensor:
-        found = [_patches(layer, inputs[0][part].to(b.dtype), last) for inputs, b in uses]
+        found = [patches_of(layer, inputs[0][part].to(b.dtype), last) for inputs, b in uses]
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     features = math.prod(layer.weight.shape[1:])
@@ -396,47 +396,3 @@ def _gram_error(a: Tensor, b: Tensor) -> float:
     """Returns γ with |rounding of the Gram sum| ≤ γ·(Σ_t ‖a_t‖‖b_t‖)², any order of adding."""
     operations = a.shape[2] + b.shape[2] + a.shape[1] ** 2 + 8
     return 2 * operations * UNIT_ROUNDOFF
-
-
-def _channels_last(
-    layer: nn.Conv1d | nn.Conv2d, inputs: Sequence[Tensor], backprops: Tensor
-) -> bool:
-    """Whether patches are copied in longer runs, or at all, where channels are the last axis."""
-    if layer.groups > 1:
-        return False
-    # numbers that lie side by side: of a patch, or of a row of places, whose strides leave gaps
-    run: int = layer.kernel_size[-1] * layer.in_channels * layer.stride[-1]
-    return (inputs[0].stride(1) == 1 and layer.in_channels > 1) or run > backprops.shape[-1]
-
-
-def _patches(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, last: bool) -> Tensor:
-    """Returns what each output place of a convolution sees, (examples, groups, places, features).
-
-    Features are a channel of the group, then a place in the kernel; the other way where `last`.
-    """
-    if any(layer._reversed_padding_repeated_twice):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        inputs = functional.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
-    if last:
-        inputs = inputs.movedim(1, -1).contiguous().movedim(-1, 1)
-    sizes, axes = inputs.shape[2:], range(len(layer.kernel_size))
-    outputs = [
-        (sizes[i] - layer.dilation[i] * (layer.kernel_size[i] - 1) - 1) // layer.stride[i] + 1
-        for i in axes
-    ]
-    example, channel, *steps = inputs.stride()
-    view = inputs.as_strided(
-        (*inputs.shape[:2], *layer.kernel_size, *outputs),
-        (
-            example,
-            channel,
-            *(steps[i] * layer.dilation[i] for i in axes),
-            *(steps[i] * layer.stride[i] for i in axes),
-        ),
-        inputs.storage_offset(),
-    )
-    places = math.prod(outputs)
-    if last:  # (examples, places…, kernel…, channel)
-        order = (0, *(i + 2 + len(axes) for i in axes), *(i + 2 for i in axes), 1)
-        return view.permute(order).reshape(len(inputs), 1, places, -1)
-    return view.reshape(len(inputs), layer.groups, -1, places).transpose(2, 3)

@@ -62,7 +62,7 @@ def test_row_is_measured_the_same_whatever_lies_beside_it() -> None:
         assert torch.equal(row_norms(beside)[5:], alone[:count])
 
 
-def test_row_that_is_not_finite_has_no_factor_and_keeps_its_norm_from_none() -> None:
+def test_row_that_is_not_finite_has_the_factor_zero_and_the_others_keep_theirs() -> None:
     rows = torch.ones(4, 4096)
     rows[0, 5], rows[1, 7], rows[2, 4095] = torch.nan, torch.inf, -torch.inf
     assert clip_factors(row_norms(rows), 64.0).tolist() == pytest.approx([0, 0, 0, 1 - SLACK])
