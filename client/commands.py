@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from bract.shared import garbage
 from bract.shared.cli import AS_JSON, LOG_FORMAT, fail_reported, print_json
 from bract.shared.errors import UsageError
 from bract.shared.reports.services import Recovery
@@ -52,8 +53,9 @@ def client(
 
 
 def _serve(site: Path, log_format: str) -> None:
-    from bract.client import service
-    from bract.shared import logs
+    with garbage.unwatched():
+        from bract.client import service
+        from bract.shared import logs
 
     logs.begin("json" if log_format == "json" else "text")
     service.serve(site)

@@ -8,6 +8,7 @@ from types import FrameType
 
 import click
 
+from bract.shared import garbage
 from bract.shared.cli import AS_JSON, LOG_FORMAT, TRACK, print_json, shown
 from bract.shared.errors import BractError
 
@@ -33,8 +34,9 @@ def server(
 
 
 def _serve(federation: Path, track: tuple[str, ...], log_format: str, as_json: bool) -> None:
-    from bract.server import service
-    from bract.shared import logs
+    with garbage.unwatched():
+        from bract.server import service
+        from bract.shared import logs
 
     logs.begin("json" if log_format == "json" else "text")
     signal.signal(signal.SIGTERM, _interrupt)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from bract.shared import garbage
 from bract.shared.errors import BractError
 
 # The private step and the ledger stand on these; nothing of Flower may phone home meanwhile.
@@ -88,7 +89,8 @@ class GroupWithAbove(click.Group):
 
 def _imported(name: str) -> click.Command | None:
     module, _, attribute = name.partition(":")
-    command = getattr(importlib.import_module(module), attribute)
+    with garbage.unwatched():
+        command = getattr(importlib.import_module(module), attribute)
     return command if isinstance(command, click.Command) else None
 
 
@@ -137,6 +139,7 @@ def main() -> None:
 
 def run(command: click.Command, name: str) -> NoReturn:
     """Runs a command to its exit; a failure is one line, and one JSON object with --json."""
+    garbage.end_at_once()
     arguments = sys.argv[1:]
     debug, as_json = "--debug" in arguments, "--json" in arguments
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bract.shared import garbage
 from bract.shared.cli import DATA_DIR, TRACK, print_json, shown
 from bract.shared.errors import BractError, UsageError
 from bract.shared.reports.runs import Summary
@@ -99,9 +100,10 @@ def simulate(
     (digits, fashion-mnist, heart-disease, sst2, sst2-scratch, shakespeare; text, table and images
     for files of your own) or a TOML file; digits where none is given.
     """
-    from bract.shared import tracking
-    from bract.simulations import experiment as experiments
-    from bract.simulations import simulation
+    with garbage.unwatched():
+        from bract.shared import tracking
+        from bract.simulations import experiment as experiments
+        from bract.simulations import simulation
 
     tracking.check(track)
     count, carrier = _workers(workers), _engine(engine, ray_address, workers)

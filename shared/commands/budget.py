@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bract.shared import garbage
 from bract.shared.cli import AS_JSON, print_json, shown
 from bract.shared.commands.ledgers import LEDGERS, Evidence, pinned, verified
 from bract.shared.contract import ADJACENCY, Contract
@@ -107,7 +108,8 @@ def _domain(
 
 
 def _by_prv(found: Verified, delta: float) -> float | None:
-    from bract.shared.privacy import prv  # brings torch
+    with garbage.unwatched():
+        from bract.shared.privacy import prv  # brings torch
 
     return prv.epsilon_prv(found.chain.events, delta)
 

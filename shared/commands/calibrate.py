@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from bract.shared import garbage
 from bract.shared.cli import AS_JSON, print_json, shown
 from bract.shared.contract import ADJACENCY
 from bract.shared.errors import UsageError
@@ -31,9 +32,10 @@ def calibrate(
     as_json: bool,
 ) -> None:
     """Print the least σ that keeps a run within (ε, δ), and what it buys."""
-    from bract.shared.policy import check_delta
-    from bract.shared.privacy import accounting, calibration, orders, prv
-    from bract.shared.privacy.events import PoissonGaussian
+    with garbage.unwatched():
+        from bract.shared.policy import check_delta
+        from bract.shared.privacy import accounting, calibration, orders, prv
+        from bract.shared.privacy.events import PoissonGaussian
 
     calibration.check_budget(epsilon, delta)
     for name, value in (("examples", examples), ("rounds", rounds), ("steps", steps)):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bract.shared import garbage
 from bract.shared.cli import AS_JSON, DATA_DIR, print_json, shown
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.reports.models import ModelExport, ModelPredictions, ModelScores
@@ -42,9 +43,10 @@ def model() -> None:
 @AS_JSON
 def evaluate(run: Path, data_dir: Path | None, public_data: Path | None, as_json: bool) -> None:
     """Score a model on the public test examples of its contract; opens nothing private."""
-    from bract.shared import trained as runs
-    from bract.shared.data import load_public
-    from bract.shared.evaluation import Evaluator
+    with garbage.unwatched():
+        from bract.shared import trained as runs
+        from bract.shared.data import load_public
+        from bract.shared.evaluation import Evaluator
 
     trained = runs.read(run)
     agreed = trained.contract
@@ -79,8 +81,9 @@ def predict(run: Path, inputs: tuple[Path, ...], output: Path, as_json: bool) ->
     images or folders of them (a CSV comes back); always .npz with an array "inputs". Of text the
     answer to "what is the next token?" is the one after the row's last place.
     """
-    from bract.shared import prediction
-    from bract.shared import trained as runs
+    with garbage.unwatched():
+        from bract.shared import prediction
+        from bract.shared import trained as runs
 
     trained = runs.read(run)
     report = ModelPredictions(
@@ -112,8 +115,9 @@ def export(run: Path, form: str, output: Path, as_json: bool) -> None:
     "torch" is a program of torch.export (.pt2), "onnx" one for ONNX runtimes; both are run beside
     the model on made-up inputs before they are written.
     """
-    from bract.shared import canonical, card, encoding, exports
-    from bract.shared import trained as runs
+    with garbage.unwatched():
+        from bract.shared import canonical, card, encoding, exports
+        from bract.shared import trained as runs
 
     beside = output.with_name(f"{output.name}.md")
     for path in (output, beside):

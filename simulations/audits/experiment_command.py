@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bract.shared import garbage
 from bract.shared.cli import AS_JSON, DATA_DIR, fail_reported, print_json, shown
 from bract.shared.errors import UsageError
 
@@ -61,9 +62,10 @@ def experiment(
     gradient; what they release is held against the claim. EXPERIMENT is a name or a TOML file; the
     contracts are the audit's own, with the experiment's model, data and clip norm.
     """
-    from bract.simulations import experiment as experiments
-    from bract.simulations.audits import bounds, mechanism
-    from bract.simulations.audits.settings import CONFIDENCES, suite
+    with garbage.unwatched():
+        from bract.simulations import experiment as experiments
+        from bract.simulations.audits import bounds, mechanism
+        from bract.simulations.audits.settings import CONFIDENCES, suite
 
     started = time.monotonic()
     chosen = experiments.load(name, model=model, overrides={}, settings=settings)

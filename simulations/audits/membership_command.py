@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bract.shared import garbage
 from bract.shared.cli import AS_JSON, DATA_DIR, print_json
 from bract.shared.errors import UsageError
 
@@ -53,8 +54,9 @@ def membership(
     from rich.console import Console
     from rich.progress import Progress
 
-    from bract.shared import canonical, encoding
-    from bract.simulations.audits import membership as audits
+    with garbage.unwatched():
+        from bract.shared import canonical, encoding
+        from bract.simulations.audits import membership as audits
 
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} must be at least 1")

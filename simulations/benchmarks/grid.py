@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 from flwr.serverapp import Grid
 
@@ -116,28 +117,18 @@ def measure_client_round(case: Case, *, rounds: int = ROUNDS, workers: int = 0) 
 
 
 def measure_whole_run(case: Case = SMALL_CNN, *, rounds: int = 3) -> dict[str, Any]:
-    """Returns the seconds of a run of three rounds, from its settings to its summary.
-
-    `process_s` is a Python process of its own, with the import of all libraries; `run_s` is what
-    it takes once they are imported.
-    """
-    program = (
-        "import json, sys, time; from pathlib import Path\n"
-        "from bract.simulations.benchmarks import grid\n"
-        "case, folder, rounds, workers = grid.Case(**json.loads(sys.argv[1])), *sys.argv[2:]\n"
-        "started = time.perf_counter()\n"
-        "grid.complete(case, Path(folder), int(rounds), int(workers))\n"
-        "print(time.perf_counter() - started)\n"
-    )
+    """Returns the seconds that `bract simulate` takes, imports, start and end included."""
     with _laid_out(case) as folder:
-        facts = json.dumps({name: getattr(case, name) for name in Case.__dataclass_fields__})
-        words = [sys.executable, "-c", program, facts, str(folder), str(rounds)]
+        settings = case.experiment(folder, rounds).model_dump(mode="json", exclude_none=True)
+        written = folder / "experiment.toml"
+        written.write_text(tomli_w.dumps(settings))
+        program = "from bract.shared.cli import main; main()"
+        command = [sys.executable, "-c", program, "simulate", str(written)]
         started = time.perf_counter()
-        done = subprocess.run(  # noqa: S603  our own module
-            [*words, str(os.cpu_count() or 1)], check=True, capture_output=True, text=True
+        subprocess.run(  # noqa: S603  our own command
+            [*command, "--out", str(folder / "run")], check=True, capture_output=True
         )
-        whole = time.perf_counter() - started
-    return {"process_s": round(whole, 3), "run_s": round(float(done.stdout.split()[-1]), 3)}
+        return {"process_s": round(time.perf_counter() - started, 3)}
 
 
 def measure_overhead(case: Case, *, turns: int = TURNS) -> dict[str, Any]:
@@ -185,15 +176,6 @@ def measure_growth(
         "time_ratio": round(row["many_wall_ms"] / row["few_wall_ms"], 3),
         "cpu_ratio": round(row["many_cpu_ms"] / row["few_cpu_ms"], 3),
     }
-
-
-def complete(case: Case, folder: Path, rounds: int, workers: int) -> None:
-    """Runs a case over images that are laid out in a folder, to the end."""
-    experiment = case.experiment(folder, rounds)
-    run = simulation.begin(
-        experiment, out=folder / "run", state=None, data_dir=None, workers=workers
-    )
-    run.complete(LocalEngine())
 
 
 def measure() -> dict[str, dict[str, Any]]:
@@ -263,7 +245,7 @@ def _rounds(run: Simulation) -> tuple[list[float], list[float]]:
     inner = RoundLoop._round
 
     def timed(loop: RoundLoop, grid: Grid, state: RoundState) -> RoundState | None:
-        started, spent = time.perf_counter(), _cpu_seconds()
+        spent, started = _cpu_seconds(), time.perf_counter()
         found = inner(loop, grid, state)
         wall.append(time.perf_counter() - started)
         cpu.append(_cpu_seconds() - spent)
