@@ -45,7 +45,10 @@ class _Recorder(GradSampleModule):  # type: ignore[misc]
         super().__init__(model, loss_reduction="sum")
         self._rules = rules
         self._layers = {layer: name for name, layer in model.named_modules()}
-        self.users = Counter(p for layer in self.hooked for p in layer.parameters())
+        users = Counter(p for layer in self.hooked for p in layer.parameters())
+        self._shares_none = {
+            layer: all(users[p] == 1 for p in layer.parameters()) for layer in self.hooked
+        }
         self.clear()
 
     def clear(self) -> None:
@@ -94,7 +97,7 @@ class _Recorder(GradSampleModule):  # type: ignore[misc]
 
     def _settle(self, layer: nn.Module) -> None:
         uses = self._uses.pop(layer)
-        if all(self.users[parameter] == 1 for parameter in layer.parameters()):
+        if self._shares_none[layer]:
             self.shares += self._rules.get(type(layer), layers.sampled)(layer, uses)
             return
         for weight, rows in layers.sampled_rows(layer, uses).items():

@@ -39,13 +39,25 @@ def row_norms(gradients: Tensor) -> Tensor:
     run; all others in float64, as are those of a row so small or large that one could be lost.
     """
     rows = gradients.reshape(len(gradients), -1)
-    if rows.dtype != torch.float32 or rows.device.type != "cpu" or rows.shape[1] <= NARROW:
-        return _wide_norms(rows)
-    norms = _norms_by_runs(rows)
-    odd = ~((norms > _LEAST) & (norms < _MOST))
-    if odd.any():  # each by itself: no row has a say in how another is measured
-        norms[odd] = _wide_norms(rows[odd])
+    return settled(quick_norms(rows), rows)
+
+
+def quick_norms(rows: Tensor) -> Tensor:
+    """Returns what `row_norms` does, but for rows that `settled` has to measure again."""
+    return _norms_by_runs(rows) if _has_runs(rows) else _wide_norms(rows)
+
+
+def settled(norms: Tensor, rows: Tensor) -> Tensor:
+    """Returns quick norms, but measured in float64 where a square could have been lost."""
+    if _has_runs(rows):
+        odd = ~((norms > _LEAST) & (norms < _MOST))
+        if odd.any():  # each by itself: no row has a say in how another is measured
+            norms[odd] = _wide_norms(rows[odd])
     return norms
+
+
+def _has_runs(rows: Tensor) -> bool:
+    return rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.shape[1] > NARROW
 
 
 def _wide_norms(rows: Tensor) -> Tensor:
@@ -58,7 +70,7 @@ def _norms_by_runs(rows: Tensor) -> Tensor:
     """Returns norms off by at most (128 + 3)·2⁻²⁴ of each, whatever the order of adding."""
     whole = rows.shape[1] // _RUN * _RUN
     runs = torch.linalg.vector_norm(rows[:, :whole].reshape(len(rows), -1, _RUN), dim=2)
-    norms: Tensor = torch.linalg.vector_norm(runs.double(), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(runs, dim=1, dtype=torch.float64)
     if whole < rows.shape[1]:
         norms = torch.hypot(norms, torch.linalg.vector_norm(rows[:, whole:].double(), dim=1))
     return norms

@@ -32,7 +32,9 @@ from bract.client.training.clipping import (
     BLOCK,
     NARROW,
     WHOLE,
+    quick_norms,
     row_norms,
+    settled,
     weighted_sums,
     without_dropped,
 )
@@ -118,9 +120,7 @@ def dense(layer: nn.Linear, uses: Sequence[Use]) -> Shares:
     """Returns the shares of a linear layer; a sequence axis and several uses are its places."""
     activations = _side([inputs[0].to(b.dtype) for inputs, b in uses])
     backprops = _side([b for _, b in uses])
-    weight = _weight(
-        layer, lambda part: activations[part, None], backprops[:, None], layer.in_features
-    )
+    weight = _weight(layer, activations.__getitem__, backprops[:, None], layer.in_features)
     return [*weight, *_bias(layer, lambda: backprops.sum(1))]
 
 
@@ -130,9 +130,11 @@ def convolution(layer: nn.Conv1d | nn.Conv2d, uses: Sequence[Use]) -> Shares:
     outputs = [b.flatten(2).reshape(len(b), groups, -1, b[0, 0].numel()) for _, b in uses]
     backprops = (outputs[0] if len(uses) == 1 else torch.cat(outputs, 3)).transpose(2, 3)
 
+    views = [patches_of(layer, inputs[0].to(b.dtype), last) for inputs, b in uses]
+
     def patches(part: slice) -> Tensor:
-        found = [patches_of(layer, inputs[0][part].to(b.dtype), last) for inputs, b in uses]
-        return found[0] if len(found) == 1 else torch.cat(found, 2)
+        found = [view(part) for view in views]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     features = math.prod(layer.weight.shape[1:])
     weight = _weight(layer, patches, backprops, features, last)
@@ -246,7 +248,7 @@ def _weight(
 
     Args:
         layer: whose weight.
-        activations: of some examples, (examples, groups, places, features).
+        activations: of some examples, (examples · groups, places, features).
         backprops: (examples, groups, places, outputs).
         features: how many an output sees.
         channels_last: whether the features lie so.
@@ -257,7 +259,8 @@ def _weight(
     if weight.numel() <= NARROW:
         return [Formed(weight, _narrow(weight, activations, backprops, features, channels_last))]
     if _keeps_factors(places=places, inputs=features, outputs=outputs):
-        share = _products(weight, activations(slice(None)), backprops, _gram)
+        kept = activations(slice(None)).view(*backprops.shape[:3], features)
+        share = _products(weight, kept, backprops, _gram)
     else:
         share = _formed_products(weight, activations, backprops, features)
 
@@ -293,7 +296,7 @@ def _formed_products(
         found = weighted_sums(factors, rows, parts)
         totals += (found.transpose(2, 3) if wide else found).reshape(totals.shape)
 
-    return Share(parameter, torch.cat(norms), add_)
+    return Share(parameter, norms, add_)
 
 
 def _form(
@@ -303,22 +306,24 @@ def _form(
     features: int,
     *,
     measured: bool,
-) -> tuple[Tensor, bool, list[Tensor]]:
+) -> tuple[Tensor, bool, Tensor]:
     """Returns Σ_t b_t·a_tᵀ or its transpose, which it is, and norms where they are asked for."""
     count, groups, places, outputs = backprops.shape
     wide = features < outputs  # a product is faster the more columns it has
     sides = (features, outputs) if wide else (outputs, features)
     rows = _room(parameter, backprops, (count, groups, *sides))
+    flat, found, each = rows.flatten(1), rows.flatten(0, 1), backprops.flatten(0, 1)
     step = max(1, BLOCK // (groups * features * max(places, outputs)))
     norms = []
     for start in range(0, count, step):
         part = slice(start, start + step)
-        a, b = activations(part).flatten(0, 1), backprops[part].flatten(0, 1)
+        inside = slice(start * groups, (start + step) * groups)
+        a, b = activations(part), each[inside]
         left, right = (a, b) if wide else (b, a)
-        torch.bmm(left.transpose(1, 2), right, out=rows[part].flatten(0, 1))
+        torch.bmm(left.transpose(1, 2), right, out=found[inside])
         if measured:
-            norms.append(row_norms(rows[part]))
-    return rows, wide, norms
+            norms.append(quick_norms(flat[part]))  # while they are near
+    return rows, wide, settled(torch.cat(norms), flat) if measured else flat[:0]
 
 
 def _room(parameter: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,10 +20,13 @@ def lie_channels_last(
     return (inputs[0].stride(1) == 1 and layer.in_channels > 1) or run > backprops.shape[-1]
 
 
-def patches_of(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, last: bool) -> Tensor:
-    """Returns what each output place of a convolution sees, (examples, groups, places, features).
+def patches_of(
+    layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, last: bool
+) -> Callable[[slice], Tensor]:
+    """Returns what gives, of some examples, what each output place of a convolution sees.
 
-    Features are a channel of the group, then a place in the kernel; the other way where `last`.
+    As (examples · groups, places, features). Features are a channel of the group, then a place in
+    the kernel; the other way where `last`. Nothing is copied before it is asked for.
     """
     if any(layer._reversed_padding_repeated_twice):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -46,8 +49,9 @@ def patches_of(layer: nn.Conv1d | nn.Conv2d, inputs: Tensor, last: bool) -> Tens
         ),
         inputs.storage_offset(),
     )
-    places = math.prod(outputs)
+    places, features = math.prod(outputs), math.prod(layer.weight.shape[1:])
     if last:  # (examples, places…, kernel…, channel)
         order = (0, *(i + 2 + len(axes) for i in axes), *(i + 2 for i in axes), 1)
-        return view.permute(order).reshape(len(inputs), 1, places, -1)
-    return view.reshape(len(inputs), layer.groups, -1, places).transpose(2, 3)
+        lying = view.permute(order)
+        return lambda part: lying[part].reshape(-1, places, features)
+    return lambda part: view[part].reshape(-1, features, places).transpose(1, 2)
