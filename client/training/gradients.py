@@ -68,13 +68,15 @@ class PlainSum:
 
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         """Adds the gradients of a physical batch."""
-        values = list(self._parameters.values())
+        for name, gradient in self.gradients(inputs, targets).items():
+            sums[name] += gradient
+
+    def gradients(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Returns the sum of a physical batch by itself, as autograd forms it."""
         outputs = self._layout.outputs(self._model, inputs)
         total = self._loss(outputs, targets).sum()
-        for name, gradient in zip(
-            self._parameters, torch.autograd.grad(total, values), strict=True
-        ):
-            sums[name] += gradient
+        found = torch.autograd.grad(total, list(self._parameters.values()))
+        return dict(zip(self._parameters, found, strict=True))
 
 
 def clipped_sum(

@@ -143,8 +143,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def scale_grad(self) -> None:
         """Divides by the public normaliser."""
-        for parameter in self.params:
-            parameter.grad /= self._normaliser
+        for parameter in self.params:  # a plain gradient may be one number, seen many times
+            parameter.grad = parameter.grad / self._normaliser
 
 
 def _even(parameters: list[Any]) -> list[int]:

@@ -56,6 +56,13 @@ def test_step_is_sum_plus_noise_over_the_public_normaliser(last: int) -> None:
     assert len(stream.drawn) == 1
 
 
+def test_a_gradient_that_is_one_number_seen_many_times_is_divided_too() -> None:
+    optimizer, (parameter,), _ = stepper((4,), sigma=0.0)
+    optimizer.put([torch.ones(()).expand(4)])  # as autograd gives of a plain sum
+    optimizer.step()
+    np.testing.assert_array_equal(parameter.detach().numpy(), np.full(4, -1 / NORMALISER))
+
+
 def on_public_grid(values: np.ndarray) -> bool:
     multiples = values.astype(np.float64) / 2.0 ** (np.floor(np.log2(STDDEV)) - GRID_BITS)
     return bool(np.array_equal(multiples, np.rint(multiples)))

@@ -366,14 +366,17 @@ def test_weights_of_the_order_are_where_the_round_begins(world: Any) -> None:
     )
 
 
-def test_mechanism_none_is_plain_sgd_on_the_same_poisson_batches(world: Any) -> None:
+@pytest.mark.parametrize("pieces_of", [7, 256])
+def test_mechanism_none_is_plain_sgd_on_the_same_poisson_batches(
+    world: Any, pieces_of: int
+) -> None:
     contract = terms_of(
         world,
         simulation=True,
         model=ModelTerms(name="mlp"),
         privacy={"mechanism": "none", "noise_multiplier": 0.0, "clip_norm": 1e-3},
     )
-    trainer, data, stream = Trainer(contract, Execution(physical_batch=7)), examples(), Watching()
+    trainer, data = Trainer(contract, Execution(physical_batch=pieces_of)), examples()
     weights = start(trainer)
     update = trainer.train(
         terms=contract.cohort[0], examples=data, weights=weights, stream=RandomStream(key(3))
