@@ -127,12 +127,13 @@ def check_room(
         )
     if not counted:
         return
-    if accounting.is_unbounded(chain.events):
+    charged = chain.events
+    if accounting.is_unbounded(charged):
         raise Refusal(Reason.DOMAIN_UNBOUNDED, f"domain {chain.domain!r} has no finite epsilon")
     choices = [ahead(chain, contract)]
     if spent:
         choices.append(entries.events_of(contract, rounds=1, evaluations=int(evaluates)))
-    if not any(within(chain, (*chain.events, *events), domain) for events in choices):
+    if not any(within(chain, (*charged, *events), domain) for events in choices):
         raise Refusal(
             Reason.BUDGET_EXHAUSTED,
             f"{1 if spent else contract.max_attempts} rounds more would pass epsilon "
