@@ -261,7 +261,7 @@ def encode_summed(reply: SummedReply) -> RecordDict:
 
 
 def _signed(reply: TrainReply | SignedReceipt) -> dict[str, ConfigRecord]:
-    facts = {**_facts(reply.receipt), "evaluation": list(reply.receipt.evaluation or ())}
+    facts = {**reply.receipt.facts(), "evaluation": list(reply.receipt.evaluation or ())}
     receipt = ConfigRecord({**facts, "signature": reply.signature})
     ledger = ConfigRecord(
         {
@@ -271,10 +271,6 @@ def _signed(reply: TrainReply | SignedReceipt) -> dict[str, ConfigRecord]:
         }
     )
     return {_RECEIPT: receipt, _LEDGER: ledger}
-
-
-def _facts(receipt: Receipt) -> dict[str, Any]:
-    return {name: getattr(receipt, name) for name in Receipt.__dataclass_fields__}
 
 
 def encode_refusal(refusal: RefusalReply) -> RecordDict:

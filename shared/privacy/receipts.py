@@ -7,7 +7,7 @@ against the links that the site showed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,9 +48,13 @@ class Receipt:
         """Returns what the site signs."""
         return canonical.tagged("receipt/1", self.to_bytes())
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what it says, by name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
     def to_bytes(self) -> bytes:
         """Returns its canonical JSON."""
-        return canonical.encode({name: getattr(self, name) for name in self.__dataclass_fields__})
+        return canonical.encode(self.facts())
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ class Received:
         since = self.ledger.since
         return canonical.encode(
             {
-                "receipt": asdict(self.receipt),
+                "receipt": self.receipt.facts(),
                 "signature": self.signature.hex(),
                 "attempt": self.attempt,
                 "counted": self.counted,
