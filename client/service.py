@@ -21,7 +21,7 @@ from bract.client.app import app
 from bract.client.flower import Address, BackOff, Connection, Disconnected, NotTaken
 from bract.client.installed import SiteState
 from bract.client.settings import SiteSettings
-from bract.shared import canonical, pki
+from bract.shared import canonical, malloc, pki
 
 logger = logging.getLogger("bract.client")
 
@@ -92,7 +92,8 @@ class Answers:
             NotTaken: for a message of a kind that no site answers.
         """
         try:
-            return self._client(message, self._context)
+            with malloc.kept():  # from step to step: to fault it in again is a fifth of a step
+                return self._client(message, self._context)
         except Exception as error:
             # The app answers every order it can read; what it cannot is the server's doing.
             raise NotTaken(

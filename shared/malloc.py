@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of malloc.h
 _EVERY_BLOCK, _GREATEST_ONCE = 1 << 30, 32 << 20  # the latter is all that glibc before 2.35 takes
+_DEFAULT = 128 << 10  # glibc's own, of both thresholds
 
 
 def keep_freed() -> None:
@@ -14,6 +17,18 @@ def keep_freed() -> None:
     if not _set(_MMAP_THRESHOLD, _EVERY_BLOCK):
         _set(_MMAP_THRESHOLD, _GREATEST_ONCE)
     _set(_TRIM_THRESHOLD, _EVERY_BLOCK)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Lets this process keep what it frees until the block ends, and gives all of it back then."""
+    keep_freed()
+    try:
+        yield
+    finally:
+        _set(_MMAP_THRESHOLD, _DEFAULT)
+        _set(_TRIM_THRESHOLD, _DEFAULT)
+        _call("malloc_trim", 0)
 
 
 def give_back(*, from_bytes: int, arenas: int) -> None:
@@ -28,10 +43,14 @@ def give_back(*, from_bytes: int, arenas: int) -> None:
 
 def _set(option: int, value: int) -> bool:
     """Returns whether the allocator took the value."""
+    return _call("mallopt", option, value)
+
+
+def _call(name: str, *values: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        function = getattr(ctypes.CDLL("libc.so.6"), name)
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(option, value))
+    return bool(function(*values))

@@ -26,13 +26,19 @@ before = resident()
 block = np.ones(5 << 20)  # 40 MiB
 del block
 print(resident() - before)
+if len(sys.argv) > 2:
+    exec(sys.argv[2])
+    print(resident() - before)
 """
 
 
-@pytest.mark.skipif(
+KEEPS = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or platform.libc_ver()[1] < "2.35",
     reason="an allocator that does not keep so large a block",
 )
+
+
+@KEEPS
 @pytest.mark.parametrize(
     ("told", "kept"),
     [("malloc.keep_freed()", True), ("malloc.give_back(from_bytes=4 << 20, arenas=1)", False)],
@@ -41,6 +47,16 @@ def test_a_freed_block_stays_or_goes_back(told: str, kept: bool) -> None:
     command = [sys.executable, "-c", PROGRAM, told]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert (int(done.stdout) > 30 * MIB) == kept
+
+
+@KEEPS
+def test_what_was_kept_within_a_block_goes_back_at_its_end() -> None:
+    told = ("kept = malloc.kept(); kept.__enter__()", "kept.__exit__(None, None, None)")
+    command = [sys.executable, "-c", PROGRAM, *told]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    within, after = map(int, done.stdout.split())
+    assert within > 30 * MIB
+    assert after < 10 * MIB
 
 
 @pytest.mark.parametrize("older", [False, True])
