@@ -92,7 +92,7 @@ class Answers:
             NotTaken: for a message of a kind that no site answers.
         """
         try:
-            with malloc.kept():  # from step to step: to fault it in again is a fifth of a step
+            with malloc.kept():  # from step to step: faulting it in anew is dear
                 return self._client(message, self._context)
         except Exception as error:
             # The app answers every order it can read; what it cannot is the server's doing.

@@ -22,6 +22,9 @@ from bract.shared.errors import BractError
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
+# How a process of ours starts another that runs a command.
+PROGRAM = (sys.executable, "-c", "from bract.shared.cli import main; main()")
+
 COMMANDS = {
     "simulate": ("bract.simulations.commands:simulate", "Train over many sites on this machine."),
     "calibrate": (

@@ -1,8 +1,8 @@
 """Where Python's collector of garbage has nothing to look for: among what an import leaves.
 
 The libraries of a run leave over 300,000 objects for good. By itself the collector looks through
-all of them some six times while they come, and again when the process ends: for more than two of
-the eight seconds of a short command.
+all of them some six times while they come, and again when the process ends: for about two of the
+eight seconds of a short command.
 """
 
 from __future__ import annotations

@@ -296,7 +296,7 @@ def _formed_products(
         found = weighted_sums(factors, rows, parts)
         totals += (found.transpose(2, 3) if wide else found).reshape(totals.shape)
 
-    return Share(parameter, norms, add_)
+    return Share(parameter, settled(torch.cat(norms), rows.flatten(1)), add_)
 
 
 def _form(
@@ -306,8 +306,8 @@ def _form(
     features: int,
     *,
     measured: bool,
-) -> tuple[Tensor, bool, Tensor]:
-    """Returns Σ_t b_t·a_tᵀ or its transpose, which it is, and norms where they are asked for."""
+) -> tuple[Tensor, bool, list[Tensor]]:
+    """Returns Σ_t b_t·a_tᵀ or its transpose, which it is, and quick norms where asked for."""
     count, groups, places, outputs = backprops.shape
     wide = features < outputs  # a product is faster the more columns it has
     sides = (features, outputs) if wide else (outputs, features)
@@ -323,7 +323,7 @@ def _form(
         torch.bmm(left.transpose(1, 2), right, out=found[inside])
         if measured:
             norms.append(quick_norms(flat[part]))  # while they are near
-    return rows, wide, settled(torch.cat(norms), flat) if measured else flat[:0]
+    return rows, wide, norms
 
 
 def _room(parameter: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -31,7 +31,7 @@ from bract.client.training.randomness import RandomStream
 from bract.client.training.trainer import Execution, Trainer
 from bract.server.checkpoint import RoundState
 from bract.server.rounds import RoundLoop
-from bract.shared import malloc, models
+from bract.shared import cli, malloc, models
 from bract.shared.contract import Mechanism
 from bract.simulations import simulation
 from bract.simulations.benchmarks import made_up
@@ -122,8 +122,7 @@ def measure_whole_run(case: Case = SMALL_CNN, *, rounds: int = 3) -> dict[str, A
         settings = case.experiment(folder, rounds).model_dump(mode="json", exclude_none=True)
         written = folder / "experiment.toml"
         written.write_text(tomli_w.dumps(settings))
-        program = "from bract.shared.cli import main; main()"
-        command = [sys.executable, "-c", program, "simulate", str(written)]
+        command = [*cli.PROGRAM, "simulate", str(written)]
         started = time.perf_counter()
         subprocess.run(  # noqa: S603  our own command
             [*command, "--out", str(folder / "run")], check=True, capture_output=True

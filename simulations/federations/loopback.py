@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any, Self
 
 import tomli_w
 
-from bract.shared import federation, keyfiles, keys, pki
+from bract.shared import cli, federation, keyfiles, keys, pki
 from bract.shared.errors import BractError
 
 LOOPBACK = "127.0.0.1"
@@ -248,7 +247,7 @@ class Processes:
             raise BractError(f"{name} is running already")
         with self.log_path(name).open("ab") as log:
             self.running[name] = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                [sys.executable, "-c", "from bract.shared.cli import main; main()", *arguments],
+                [*cli.PROGRAM, *arguments],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **ENVIRONMENT, **self.environment},
