@@ -62,6 +62,19 @@ class Permit:
         return self.contract.evaluates(self.round)
 
 
+def permit(
+    holdings: Holdings, contract: Contract, terms: SiteTerms, round_number: int, attempt: int
+) -> Permit:
+    """Returns the permit of a charge that a gate, here or in another process, has committed."""
+    return Permit(
+        contract=contract,
+        terms=terms,
+        round=round_number,
+        attempt=attempt,
+        open_examples=lambda: holdings.open(terms.domain, contract.data),
+    )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Gate:
     """One site's gate.
@@ -265,19 +278,7 @@ class Gate:
             self._charge(transaction, chain, contract, terms, order.round, weights)
             if contract.evaluation is not None and contract.evaluates(order.round):
                 self._charge_evaluation(transaction, chain, contract, order.round)
-        return self.permit(contract, terms, order.round, len(primary.charges[key]))
-
-    def permit(
-        self, contract: Contract, terms: SiteTerms, round_number: int, attempt: int
-    ) -> Permit:
-        """Returns the permit of a charge that this gate, here or in another process, committed."""
-        return Permit(
-            contract=contract,
-            terms=terms,
-            round=round_number,
-            attempt=attempt,
-            open_examples=lambda: self.holdings.open(terms.domain, contract.data),
-        )
+        return permit(self.holdings, contract, terms, order.round, len(primary.charges[key]))
 
     def _charge(
         self,

@@ -36,25 +36,36 @@ class Trainers:
         return self._last[1]
 
 
-@dataclass(slots=True, eq=False)
-class Site:
-    """What answers a train order."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class Learner:
+    """What a site trains with once its gate has said yes: it holds no key and opens no ledger."""
 
     name: str
-    gate: Gate
     randomness: Randomness
     trainers: Trainers = field(repr=False)
     fingerprints: Fingerprints | None = None
 
-    def train(self, order: TrainOrder) -> TrainReply | RefusalReply:
-        """Returns an update, or a refusal whose only content is a reason of the closed list.
+    def job(self, admitted: Permit, examples: Examples) -> Job:
+        """Returns what training under a permit needs."""
+        domain = admitted.terms.domain
+        if self.fingerprints and self.fingerprints.changed(domain, examples):
+            logger.warning(
+                "the data of domain %r changed since it was last opened: its ledger goes on, and "
+                "nothing is refunded",
+                domain,
+                extra={"site": self.name},
+            )
+        return Job(admitted.terms, examples, self.randomness.stream(admitted.round))
 
-        Any failure at all becomes such a refusal: an exception's text could quote private data.
+    def score(self, admitted: Permit, job: Job, weights: Arrays) -> ProtectedScore | None:
+        """Returns the noised score that a permit asks for, if it does.
+
+        After training, so that what is trained is the same without it.
         """
-        try:
-            return self._train(order)
-        except Exception as error:
-            return self.refusal(error, order.round)
+        if not admitted.evaluates:
+            return None
+        trainer = self.trainers.of(admitted.contract)
+        return trainer.score(examples=job.examples, weights=weights, stream=job.stream)
 
     def refusal(self, error: Exception, round_number: int) -> RefusalReply:
         """Returns what may leave of a failure, and notes it in the site's own log."""
@@ -69,6 +80,23 @@ class Site:
             logger.error("site failed: %s", type(error).__name__, extra={"site": self.name})
             logger.debug("at %s", "".join(traceback.format_tb(error.__traceback__)))
         return RefusalReply(site=self.name, round=round_number, reason=reason)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Site(Learner):
+    """What answers a train order."""
+
+    gate: Gate
+
+    def train(self, order: TrainOrder) -> TrainReply | RefusalReply:
+        """Returns an update, or a refusal whose only content is a reason of the closed list.
+
+        Any failure at all becomes such a refusal: an exception's text could quote private data.
+        """
+        try:
+            return self._train(order)
+        except Exception as error:
+            return self.refusal(error, order.round)
 
     def check(self, order: TrainOrder) -> SiteTerms:
         """Returns this site's terms where order and weights will do; nothing is charged yet.
@@ -99,25 +127,3 @@ class Site:
             terms=job.terms, examples=examples, weights=weights, stream=job.stream
         )
         return update, self.score(admitted, job, weights)
-
-    def job(self, admitted: Permit, examples: Examples) -> Job:
-        """Returns what training under a permit needs."""
-        domain = admitted.terms.domain
-        if self.fingerprints and self.fingerprints.changed(domain, examples):
-            logger.warning(
-                "the data of domain %r changed since it was last opened: its ledger goes on, and "
-                "nothing is refunded",
-                domain,
-                extra={"site": self.name},
-            )
-        return Job(admitted.terms, examples, self.randomness.stream(admitted.round))
-
-    def score(self, admitted: Permit, job: Job, weights: Arrays) -> ProtectedScore | None:
-        """Returns the noised score that a permit asks for, if it does.
-
-        After training, so that what is trained is the same without it.
-        """
-        if not admitted.evaluates:
-            return None
-        trainer = self.trainers.of(admitted.contract)
-        return trainer.score(examples=job.examples, weights=weights, stream=job.stream)

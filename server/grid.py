@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+Value = TypeVar("Value")
+
 
 class SingleRunGrid(Grid):
-    """A grid whose run is fixed when it is made.
+    """A grid whose run is fixed when it is made."""
 
-    Attributes:
-        meanwhile: what the server has to do while sites train; a grid may call it then.
-    """
-
-    meanwhile: Callable[[], object] | None = None
+    def aside(self, call: Callable[[], Value]) -> Callable[[], Value]:
+        """Returns what gives a call's value; a grid may have it made where nothing else is done."""
+        return call
 
     def set_run(self, run: Any) -> None:
         """Does nothing: the grid lives for one run."""

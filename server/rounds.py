@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -107,12 +107,11 @@ class RoundLoop:
         if not self._wait_for_sites(grid):
             return None
         self.strategy.desk.remember(state.heads)  # what is saved, and nothing newer
+        epsilon = self._epsilon(grid, state.attempts + 1, number)
         packed = wire.pack(state.weights)
         messages = self.strategy.configure_train(number, packed, ConfigRecord(), grid)
         if not messages:
             return None
-        if isinstance(grid, SingleRunGrid):  # what the round's line will say is then at hand
-            grid.meanwhile = partial(self._epsilon, state.attempts + 1, number)
         replies = grid.send_and_receive(messages, timeout=self.patience.round_seconds)
         average, _ = self.strategy.aggregate_train(number, replies)
         del replies
@@ -126,7 +125,8 @@ class RoundLoop:
         # Before the checkpoint: a head that is countersigned has what led to it on disk.
         received.append(self.out, self.strategy.received(state.attempts, average is not None))
         if average is not None:
-            state = self._completed(state, wire.unpack(average), wire.bytes_of(packed))
+            told = {"weights_bytes": wire.bytes_of(packed), "epsilon_run": _finite(epsilon())}
+            state = self._completed(state, wire.unpack(average), told)
         state = replace(state, seconds=state.seconds + time.monotonic() - started)
         checkpoint.save(state, self.out / "checkpoint")
         if average is not None:
@@ -163,7 +163,7 @@ class RoundLoop:
             time.sleep(POLL_SECONDS)
         return True
 
-    def _completed(self, state: RoundState, average: Arrays, weights_bytes: int) -> RoundState:
+    def _completed(self, state: RoundState, average: Arrays, told: Mapping[str, Any]) -> RoundState:
         weights, velocity = self._step(state, average)
         score = self.evaluator.score(weights, self.validation)
         heads = dict(state.heads)
@@ -179,9 +179,8 @@ class RoundLoop:
             "validation_loss": score.loss,
             "validation_perplexity": score.perplexity,
             **fairness.of_round(self.strategy.replied, self.contract).model_dump(),
-            "weights_bytes": weights_bytes,
+            **told,
             "update_bytes": self.strategy.update_bytes,
-            "epsilon_run": self._epsilon(state.attempts, state.round + 1),
             "replied": len(self.strategy.replied),
             "refused": len(self.strategy.refused),
         }
@@ -210,11 +209,14 @@ class RoundLoop:
         weights = {name: state.weights[name] + rate * value for name, value in velocity.items()}
         return weights, velocity
 
-    def _epsilon(self, attempts: int, completed: int) -> float | None:
-        """Returns what a site that served every attempt has spent in this run at the most."""
+    def _epsilon(self, grid: Grid, attempts: int, completed: int) -> Callable[[], float]:
+        """Returns what tells what a site that served every attempt has spent in this run.
+
+        At the most. It costs what training a dozen sites does: a grid may have it told elsewhere.
+        """
         events = entries.events_of_attempts(self.contract, attempts=attempts, completed=completed)
-        spent = accounting.epsilon(events, self.delta)
-        return spent if np.isfinite(spent) else None
+        spent = partial(accounting.epsilon, events, self.delta)
+        return grid.aside(spent) if isinstance(grid, SingleRunGrid) else spent
 
     def _tell(self, state: RoundState, *, completed: bool) -> None:
         line: dict[str, Any] = dict(state.metrics[-1]) if completed else {"round": state.round + 1}
@@ -233,6 +235,10 @@ def initial_state(contract: Contract, weights: Arrays) -> RoundState:
         weights=dict(weights),
         velocity={name: np.zeros_like(value) for name, value in weights.items()},
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
 
 def _line(values: Mapping[str, Any]) -> str:

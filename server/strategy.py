@@ -350,5 +350,6 @@ def greatest_norm(contract: Contract, site: SiteTerms, shapes: Mapping[str, Shap
 
 
 def _norm(arrays: Arrays) -> float:
-    squares = (np.square(value, dtype=np.float64).sum() for value in arrays.values())
-    return math.sqrt(sum(squares))
+    wide = (value.astype(np.float64) for value in arrays.values())
+    # No dot: BLAS would start a thread on every core for it.
+    return math.sqrt(sum(float(np.square(value, out=value).sum()) for value in wide))

@@ -421,6 +421,9 @@ def _parsed(text: bytes, source: str) -> SignedContract:
     signed = parse(SignedContract, value, source=source)
     if signed.to_bytes() != text:
         raise VerificationFailed(f"{source} is not in canonical form")
+    # The one object that every order then carries: thousands of sites are megabytes, to hold twice
+    # and to compare with each message.
+    signed.__dict__["_text"] = text
     return signed
 
 

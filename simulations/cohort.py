@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flwr.app import Message, MessageType
@@ -20,6 +20,7 @@ from flwr.app import Message, MessageType
 from bract.client import cohort
 from bract.client.gate import Permit
 from bract.client.site import Site
+from bract.server.grid import Value
 from bract.shared import wire
 from bract.shared.errors import BractError, VerificationFailed
 from bract.shared.privacy.ledger import Transaction
@@ -53,6 +54,10 @@ class CohortGrid(SimulatedGrid):
     def get_node_ids(self) -> Iterable[int]:
         """Returns every node."""
         return range(FIRST_NODE, FIRST_NODE + self._sites)
+
+    def aside(self, call: Callable[[], Value]) -> Callable[[], Value]:
+        """Returns what gives a call's value, made by a worker while a cohort is charged."""
+        return call if self._pool is None else self._pool.aside(call)
 
     def _answers(self, messages: Sequence[Message]) -> Iterable[Message]:
         trained = [m for m in messages if m.metadata.message_type == MessageType.TRAIN]
@@ -107,7 +112,7 @@ class CohortGrid(SimulatedGrid):
         try:
             # Held while workers train: there is no other writer, and no second commit.
             with ledger.transaction() as transaction:
-                for trained in pool.map(shards, meanwhile=self.meanwhile):
+                for trained in pool.map(shards):
                     replies += self._released(transaction, trained, permits)
         except BractError as error:
             logger.error("a round's releases cannot be written: %s", error)

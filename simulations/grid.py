@@ -17,7 +17,7 @@ import numpy.typing as npt
 from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
 
-from bract.server.grid import SingleRunGrid
+from bract.server.grid import SingleRunGrid, Value
 from bract.simulations import flower
 from bract.simulations.workers import Pool
 
@@ -100,8 +100,12 @@ class LocalGrid(SimulatedGrid):
         """Returns every node."""
         return list(self._nodes)
 
+    def aside(self, call: Callable[[], Value]) -> Callable[[], Value]:
+        """Returns what gives a call's value, made by a worker that has no message yet."""
+        return self._pool.aside(call)
+
     def _answers(self, messages: Sequence[Message]) -> Iterable[Message]:
-        return self._pool.map(messages, meanwhile=self.meanwhile)
+        return self._pool.map(messages)
 
     def close(self) -> None:
         """Ends the workers."""

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from bract.client import gate
 from bract.client.gate import Permit
-from bract.client.site import Site
+from bract.client.site import Learner
 from bract.client.training.together import Job
 from bract.server.strategy import check_update
 from bract.shared import arrays
@@ -24,7 +25,7 @@ from bract.shared.data import Examples
 from bract.shared.errors import BractError, VerificationFailed
 from bract.shared.models import Shape
 from bract.shared.updates import ProtectedScore, Update
-from bract.simulations.sites import site_of
+from bract.simulations.sites import learner_of
 
 logger = logging.getLogger("bract.simulations")
 
@@ -113,7 +114,7 @@ class ShardTrainer:
 
     def read(self, shard: Shard) -> None:
         """Opens the examples of a shard's sites, which `train` then finds."""
-        self._read[shard.place] = [_opened(site, permit) for site, permit in self._members(shard)]
+        self._read[shard.place] = [_opened(permit) for _, permit in self._members(shard)]
 
     def train(self, shard: Shard) -> Trained:
         """Returns what a shard gives; a site that fails is told, and adds nothing."""
@@ -131,18 +132,18 @@ class ShardTrainer:
 
     def _updates(
         self,
-        members: Sequence[tuple[Site, Permit]],
+        members: Sequence[tuple[Learner, Permit]],
         read: Sequence[Examples | Exception],
         weights: Arrays,
     ) -> list[tuple[Job, Update] | Exception]:
         """Returns each site's update, from one pass where that can be."""
         found: list[tuple[Job, Update] | Exception] = [ValueError("not trained") for _ in members]
         jobs: dict[int, Job] = {}
-        for place, ((site, permit), examples) in enumerate(zip(members, read, strict=True)):
+        for place, ((learner, permit), examples) in enumerate(zip(members, read, strict=True)):
             try:
                 if isinstance(examples, Exception):
                     raise examples
-                jobs[place] = site.job(permit, examples)
+                jobs[place] = learner.job(permit, examples)
             except Exception as error:
                 found[place] = error
         trainer = members[0][0].trainers.of(self._contract)
@@ -157,7 +158,7 @@ class ShardTrainer:
 
     def _outcome(
         self,
-        site: Site,
+        learner: Learner,
         permit: Permit,
         found: tuple[Job, Update] | Exception,
         weights: Arrays,
@@ -168,30 +169,30 @@ class ShardTrainer:
             if isinstance(found, Exception):
                 raise found
             job, update = found
-            score = site.score(permit, job, weights)
+            score = learner.score(permit, job, weights)
         except Exception as error:
-            site.refusal(error, permit.round)
+            learner.refusal(error, permit.round)
             return Outcome(None)
         name = arrays.digest(update.arrays)
         try:
             check_update(update, self._contract, permit.terms, self._shapes)
         except VerificationFailed as error:
-            logger.warning("an update of %s is left out: %s", site.name, error)
+            logger.warning("an update of %s is left out: %s", learner.name, error)
             return Outcome(name, score=score)
         for key, value in update.arrays.items():
             total[key] += np.float64(self._contract.weight(permit.terms)) * value
         return Outcome(name, added=True, score=score)
 
-    def _members(self, shard: Shard) -> Iterator[tuple[Site, Permit]]:
+    def _members(self, shard: Shard) -> Iterator[tuple[Learner, Permit]]:
         for place, attempt in shard.members:
-            site = site_of(self._plan, place)
-            terms = self._contract.site(site.name)
+            learner, holdings = learner_of(self._plan, place)
+            terms = self._contract.site(learner.name)
             if terms is None:
-                raise BractError(f"the contract does not list {site.name!r}")
-            yield site, site.gate.permit(self._contract, terms, shard.round, attempt)
+                raise BractError(f"the contract does not list {learner.name!r}")
+            yield learner, gate.permit(holdings, self._contract, terms, shard.round, attempt)
 
 
-def _opened(site: Site, permit: Permit) -> Examples | Exception:
+def _opened(permit: Permit) -> Examples | Exception:
     try:
         return permit.open_examples()
     except Exception as error:

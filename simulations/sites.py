@@ -12,7 +12,8 @@ from flwr.app import Context
 
 from bract.client.fingerprint import Fingerprints
 from bract.client.gate import Gate
-from bract.client.site import Site, Trainers
+from bract.client.holdings import Holdings
+from bract.client.site import Learner, Site, Trainers
 from bract.client.training.trainer import Execution
 from bract.client.updates import UpdateStore
 from bract.shared import arrays
@@ -140,11 +141,25 @@ def open_plan(path: Path) -> Plan:
     return _plan(str(path))
 
 
-@lru_cache(maxsize=1024)
-def _site(plan_path: str, index: int) -> Site:
+def learner_of(plan: Path, place: int) -> tuple[Learner, Holdings]:
+    """Returns what trains for a site of a plan that shares its ledger file, and its data."""
+    return _learner(str(plan), place), _Part(str(plan), place)
+
+
+def _learner(plan_path: str, index: int) -> Learner:
     plan = _plan(plan_path)
     name = plan.name_of(index)
-    randomness = SeededRandomness(plan.seed, name)
+    return Learner(
+        name=name,
+        randomness=SeededRandomness(plan.seed, name),
+        trainers=_trainers(plan_path),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _site(plan_path: str, index: int) -> Site:
+    plan, learner = _plan(plan_path), _learner(plan_path, index)
+    name = learner.name
     shared = plan.state.shares_a_file(name, many=plan.many)
     gate = Gate(
         policy=plan.policy_of(name),
@@ -153,13 +168,13 @@ def _site(plan_path: str, index: int) -> Site:
         updates=NotKept() if shared else UpdateStore(plan.state.updates(name)),
         holdings=_Part(plan_path, index),
         simulation=True,
-        randomness=randomness.kind,
+        randomness=learner.randomness.kind,
     )
     return Site(
         name=name,
         gate=gate,
-        randomness=randomness,
-        trainers=_trainers(plan_path),
+        randomness=learner.randomness,
+        trainers=learner.trainers,
         # Of many sites the state's own facts say what data they hold.
         fingerprints=None if shared else Fingerprints(plan.state.private / "fingerprints" / name),
     )

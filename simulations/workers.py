@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +25,21 @@ logger = logging.getLogger("bract.simulations")
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a worker does before its next task, that is no task."""
+
+    call: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """The value of a call."""
+
+    value: Any
 
 
 class Pool(Generic[Task, Answer]):
@@ -50,6 +66,8 @@ class Pool(Generic[Task, Answer]):
         self._depth = 1 if ahead is None else 2
         self._workers: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._owed: Connection | None = None  # the worker that makes a call aside
+        self._value: _Made | None = None
         # fork shares the data sets already read; macOS cannot fork after its frameworks are up.
         fork = sys.platform == "linux"
         if fork and workers > 1 and torch.cuda.device_count():
@@ -74,15 +92,41 @@ class Pool(Generic[Task, Answer]):
             self._workers.append(ours)
             self._processes.append(process)
 
-    def map(
-        self, tasks: Sequence[Task], *, meanwhile: Callable[[], object] | None = None
-    ) -> Iterator[Answer]:
-        """Yields the answers as they come, in any order; each task is copied on its way.
+    def aside(self, call: Callable[[], Value]) -> Callable[[], Value]:
+        """Returns what gives a call's value, once: an idle worker makes it before its next task.
 
-        Args:
-            tasks: what to answer.
-            meanwhile: called once workers, if there are any, are at work.
+        Where there is no worker, or it died, the call is made when its value is asked for. It
+        must not raise, and travels to the worker as tasks do.
         """
+        self._called()  # of an earlier call nobody asked
+        if not self._workers:
+            return call
+        worker = self._workers[-1]  # the others have their first tasks before it
+        try:
+            worker.send(_Call(call))
+        except OSError:
+            self._workers.remove(worker)
+            return call
+        self._owed, self._value = worker, None
+
+        def value() -> Value:
+            made = self._called()
+            return call() if made is None else made.value
+
+        return value
+
+    def _called(self) -> _Made | None:
+        """Returns what a worker made aside, waiting for it where no task has."""
+        if self._owed is not None:
+            try:
+                self._value = self._owed.recv()
+            except (EOFError, OSError):
+                self._workers.remove(self._owed)
+        made, self._owed, self._value = self._value, None, None
+        return made
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[Answer]:
+        """Yields the answers as they come, in any order; each task is copied on its way."""
         if not self._processes:
             for task in tasks:
                 yield copy.deepcopy(self._handler(copy.deepcopy(task)))
@@ -95,16 +139,17 @@ class Pool(Generic[Task, Answer]):
                         self._send(worker, waiting, busy)
             if waiting and not self._workers:
                 raise BractError("every worker process died: lower --workers, or free some memory")
-            if meanwhile is not None:
-                meanwhile()
-                meanwhile = None
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)  # noqa: S101  only connections were given
                 try:
                     answer = ready.recv()
                 except (EOFError, OSError):
                     self._workers.remove(ready)
+                    self._owed = None if self._owed is ready else self._owed
                     yield from map(self._lost, busy.pop(ready))
+                    continue
+                if isinstance(answer, _Made):
+                    self._owed, self._value = None, answer
                     continue
                 busy[ready].popleft()
                 if not busy[ready]:
@@ -151,7 +196,7 @@ def _serve(
         if os.getppid() != parent:
             return
         try:
-            tasks.send(handler(task))
+            tasks.send(_Made(task.call()) if isinstance(task, _Call) else handler(task))
         except (EOFError, OSError):
             return
 
@@ -170,7 +215,8 @@ def _read_ahead(tasks: Connection, ahead: Callable[[Any], None]) -> Iterator[Any
 
     def read() -> None:
         for task in _received(tasks):
-            ahead(task)
+            if not isinstance(task, _Call):
+                ahead(task)
             ready.put((task,))
         ready.put(None)
 

@@ -32,7 +32,9 @@ class RandomStream:
         if len(key) != 32:
             raise ValueError("a stream takes a key of 32 bytes")
         self._encryptor = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
-        self._room = bytearray(_ZEROS.nbytes + 15)  # the cipher asks for a block more
+        self._room = np.empty(
+            _ZEROS.nbytes + 15, dtype=np.uint8
+        )  # the cipher asks for a block more
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """Returns `count` uniform 64-bit words."""
@@ -64,8 +66,8 @@ class RandomStream:
 
         Memory that is new to a process costs more than the words in it.
         """
-        self._encryptor.update_into(_ZEROS[: 8 * count], self._room)
-        return np.frombuffer(self._room, dtype="<u8", count=count)
+        self._encryptor.update_into(_ZEROS[: 8 * count], self._room.data)
+        return self._room[: 8 * count].view("<u8")
 
 
 def _box_muller(words: npt.NDArray[np.int64], normals: npt.NDArray[np.float64]) -> None:

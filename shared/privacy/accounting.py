@@ -7,8 +7,8 @@ privacy loss distributions composed numerically, rounded to the pessimistic side
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, reduce
 
 import dp_accounting
 from dp_accounting.pld import privacy_loss_distribution
@@ -107,9 +107,9 @@ def fits(events: Iterable[Event], *, limit: float, delta: float, order: int | No
     merged = merge(events)
     if lost(merged) is not None:
         return False
-    if order is not None and filter_epsilon(merged, delta, order) > limit:
+    if order is not None and _filter_epsilon(merged, delta, order) > limit:
         return False
-    return epsilon(merged, delta) <= limit
+    return _epsilon(merged, delta, ONLINE_INTERVAL) <= limit
 
 
 def is_unbounded(events: Iterable[Event]) -> bool:
@@ -138,12 +138,16 @@ def _epsilon(
         return math.inf
     if (ceiling := lost(events)) is not None:
         return ceiling
-    total = privacy_loss_distribution.identity(value_discretization_interval=interval)
+    composed = [_all_steps(event, interval, neighbours) for event in _steps(events)]
+    total = reduce(lambda one, other: one.compose(other), composed)
+    return float(total.get_epsilon_for_delta(delta))
+
+
+def _steps(events: tuple[Event, ...]) -> Iterator[PoissonGaussian]:
     for event in events:
         if not isinstance(event, PoissonGaussian):
             raise TypeError(f"no accountant for {event}")
-        total = total.compose(_all_steps(event, interval, neighbours))
-    return float(total.get_epsilon_for_delta(delta))
+        yield event
 
 
 # A tenth of a megabyte each at 1e-3: what a forecast asks again and again is there already.
@@ -179,9 +183,7 @@ def _filter_epsilon(events: tuple[Event, ...], delta: float, order: int) -> floa
     if (ceiling := lost(events)) is not None:
         return ceiling
     accountant = RdpAccountant([order], _ADD_OR_REMOVE_ONE)
-    for event in events:
-        if not isinstance(event, PoissonGaussian):
-            raise TypeError(f"no accountant for {event}")
+    for event in _steps(events):
         gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
         step = dp_accounting.PoissonSampledDpEvent(event.sampling_rate, gaussian)
         accountant.compose(step, event.steps)

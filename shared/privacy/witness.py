@@ -54,8 +54,11 @@ class Witness(Frozen):
         """
         if self.key != key:
             raise VerificationFailed("witness is signed by another key than the pinned")
-        facts = self.model_dump(mode="json", exclude={"signature"})
-        keys.verify(key, bytes.fromhex(self.signature), _digest(facts))
+        keys.verify(key, bytes.fromhex(self.signature), self._signed)
+
+    @cached_property
+    def _signed(self) -> bytes:
+        return _digest(self.model_dump(mode="json", exclude={"signature"}))
 
 
 def sign(site: str, domain: str, head: Head, key: keys.SigningKey) -> Witness:

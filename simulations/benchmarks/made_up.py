@@ -6,6 +6,7 @@ it trains on.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -76,24 +77,25 @@ def lay_out(folder: Path, examples: int) -> None:
 
 
 class _Rows:
-    """Rows of a file, read as they are taken; of a mapped file whole neighbourhoods stay mapped."""
+    """Rows of a mapped file, let go as soon as they are copied.
+
+    Else the whole neighbourhood of every row that was ever read would count as this process's.
+    """
 
     def __init__(self, path: Path) -> None:
         whole = np.load(path, mmap_mode="r")
         self.shape, self.dtype, self.ndim = whole.shape, whole.dtype, whole.ndim
-        self._path, self._offset = path, path.stat().st_size - whole.nbytes
+        with path.open("rb") as file:
+            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._rows = np.frombuffer(self._file, self.dtype, offset=len(self._file) - whole.nbytes)
 
     def __len__(self) -> int:
         return int(self.shape[0])
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        places = np.arange(len(self))[rows].reshape(-1)
-        found = np.empty((len(places), *self.shape[1:]), self.dtype)
-        size = found[0].nbytes if len(found) else 0
-        with self._path.open("rb", buffering=0) as file:
-            for row, place in zip(found, places, strict=True):
-                file.seek(self._offset + int(place) * size)
-                file.readinto(row.reshape(-1))
+        rows_of_file = self._rows.reshape(self.shape)
+        found: np.ndarray = np.require(rows_of_file[rows], requirements="W")  # no view of the file
+        self._file.madvise(mmap.MADV_DONTNEED)
         return found
 
 

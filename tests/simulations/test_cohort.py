@@ -114,6 +114,25 @@ def test_a_killed_cohort_is_charged_again_and_ends_with_the_same_weights(
         assert np.array_equal(weights(tmp_path / "run")[name], value)
 
 
+def test_no_worker_opens_a_site_with_its_key(
+    tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, opened = state.State.site_key, tmp_path / "opened"
+
+    def noted(self: state.State, site: str, *, many: bool) -> Any:
+        with opened.open("a") as file:
+            file.write(f"{os.getpid()} {site}\n")
+        return inner(self, site, many=many)
+
+    run = begun(tmp_path / "run", "sites_per_round=3", workers=2)
+    with run.prepared():
+        monkeypatch.setattr(state.State, "site_key", noted)
+        assert run.run(LocalEngine()) == 2
+    asked = [line.split() for line in opened.read_text().splitlines()]
+    assert len({site for _, site in asked}) > 3  # of more sites than the workers were forked with
+    assert {process for process, _ in asked} == {str(os.getpid())}
+
+
 def test_every_charge_of_a_cohort_stands_before_any_of_it_is_read(
     tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,53 @@ def answered(workers: int) -> set[int]:
 def test_workers_answer_in_processes_of_their_own() -> None:
     assert os.getpid() not in answered(2)
     assert answered(1) == {os.getpid()}
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool[int, int]]:
+    made: Pool[int, int] = Pool(lambda _: os.getpid(), lambda _: -1, workers=2)
+    yield made
+    made.close()
+
+
+def test_a_call_aside_is_made_by_a_worker_and_is_no_answer(pool: Pool[int, int]) -> None:
+    value = pool.aside(os.getpid)
+    answers = list(pool.map(range(8)))
+    assert len(answers) == 8
+    assert value() in {*answers} - {os.getpid()}
+
+
+def test_a_call_aside_is_waited_for_where_no_task_was(pool: Pool[int, int]) -> None:
+    pool.aside(partial(int, "1"))  # nobody asks for its value
+    assert pool.aside(partial(int, "2"))() == 2
+    assert len(list(pool.map(range(4)))) == 4
+
+
+@pytest.mark.parametrize("tasks", [0, 6])
+def test_a_call_whose_worker_dies_is_made_here_and_no_task_is_lost(
+    pool: Pool[int, int], tmp_path: Path, tasks: int
+) -> None:
+    value = pool.aside(partial(dies_once, tmp_path / "died", os.getpid()))
+    assert [answer for answer in pool.map(range(tasks)) if answer == os.getpid()] == []
+    assert value() == os.getpid()
+    assert -1 not in list(pool.map(range(3)))  # by the worker that is left
+
+
+def dies_once(mark: Path, parent: int) -> int:
+    if os.getpid() != parent:
+        mark.touch()
+        os._exit(1)
+    assert mark.exists()
+    return os.getpid()
+
+
+def test_one_process_makes_a_call_when_its_value_is_asked_for() -> None:
+    alone: Pool[int, int] = Pool(lambda _: 0, lambda _: -1, workers=1)
+    calls: list[int] = []
+    value = alone.aside(lambda: calls.append(1))
+    assert calls == []
+    value()
+    assert calls == [1]
 
 
 def test_a_process_that_sees_a_gpu_answers_by_itself_and_says_so(
