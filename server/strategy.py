@@ -326,9 +326,9 @@ def check_update(
     fault = named.fault(update.arrays, shapes)
     if fault:
         raise VerificationFailed(fault)
-    if mechanism == "dp-sgd" and _norm(update.arrays) > greatest_norm(contract, terms, shapes):
+    if mechanism == "dp-sgd" and named.norm(update.arrays) > greatest_norm(contract, terms, shapes):
         raise VerificationFailed("of a norm that the contract's steps cannot reach")
-    if mechanism == "user-level" and _norm(update.arrays) > contract.privacy.clip_norm:
+    if mechanism == "user-level" and named.norm(update.arrays) > contract.privacy.clip_norm:
         raise VerificationFailed("of a norm over the contract's clip norm")
 
 
@@ -347,9 +347,3 @@ def greatest_norm(contract: Contract, site: SiteTerms, shapes: Mapping[str, Shap
     step = privacy.clip_norm * (batch + 1 + noise) / batch
     reach = training.learning_rate * training.local_steps / (1 - training.momentum)
     return NORM_SLACK * reach * step
-
-
-def _norm(arrays: Arrays) -> float:
-    wide = (value.astype(np.float64) for value in arrays.values())
-    # No dot: BLAS would start a thread on every core for it.
-    return math.sqrt(sum(float(np.square(value, out=value).sum()) for value in wide))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,13 @@ def digest(arrays: Arrays) -> str:
         content = value.reshape(-1).view(np.uint8).data  # no copy: a model may be large
         parts += [name.encode(), repr(value.shape).encode(), content]
     return canonical.tagged("arrays/1", *parts).hex()
+
+
+def norm(arrays: Arrays) -> float:
+    """Returns the L2 norm of all values together, in float64; it is finite where they are."""
+    wide = (value.astype(np.float64) for value in arrays.values())
+    # No dot: BLAS would start a thread on every core for it.
+    return math.sqrt(sum(float(np.square(value, out=value).sum()) for value in wide))
 
 
 def to_bytes(arrays: Arrays) -> bytes:

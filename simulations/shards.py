@@ -7,7 +7,6 @@ import math
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,10 @@ from bract.simulations.sites import learner_of
 logger = logging.getLogger("bract.simulations")
 
 # A shard is this part of a cohort, and no more sites than that: small shards keep workers even,
-# large ones let sites be trained together.
+# large ones let sites be trained together. Of what is left so much is in halves of that, and so
+# much in quarters.
 _SHARDS, _GREATEST_SHARD = 12, 16
+_HALVED, _QUARTERED = 1 / 3, 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +201,19 @@ def _opened(permit: Permit) -> Examples | Exception:
 
 
 def shards_of(round_number: int, members: Sequence[tuple[int, int]]) -> list[Shard]:
-    """Returns a cohort in parts that differ by one at most, whatever the number of workers."""
-    count = max(min(_SHARDS, len(members)), math.ceil(len(members) / _GREATEST_SHARD))
-    bounds = [len(members) * place // count for place in range(count + 1)]
-    return [
-        Shard(place, round_number, tuple(members[start:end]))
-        for place, (start, end) in enumerate(pairwise(bounds))
-    ]
+    """Returns a cohort in parts, whatever the number of workers: the last ones are smaller.
+
+    So that no worker is long at its last one while the others have none.
+    """
+    shards: list[Shard] = []
+    size, start = min(math.ceil(len(members) / _SHARDS), _GREATEST_SHARD), 0
+    while start < len(members):
+        left = (len(members) - start) / len(members)
+        part = 1 if left > _HALVED else 2 if left > _QUARTERED else 4
+        end = min(start + math.ceil(size / part), len(members))
+        shards.append(Shard(len(shards), round_number, tuple(members[start:end])))
+        start = end
+    return shards
 
 
 def lost(shard: Shard) -> Trained:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -39,21 +39,47 @@ class Sgd:
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """Moves the parameters along their gradients."""
-        for parameter in self.param_groups[0]["params"]:
-            moved = parameter.grad
-            if self._momentum:
-                known = self.state[parameter]
-                if "velocity" in known:
-                    known["velocity"].mul_(self._momentum).add_(moved)
-                else:
-                    known["velocity"] = moved.clone()
-                moved = known["velocity"]
-            parameter.add_(moved, alpha=-self._lr)
+        parameters = self.param_groups[0]["params"]
+        moves = [self._move(p) if self._momentum else p.grad for p in parameters]
+        torch._foreach_add_(parameters, moves, alpha=-self._lr)
+
+    def _move(self, parameter: Any) -> Tensor:
+        known = self.state[parameter]
+        if "velocity" in known:
+            known["velocity"].mul_(self._momentum).add_(parameter.grad)
+        else:
+            known["velocity"] = parameter.grad.clone()
+        velocity: Tensor = known["velocity"]
+        return velocity
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients."""
         for parameter in self.param_groups[0]["params"]:
             parameter.grad = None
+
+
+class PlainOptimizer:
+    """Steps on sums as they are: for the mechanisms that add no noise to a step.
+
+    Args:
+        sgd: steps on the mean.
+        normaliser: the public constant q · nominal size.
+    """
+
+    def __init__(self, sgd: Sgd, *, normaliser: float) -> None:
+        self._sgd, self._normaliser = sgd, normaliser
+
+    def put(self, sums: list[Tensor]) -> None:
+        """Sets the sum of a logical batch, one tensor a parameter."""
+        _set_means(self._sgd.param_groups[0]["params"], sums, self._normaliser)
+
+    def step(self) -> None:
+        """Moves the parameters."""
+        self._sgd.step()
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients."""
+        self._sgd.zero_grad()
 
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -143,8 +169,16 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def scale_grad(self) -> None:
         """Divides by the public normaliser."""
-        for parameter in self.params:  # a plain gradient may be one number, seen many times
-            parameter.grad = parameter.grad / self._normaliser
+        _set_means(self.params, [p.grad for p in self.params], self._normaliser)
+
+
+def _set_means(
+    parameters: Sequence[nn.Parameter], sums: Sequence[Tensor], normaliser: float
+) -> None:
+    """Sets each gradient; not in place, since a sum may be one number that is seen many times."""
+    rounded = [value.to(p.dtype) for p, value in zip(parameters, sums, strict=True)]
+    for parameter, mean in zip(parameters, torch._foreach_div(rounded, normaliser), strict=True):
+        parameter.grad = mean
 
 
 def _even(parameters: list[Any]) -> list[int]:

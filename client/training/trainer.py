@@ -20,7 +20,7 @@ from bract.client.training import admission, gradients, scoring, views
 from bract.client.training.bookkeeping import BookKeepingSum, Loss
 from bract.client.training.clipping import SLACK
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum, Precision
-from bract.client.training.optimizer import PrivateOptimizer, Sgd
+from bract.client.training.optimizer import PlainOptimizer, PrivateOptimizer, Sgd
 from bract.client.training.randomness import RandomStream
 from bract.client.training.together import Job, SharedStep
 from bract.client.training.views import Moves
@@ -124,7 +124,7 @@ class Trainer:
             for _ in range(self._contract.training.local_steps):
                 batch = stream.poisson_sample(len(examples), rate)
                 moves = self._moves(len(batch), stream)
-                if self._noise_ahead:
+                if self._noise_ahead and isinstance(optimizer, PrivateOptimizer):
                     optimizer.draw_ahead(_drawing(os.getpid()))
                 optimizer.put(list(self._sums(examples, batch, moves).values()))
                 optimizer.step()
@@ -265,14 +265,19 @@ class Trainer:
             inputs = tasks.inputs_of(raw, data, self._device)
         return inputs, tasks.targets_of(examples.targets[piece], data, self._device)
 
-    def _optimizer(self, terms: SiteTerms, stream: RandomStream) -> PrivateOptimizer:
+    def _optimizer(
+        self, terms: SiteTerms, stream: RandomStream
+    ) -> PlainOptimizer | PrivateOptimizer:
         training, privacy = self._contract.training, self._contract.privacy
-        private = privacy.mechanism == "dp-sgd"
+        normaliser = self._contract.normaliser(terms)
+        sgd = Sgd(self.parameters.values(), lr=training.learning_rate, momentum=training.momentum)
+        if privacy.mechanism != "dp-sgd":
+            return PlainOptimizer(sgd, normaliser=normaliser)
         return PrivateOptimizer(
-            Sgd(self.parameters.values(), lr=training.learning_rate, momentum=training.momentum),
-            noise_multiplier=privacy.noise_multiplier if private else 0.0,
+            sgd,
+            noise_multiplier=privacy.noise_multiplier,
             clip_norm=privacy.clip_norm,
-            normaliser=self._contract.normaliser(terms),
+            normaliser=normaliser,
             stream=stream,
         )
 
@@ -297,7 +302,7 @@ def clipped(update: Arrays, clip_norm: float) -> dict[str, Array]:
 
     The slack is for float32, in which the scaled numbers are rounded.
     """
-    norm = math.sqrt(sum(np.square(v, dtype=np.float64).sum() for v in update.values()))
+    norm = arrays.norm(update)
     if not math.isfinite(norm):
         return {name: np.zeros_like(value) for name, value in update.items()}
     factor = min(1.0, clip_norm * (1 - SLACK) / norm) if norm > 0 else 1.0

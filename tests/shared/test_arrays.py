@@ -76,3 +76,17 @@ def test_only_exactly_the_expected_arrays_are_without_fault(
 ) -> None:
     found = arrays.fault(values, {"w": (2, 3)})
     assert found is None if said is None else said in str(found)
+
+
+def test_a_norm_is_of_all_values_in_float64_and_leaves_them() -> None:
+    values = {"a": np.full((100, 300), 3e19, np.float32), "b": np.float32([[4.0]]).T}
+    before = {name: value.copy() for name, value in values.items()}
+    wide = np.concatenate([value.astype(np.float64).reshape(-1) for value in values.values()])
+    assert arrays.norm(values) == pytest.approx(float(np.linalg.norm(wide)), rel=1e-12)
+    assert all(np.array_equal(values[name], before[name]) for name in values)
+    assert arrays.norm({}) == 0.0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_norm_of_what_is_not_finite_is_not_finite(value: float) -> None:
+    assert not np.isfinite(arrays.norm({"a": np.float32([1.0, value])}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 from pathlib import Path
@@ -80,13 +81,14 @@ def begun(out: Path, *more: str, workers: int = 1) -> simulation.Simulation:
 
 
 @pytest.mark.parametrize("count", [1, 11, 12, 13, 100, 193, 1000])
-def test_shards_hold_each_site_once_and_differ_by_one_at_most(count: int) -> None:
+def test_shards_hold_each_site_once_and_the_last_are_the_smallest(count: int) -> None:
     found = shards.shards_of(1, [(place, 1) for place in range(count)])
     assert [place for shard in found for place, _ in shard.members] == list(range(count))
     assert [shard.place for shard in found] == list(range(len(found)))
-    sizes = {len(shard.members) for shard in found}
-    assert max(sizes) - min(sizes) <= 1
-    assert 1 <= min(sizes) <= max(sizes) <= 16
+    sizes = [len(shard.members) for shard in found]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == min(math.ceil(count / 12), 16)
+    assert sizes[-1] <= math.ceil(sizes[0] / 4) or sizes[0] == 1
 
 
 def test_a_killed_cohort_is_charged_again_and_ends_with_the_same_weights(
