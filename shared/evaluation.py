@@ -18,6 +18,7 @@ from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, Groups
 from bract.shared.models import released_parameters
 from bract.shared.models.frozen import Features, FrozenFront
+from bract.shared.models.layout import Layout
 
 BATCH = 1024
 
@@ -55,6 +56,7 @@ class Evaluator:
         model.eval()
         self._features = Features(model, data) if isinstance(model, FrozenFront) else None
         self._model = model.behind() if isinstance(model, FrozenFront) else model
+        self._layout = Layout(self._model)
         self._data = data
         self._parameters = released_parameters(model)
 
@@ -114,7 +116,8 @@ class Evaluator:
                 inputs = tasks.inputs_of(examples.inputs[rows], self._data)
             else:
                 inputs = self._features.rows(examples, rows)
-            yield self._model(inputs), tasks.targets_of(examples.targets[rows], self._data)
+            outputs = self._layout.outputs(self._model, inputs)
+            yield outputs, tasks.targets_of(examples.targets[rows], self._data)
 
     def _part(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns the columns of `_Outcome` for some examples; losses are summed in float64."""

@@ -16,9 +16,10 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
-from bract.client.training.bookkeeping import BookKeepingSum, GhostSum, Layout, Loss
+from bract.client.training.bookkeeping import BookKeepingSum, GhostSum, Loss
 from bract.client.training.clipping import clip_factors, joint_norms, row_norms, weighted_sum
 from bract.shared.errors import UsageError
+from bract.shared.models.layout import Layout
 
 Mode = Literal["book-keeping", "opacus-hooks", "opacus-ghost"]
 Precision = Literal["float32", "bfloat16"]

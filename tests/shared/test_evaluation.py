@@ -202,3 +202,33 @@ def test_r2_of_targets_that_are_all_alike_is_null() -> None:
     found = Evaluator(model, data).report(zeros, shown)
     assert found["test_r2"] is None
     assert found["test_mean_absolute_error"] == pytest.approx(0.125)
+
+
+class Viewed(nn.Module):
+    """Counts on its images' channels coming first in memory, or does not."""
+
+    def __init__(self, *, views: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8 * 6 * 6, 4)
+        self.views = views
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.first(inputs))
+        return self.last(hidden.view(len(hidden), -1) if self.views else hidden.flatten(1))
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_how_images_lie_in_memory_changes_no_score(views: bool) -> None:
+    torch.manual_seed(0)
+    model, data = Viewed(views=views), DataTerms(name="made-up", shape=(3, 8, 8), classes=4)
+    given = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    shown = Examples(
+        inputs=np.random.default_rng(0).normal(size=(40, 3, 8, 8)).astype(np.float32),
+        targets=np.arange(40) % 4,
+    )
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(shown.inputs)).numpy()
+    for _ in range(2):  # the second time it is known how
+        outputs, _ = Evaluator(model, data).each(given, shown)
+        np.testing.assert_allclose(outputs, expected, atol=1e-6)
+    assert next(model.parameters()).is_contiguous() == views
