@@ -30,21 +30,25 @@ APPLICATION_ID = 0x62726163  # "brac"
 CHAINS_IN_MEMORY = 1024
 DocumentKind = Literal["contract", "policy"]
 
+# Rows lie in the order of their coming: those of a commit are together, at the end of the file.
 _SCHEMA = """
 CREATE TABLE entries (
     site TEXT NOT NULL, domain TEXT NOT NULL, sequence INTEGER NOT NULL,
     body TEXT NOT NULL, signature BLOB NOT NULL,
     PRIMARY KEY (site, domain, sequence)
-) WITHOUT ROWID, STRICT;
+) STRICT;
 CREATE TABLE witnesses (
     site TEXT NOT NULL, domain TEXT NOT NULL, key TEXT NOT NULL, body TEXT NOT NULL,
     PRIMARY KEY (site, domain, key)
-) WITHOUT ROWID, STRICT;
+) STRICT;
 CREATE TABLE documents (
     kind TEXT NOT NULL, sha256 TEXT NOT NULL, body TEXT NOT NULL,
     PRIMARY KEY (kind, sha256)
-) WITHOUT ROWID, STRICT;
+) STRICT;
 """
+# What a file begun by an earlier bract has instead, and keeps: rows in the order of their keys,
+# each of more than a kilobyte on a page of its own.
+_SCHEMA_BY_KEY = _SCHEMA.replace("STRICT", "WITHOUT ROWID, STRICT")
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +154,8 @@ class Transaction:
         held = self.witness(seen.site, seen.domain, seen.key)
         if held is None or held.sequence < seen.sequence:
             self._connection.execute(
-                "INSERT OR REPLACE INTO witnesses VALUES (?, ?, ?, ?)",
+                "INSERT INTO witnesses VALUES (?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET body = excluded.body",
                 (seen.site, seen.domain, seen.key, seen.to_bytes().decode()),
             )
 
@@ -340,7 +345,7 @@ def _contents(connection: sqlite3.Connection, path: Path) -> Contents:
             f"{path} has ledger schema {version}, this bract reads {entries.SCHEMA_VERSION}: "
             "use the bract that wrote it, or a newer one"
         )
-    if _objects(connection) != _expected_objects():
+    if _objects(connection) not in (_expected(_SCHEMA), _expected(_SCHEMA_BY_KEY)):
         raise LedgerError(f"{path} has other tables or triggers than a ledger")
     rows: dict[tuple[str, str], list[tuple[int, bytes, bytes]]] = {}
     for site, domain, sequence, text, signature in connection.execute(
@@ -364,11 +369,11 @@ def _objects(connection: sqlite3.Connection) -> set[tuple[str, ...]]:
     return set(connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"))
 
 
-@lru_cache(maxsize=1)
-def _expected_objects() -> set[tuple[str, ...]]:
+@lru_cache(maxsize=2)
+def _expected(schema: str) -> set[tuple[str, ...]]:
     connection = sqlite3.connect(":memory:")
     try:
-        connection.executescript(_SCHEMA)
+        connection.executescript(schema)
         return _objects(connection)
     finally:
         connection.close()

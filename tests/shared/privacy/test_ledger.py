@@ -60,6 +60,37 @@ def test_a_chain_survives_that_its_file_is_closed_and_opened(world: Any) -> None
     assert len(after) == len(before) + 2
 
 
+def test_a_file_that_an_earlier_bract_began_is_charged_and_verified_as_before(world: Any) -> None:
+    edit(
+        world.ledger_path,
+        "CREATE TABLE entries (\n    site TEXT NOT NULL, domain TEXT NOT NULL, sequence INTEGER NOT"
+        " NULL,\n    body TEXT NOT NULL, signature BLOB NOT NULL,\n    PRIMARY KEY (site, domain,"
+        " sequence)\n) WITHOUT ROWID, STRICT",
+        "CREATE TABLE witnesses (\n    site TEXT NOT NULL, domain TEXT NOT NULL, key TEXT NOT NULL,"
+        " body TEXT NOT NULL,\n    PRIMARY KEY (site, domain, key)\n) WITHOUT ROWID, STRICT",
+        "CREATE TABLE documents (\n    kind TEXT NOT NULL, sha256 TEXT NOT NULL, body TEXT NOT"
+        " NULL,\n    PRIMARY KEY (kind, sha256)\n) WITHOUT ROWID, STRICT",
+        f"PRAGMA application_id = {ledger.APPLICATION_ID}",
+        "PRAGMA user_version = 1",
+    )
+    gate = charged(world)
+    found = verification.verify(gate.ledger.path, site_keys={"alpha": world.key.public}, anchors={})
+    assert len(hashes(world.ledger_path, world.key.public)) == 7
+    assert found
+
+
+def test_a_file_is_little_more_than_what_it_holds(world: Any) -> None:
+    quiet = {"sampling_rate": 0.01, "noise_multiplier": 4.0}
+    signed = world.sign(world.contract(rounds=40, max_attempts=40, privacy=quiet))
+    gate = world.gate()
+    for number in range(1, 41):
+        world.serve(gate, world.order(signed, number))
+    held = ledger.contents(gate.ledger.path)
+    entries_held = sum(len(text) + len(signed) for _, text, signed in held.rows[ALPHA])
+    documents = sum(map(len, held.documents.values()))
+    assert gate.ledger.path.stat().st_size < 1.5 * (entries_held + documents) + 8 * 4096
+
+
 def test_the_file_explains_its_entries_by_the_documents_that_they_name(world: Any) -> None:
     gate = charged(world)
     held = ledger.contents(world.ledger_path)
