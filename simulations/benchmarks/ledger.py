@@ -29,7 +29,7 @@ from bract.shared.contract import (
 )
 from bract.shared.data import Examples
 from bract.shared.policy import DomainPolicy, Policy
-from bract.shared.privacy import verification
+from bract.shared.privacy import verification, witness
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.wire import TrainOrder
 
@@ -44,8 +44,8 @@ def main() -> None:
 
 def measure(folder: Path, rounds: int) -> dict[str, float]:
     """Returns the medians over a ledger of `rounds` charges, each with its release."""
-    coordinator, key = keys.generate(), keys.generate()
-    signed = contract.sign(_contract(coordinator, key, rounds), coordinator)
+    coordinator, key, desk = (keys.generate() for _ in range(3))
+    signed = contract.sign(_contract(coordinator, key, desk, rounds), coordinator)
     gate = _gate(folder, coordinator, key)
     weights = {"1.weight": np.zeros((10, 64), np.float32), "1.bias": np.zeros(10, np.float32)}
     update = Trainer(signed.contract, Execution()).train(
@@ -54,17 +54,18 @@ def measure(folder: Path, rounds: int) -> dict[str, float]:
         weights=weights,
         stream=SecureRandomness().stream(1),
     )
-    charges, releases = [], []
+    charges, releases, seen = list[float](), list[float](), None
     for number in range(1, rounds + 1):
-        order = TrainOrder(contract=signed, round=number, weights=weights)
+        order = TrainOrder(contract=signed, round=number, weights=weights, witness=seen)
         started = time.perf_counter()
         permit = gate.admit(order)
         charged = time.perf_counter()
         if not isinstance(permit, Permit):
             raise RuntimeError("a new round was taken for an old one")
-        gate.release(permit, update)
+        reply = gate.release(permit, update)
         charges.append(charged - started)
         releases.append(time.perf_counter() - charged)
+        seen = witness.sign("alpha", "ward", reply.receipt.head, desk)  # as a server would
     return {
         "charge_ms": 1e3 * statistics.median(charges),
         "release_ms": 1e3 * statistics.median(releases),
@@ -83,12 +84,15 @@ def _timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def _contract(coordinator: keys.SigningKey, key: keys.SigningKey, rounds: int) -> Contract:
+def _contract(
+    coordinator: keys.SigningKey, key: keys.SigningKey, desk: keys.SigningKey, rounds: int
+) -> Contract:
     site = SiteTerms(name="alpha", key=key.public, domain="ward", nominal_size=10_000)
     return Contract(
         run="ledger-benchmark",
         nonce=contract.new_nonce(),
         coordinator=coordinator.public,
+        witness=desk.public,
         simulation=False,
         rounds=rounds,
         max_attempts=rounds,
