@@ -67,6 +67,7 @@ class Pool(Generic[Task, Answer]):
         self._workers: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._owed: Connection | None = None  # the worker that makes a call aside
+        self._asked: Callable[[], Any] | None = None
         self._value: _Made | None = None
         # fork shares the data sets already read; macOS cannot fork after its frameworks are up.
         fork = sys.platform == "linux"
@@ -105,12 +106,12 @@ class Pool(Generic[Task, Answer]):
         try:
             worker.send(_Call(call))
         except OSError:
-            self._workers.remove(worker)
+            self._drop(worker)
             return call
-        self._owed, self._value = worker, None
+        self._owed, self._asked = worker, call
 
         def value() -> Value:
-            made = self._called()
+            made = self._called() if self._asked is call else None
             return call() if made is None else made.value
 
         return value
@@ -121,8 +122,8 @@ class Pool(Generic[Task, Answer]):
             try:
                 self._value = self._owed.recv()
             except (EOFError, OSError):
-                self._workers.remove(self._owed)
-        made, self._owed, self._value = self._value, None, None
+                self._drop(self._owed)
+        made, self._owed, self._value, self._asked = self._value, None, None, None
         return made
 
     def map(self, tasks: Sequence[Task]) -> Iterator[Answer]:
@@ -144,8 +145,7 @@ class Pool(Generic[Task, Answer]):
                 try:
                     answer = ready.recv()
                 except (EOFError, OSError):
-                    self._workers.remove(ready)
-                    self._owed = None if self._owed is ready else self._owed
+                    self._drop(ready)
                     yield from map(self._lost, busy.pop(ready))
                     continue
                 if isinstance(answer, _Made):
@@ -175,7 +175,13 @@ class Pool(Generic[Task, Answer]):
         except OSError:
             waiting.appendleft(task)
             if worker not in busy:  # else what it has not answered is told as lost
-                self._workers.remove(worker)
+                self._drop(worker)
+
+    def _drop(self, worker: Connection) -> None:
+        """Forgets a worker that died, and what it was to call."""
+        self._workers.remove(worker)
+        if self._owed is worker:
+            self._owed = None
 
 
 def _serve(

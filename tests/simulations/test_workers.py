@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -42,8 +43,9 @@ def test_a_call_aside_is_made_by_a_worker_and_is_no_answer(pool: Pool[int, int])
 
 
 def test_a_call_aside_is_waited_for_where_no_task_was(pool: Pool[int, int]) -> None:
-    pool.aside(partial(int, "1"))  # nobody asks for its value
-    assert pool.aside(partial(int, "2"))() == 2
+    earlier = pool.aside(partial(int, "1"))  # nobody asks for its value in time
+    later = pool.aside(partial(int, "2"))
+    assert (earlier(), later()) == (1, 2)
     assert len(list(pool.map(range(4)))) == 4
 
 
@@ -55,6 +57,16 @@ def test_a_call_whose_worker_dies_is_made_here_and_no_task_is_lost(
     assert [answer for answer in pool.map(range(tasks)) if answer == os.getpid()] == []
     assert value() == os.getpid()
     assert -1 not in list(pool.map(range(3)))  # by the worker that is left
+
+
+def test_a_worker_that_died_over_a_call_long_ago_is_asked_for_nothing(
+    pool: Pool[int, int], tmp_path: Path
+) -> None:
+    value = pool.aside(partial(dies_once, tmp_path / "died", os.getpid()))
+    time.sleep(1)  # no task can be sent to it any more
+    assert -1 not in list(pool.map(range(4)))
+    assert value() == os.getpid()
+    assert pool.aside(os.getpid)() != os.getpid()  # by the worker that is left
 
 
 def dies_once(mark: Path, parent: int) -> int:
