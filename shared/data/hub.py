@@ -7,8 +7,8 @@ no copy of a site's rows is left in a cache.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,27 +89,58 @@ def read(terms: DataTerms, path: Path) -> Examples:
     Raises:
         UsageError: where there is no such file; never for what is in it.
     """
-    if not path.is_file() or path.suffix not in KINDS:
-        raise UsageError(f"cannot read {path}: it must be a file, {', '.join(KINDS)}")
-    from datasets import load_dataset  # slow to import
-
-    rows: list[Mapping[str, Any]] = []
-    # A row that the library cannot take ends the file: a joined site does not fail on it.
-    with suppress(Exception):
-        kind = KINDS[path.suffix]
-        found = load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        rows.extend(found.decode(False))
-    return _examples(terms, rows)
+    return _examples(terms, _rows(path)[0])
 
 
 def check(terms: DataTerms, path: Path) -> list[str]:
-    """Returns which rows of a file would add nothing, by their number."""
-    targets = read(terms, path).targets
+    """Returns which rows of a file would add nothing, by their number, and where it ends early."""
+    rows, whole = _rows(path)
+    targets = _examples(terms, rows).targets
     faults = [
         f"{path}, row {row + 1}: input or target cannot be read"
         for row in np.flatnonzero(targets == UNREADABLE)
     ]
-    return faults or ([] if len(targets) else [f"{path}: no rows that can be read"])
+    if not whole and rows:
+        faults.append(f"{path}: nothing after row {len(rows)} can be read; mend the file there")
+    return faults or ([] if rows else [f"{path}: no rows that can be read"])
+
+
+def _rows(path: Path) -> tuple[list[Mapping[str, Any]], bool]:
+    """Returns the rows of a file, up to the first that the library cannot take, and if it took all.
+
+    A joined site does not fail on it.
+    """
+    if not path.is_file() or path.suffix not in KINDS:
+        raise UsageError(f"cannot read {path}: it must be a file, {', '.join(KINDS)}")
+    if path.suffix == ".jsonl":
+        return _lines(path), True
+    from datasets import load_dataset  # slow to import
+
+    rows: list[Mapping[str, Any]] = []
+    try:
+        kind = KINDS[path.suffix]
+        found = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        # Without features there is nothing to decode, and it would be an error to ask.
+        rows.extend(found if found.features is None else found.decode(False))
+    except Exception:
+        return rows, False
+    return rows, True
+
+
+def _lines(path: Path) -> list[Mapping[str, Any]]:
+    """Returns a row for each line that holds anything; of one that is no JSON object an empty one.
+
+    The library would give up the whole file for it.
+    """
+    rows: list[Mapping[str, Any]] = []
+    with path.open("rb") as file:
+        for line in filter(bytes.strip, file):
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                found = None
+            rows.append(found if isinstance(found, dict) else {})
+    return rows
 
 
 def _fetched(terms: DataTerms) -> Splits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from PIL import Image
 from bract.shared import data
 from bract.shared.errors import UsageError
 
+# The library leaves a file that it cannot read to the collector of garbage.
+LEFT_OPEN = "ignore::pytest.PytestUnraisableExceptionWarning"
 POINTS = {"input": "x", "target": "y", "shape": "2", "classes": 2}
 
 
@@ -42,6 +45,34 @@ def test_rows_of_numbers_are_read_and_a_row_that_is_none_adds_nothing(tmp_path: 
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
 
+def test_a_line_that_is_no_row_adds_nothing_and_the_others_are_read(tmp_path: Path) -> None:
+    path, row = tmp_path / "train.jsonl", b'{"x": [1, 2], "y": 1}\n'
+    path.write_bytes(row + b"{broken\n" + row + b"\n" + b"[1]\n" + b"\xff\n" + row)
+    terms = data.describe("hub", POINTS)
+    assert data.load_part(terms, tmp_path, "1/1").targets.tolist() == [1, -1, 1, -1, -1, 1]
+    assert data.check_part(terms, tmp_path, "1/1", 6) == [
+        f"{path}, row {n}: input or target cannot be read" for n in (2, 4, 5)
+    ]
+
+
+@pytest.mark.filterwarnings(LEFT_OPEN)
+def test_a_csv_file_is_read_up_to_where_it_breaks_and_that_is_told(tmp_path: Path) -> None:
+    path, rows = tmp_path / "train.csv", "".join(f"{n},{n % 2}\n" for n in range(20_000))
+    terms = data.describe("hub", {**POINTS, "shape": "1"})
+    path.write_text("x,y\n" + rows)
+    found = data.load_part(terms, tmp_path, "1/1")
+    assert found.inputs[:, 0].tolist() == list(range(20_000))
+    assert found.targets[:3].tolist() == [0, 1, 0]
+    assert data.check_part(terms, tmp_path, "1/1", 1) == []
+    path.write_text("x,y\n" + rows + "1,2,3,4\n")
+    read = len(data.load_part(terms, tmp_path, "1/1"))
+    assert 0 < read <= 20_000
+    assert data.check_part(terms, tmp_path, "1/1", 1) == [
+        f"{path}: nothing after row {read} can be read; mend the file there"
+    ]
+    gc.collect()
+
+
 def test_images_of_a_parquet_file_are_resized_to_the_shape(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
@@ -61,6 +92,7 @@ def test_images_of_a_parquet_file_are_resized_to_the_shape(tmp_path: Path) -> No
     assert found.targets.tolist() == [0, -1, 1]
 
 
+@pytest.mark.filterwarnings(LEFT_OPEN)
 @pytest.mark.parametrize("name", ["train.jsonl", "train.csv", "train.parquet"])
 @pytest.mark.parametrize("content", [b"", b"\xff\x00{", b'{"x": [1, 2], "y": 1}\n{"x"'])
 def test_a_broken_file_fails_no_site(tmp_path: Path, name: str, content: bytes) -> None:
@@ -68,6 +100,7 @@ def test_a_broken_file_fails_no_site(tmp_path: Path, name: str, content: bytes) 
     terms = data.describe("hub", POINTS)
     assert not np.isnan(data.load_part(terms, tmp_path, "1/1").inputs).any()
     assert data.check_part(terms, tmp_path, "1/1", 1)
+    gc.collect()
 
 
 def test_a_folder_is_simulated_through_the_real_command(
