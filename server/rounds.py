@@ -210,9 +210,9 @@ class RoundLoop:
         return weights, velocity
 
     def _epsilon(self, grid: Grid, attempts: int, completed: int) -> Callable[[], float]:
-        """Returns what tells what a site that served every attempt has spent in this run.
+        """Returns what gives the most that a site can have spent in this run, in every attempt.
 
-        At the most. It costs what training a dozen sites does: a grid may have it told elsewhere.
+        It takes tens of milliseconds, which a grid may have to spare elsewhere.
         """
         events = entries.events_of_attempts(self.contract, attempts=attempts, completed=completed)
         spent = partial(accounting.epsilon, events, self.delta)

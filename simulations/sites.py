@@ -76,8 +76,10 @@ class Plan(Frozen):
 
     @property
     def shares_a_file(self) -> bool:
-        """Whether all sites keep their chains in one ledger file."""
-        return self.state.shares_a_file(self.name_of(0), many=self.many)
+        """Whether all sites keep their chains in one ledger file: none has one of its own."""
+        return self.many and all(
+            self.state.shares_a_file(self.name_of(place), many=True) for place in range(self.sites)
+        )
 
     @property
     def many(self) -> bool:

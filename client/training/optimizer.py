@@ -58,28 +58,25 @@ class Sgd:
             parameter.grad = None
 
 
-class PlainOptimizer:
+class PlainOptimizer(Sgd):
     """Steps on sums as they are: for the mechanisms that add no noise to a step.
 
     Args:
-        sgd: steps on the mean.
+        parameters: what is moved.
+        lr: the learning rate.
+        momentum: of the heavy ball.
         normaliser: the public constant q · nominal size.
     """
 
-    def __init__(self, sgd: Sgd, *, normaliser: float) -> None:
-        self._sgd, self._normaliser = sgd, normaliser
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, normaliser: float
+    ) -> None:
+        super().__init__(parameters, lr=lr, momentum=momentum)
+        self._normaliser = normaliser
 
     def put(self, sums: list[Tensor]) -> None:
         """Sets the sum of a logical batch, one tensor a parameter."""
-        _set_means(self._sgd.param_groups[0]["params"], sums, self._normaliser)
-
-    def step(self) -> None:
-        """Moves the parameters."""
-        self._sgd.step()
-
-    def zero_grad(self) -> None:
-        """Forgets the gradients."""
-        self._sgd.zero_grad()
+        _set_means(self.param_groups[0]["params"], sums, self._normaliser)
 
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]

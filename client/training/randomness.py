@@ -32,9 +32,8 @@ class RandomStream:
         if len(key) != 32:
             raise ValueError("a stream takes a key of 32 bytes")
         self._encryptor = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
-        self._room = np.empty(
-            _ZEROS.nbytes + 15, dtype=np.uint8
-        )  # the cipher asks for a block more
+        # The cipher asks for a block more than it fills.
+        self._room = np.empty(_ZEROS.nbytes + 15, dtype=np.uint8)
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:
         """Returns `count` uniform 64-bit words."""

@@ -270,11 +270,13 @@ class Trainer:
     ) -> PlainOptimizer | PrivateOptimizer:
         training, privacy = self._contract.training, self._contract.privacy
         normaliser = self._contract.normaliser(terms)
-        sgd = Sgd(self.parameters.values(), lr=training.learning_rate, momentum=training.momentum)
+        parameters, rate = self.parameters.values(), training.learning_rate
         if privacy.mechanism != "dp-sgd":
-            return PlainOptimizer(sgd, normaliser=normaliser)
+            return PlainOptimizer(
+                parameters, lr=rate, momentum=training.momentum, normaliser=normaliser
+            )
         return PrivateOptimizer(
-            sgd,
+            Sgd(parameters, lr=rate, momentum=training.momentum),
             noise_multiplier=privacy.noise_multiplier,
             clip_norm=privacy.clip_norm,
             normaliser=normaliser,

@@ -94,13 +94,13 @@ def read(terms: DataTerms, path: Path) -> Examples:
 
 def check(terms: DataTerms, path: Path) -> list[str]:
     """Returns which rows of a file would add nothing, by their number, and where it ends early."""
-    rows, whole = _rows(path)
+    rows, complete = _rows(path)
     targets = _examples(terms, rows).targets
     faults = [
         f"{path}, row {row + 1}: input or target cannot be read"
         for row in np.flatnonzero(targets == UNREADABLE)
     ]
-    if not whole and rows:
+    if not complete and rows:
         faults.append(f"{path}: nothing after row {len(rows)} can be read; mend the file there")
     return faults or ([] if rows else [f"{path}: no rows that can be read"])
 

@@ -116,6 +116,29 @@ def test_a_killed_cohort_is_charged_again_and_ends_with_the_same_weights(
         assert np.array_equal(weights(tmp_path / "run")[name], value)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sites_of_which_some_have_a_file_of_their_own_each_keep_to_theirs(
+    tmp_path: Path, workers: int
+) -> None:
+    kept = tmp_path / "state"
+
+    def run(name: str, *more: str) -> Any:
+        asked = experiment("sites=4", "policy.epsilon=1e3", *more, rounds=1)
+        begun = simulation.begin(
+            asked, out=tmp_path / name, state=kept, data_dir=None, workers=workers
+        )
+        return begun.complete(LocalEngine())
+
+    run("first", "sites_per_round=2")
+    (kept / "ledgers/site-0.sqlite").unlink(missing_ok=True)  # as if another had been chosen
+    own = {path.name for path in (kept / "ledgers").glob("*.sqlite")}
+    assert 1 <= len(own) <= 2
+    second = run("second", "privacy.mechanism=user-level")
+    assert list(second.refused) == []
+    assert {site.charges for site in second.per_site.values()} == {1}
+    assert {path.name for path in (kept / "ledgers").glob("*.sqlite")} == own | {"all.sqlite"}
+
+
 def test_no_worker_opens_a_site_with_its_key(
     tmp_path: Path, shared: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
