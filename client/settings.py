@@ -60,7 +60,7 @@ class SiteSettings(Frozen):
     state: str = "state"
     head_file: str | None = None
     device: str = "auto"
-    physical_batch: int = Field(default=256, ge=1)
+    physical_batch: int | None = Field(default=None, ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
     stop_seconds: float = Field(default=60.0, ge=0)
     greatest_order_mib: int = Field(default=1024, ge=1)

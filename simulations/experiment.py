@@ -87,7 +87,7 @@ class ExecutionSettings(Frozen):
     """How to compute; nothing here changes privacy."""
 
     mode: Literal["book-keeping", "opacus-hooks", "opacus-ghost"] = "book-keeping"
-    physical_batch: int = Field(default=256, ge=1)
+    physical_batch: int | None = Field(default=None, ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
 
 

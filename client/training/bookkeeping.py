@@ -21,8 +21,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bract.client.training import layers
 from bract.client.training.clipping import (
-    NARROW,
     WHOLE,
+    are_joined,
     clip_factors,
     joint_norms,
     row_norms,
@@ -210,26 +210,26 @@ class BookKeepingSum:
 def _add_clipped_(
     totals: Mapping[Tensor, Tensor], shares: Shares, clip_norm: float, parts: Sequence[slice]
 ) -> None:
-    """Adds Σ f_i·g_i of each part to the parameters' totals; narrow rows are taken as one."""
-    apart, narrow = list[Share | Formed](), list[Formed]()
+    """Adds Σ f_i·g_i of each part to the parameters' totals; joined rows are taken as one."""
+    apart, joined = list[Share | Formed](), list[Formed]()
     for share in shares:
-        if isinstance(share, Formed) and share.parameter.numel() <= NARROW:
-            narrow.append(share)
+        if isinstance(share, Formed) and are_joined(share.rows, share.parameter.numel()):
+            joined.append(share)
         else:
             apart.append(share)
     norms = [share.norms for share in apart]
-    if narrow:
-        rows = torch.cat([share.rows.reshape(len(share.rows), -1) for share in narrow], 1)
+    if joined:
+        rows = torch.cat([share.rows.reshape(len(share.rows), -1) for share in joined], 1)
         norms.append(row_norms(rows))
     factors = clip_factors(joint_norms(norms), clip_norm)
     for share in apart:
         share.add_(totals[share.parameter], factors, parts)
-    if narrow:
-        widths = [share.parameter.numel() for share in narrow]
+    if joined:
+        widths = [share.parameter.numel() for share in joined]
         sums = torch.split(weighted_sums(factors, rows, parts), widths, 1)
-        for share, found in zip(narrow, sums, strict=True):
-            total = totals[share.parameter]
-            total += found.view(total.shape)
+        theirs = [totals[share.parameter] for share in joined]
+        found = [some.view(total.shape) for some, total in zip(sums, theirs, strict=True)]
+        torch._foreach_add_(theirs, found)
 
 
 class GhostSum(BookKeepingSum):

@@ -14,15 +14,32 @@ import torch
 from torch import Tensor
 
 SLACK = 1e-3
-# Numbers widened to float64 at once: two megabytes, about what a core keeps near.
-BLOCK = 1 << 18
+# Numbers widened to float64 at once: two megabytes, about what a core keeps near. A GPU has no such
+# place, and takes longer to start on a piece than to be done with it: half a gigabyte.
+_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 26
 WHOLE: tuple[slice, ...] = (slice(None),)
 # Rows so narrow are measured with others, and summed for all parts of a batch at once, though most
-# products are with zeros: what it takes to start a product is more than that.
+# products are with zeros: what it takes to start a product is more than that. On a GPU all are.
 NARROW = 2048
+_HOST = "cpu"
 # How many squares are added in float32. Of a norm over the least no more than 1.1e-9·√d is lost by
 # squares under 2⁻¹²⁶, and none under the most overflows.
 _RUN, _LEAST, _MOST = 128, 1e-10, 1e18
+
+
+def on_gpu(values: Tensor) -> bool:
+    """Returns whether values are where to start a kernel costs much, and to wait for one more."""
+    return values.device.type != _HOST
+
+
+def block_of(values: Tensor) -> int:
+    """Returns how many numbers are worked on at once, where the values are."""
+    return _GPU_BLOCK if on_gpu(values) else _BLOCK
+
+
+def are_joined(rows: Tensor, width: int) -> bool:
+    """Returns whether rows of this width, a parameter's, are measured and summed with others."""
+    return width <= NARROW or on_gpu(rows)
 
 
 def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
@@ -57,11 +74,12 @@ def settled(norms: Tensor, rows: Tensor) -> Tensor:
 
 
 def _has_runs(rows: Tensor) -> bool:
-    return rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.shape[1] > NARROW
+    # to ask a GPU whether a square was lost would be to wait for it
+    return rows.dtype == torch.float32 and rows.shape[1] > NARROW and not on_gpu(rows)
 
 
 def _wide_norms(rows: Tensor) -> Tensor:
-    blocks = [rows] if rows.numel() <= BLOCK else [rows[block] for block in _blocks(rows)]
+    blocks = [rows] if rows.numel() <= block_of(rows) else [rows[some] for some in _blocks(rows)]
     norms = [torch.linalg.vector_norm(block.double(), dim=1) for block in blocks]
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
@@ -89,13 +107,15 @@ def weighted_sum(factors: Tensor, gradients: Tensor) -> Tensor:
 
 def weighted_sums(factors: Tensor, gradients: Tensor, parts: Sequence[slice]) -> Tensor:
     """Returns Σ f_i·g_i of each part of the examples, in float64, a part on the first axis."""
-    rows = without_dropped(factors, gradients).reshape(len(gradients), -1)
-    if parts is WHOLE and rows.numel() <= BLOCK:
-        sums = factors[None] @ rows.double()
+    rows = gradients.reshape(len(gradients), -1)
+    if on_gpu(rows):
+        sums = _spread_sums(factors, rows, parts)
+    elif parts is WHOLE and rows.numel() <= _BLOCK:
+        sums = factors[None] @ without_dropped(factors, rows).double()
     elif len(parts) > 1 and rows.shape[1] <= NARROW:
-        sums = _spread(factors, parts) @ rows.double()
+        sums = _spread(factors, parts) @ without_dropped(factors, rows).double()
     else:
-        sums = rows.new_zeros((len(parts), rows.shape[1]), dtype=torch.float64)
+        sums, rows = _zero_sums(rows, parts), without_dropped(factors, rows)
         for total, part in zip(sums, parts, strict=True):
             some, their = factors[part], rows[part]
             for block in _blocks(their):
@@ -103,8 +123,22 @@ def weighted_sums(factors: Tensor, gradients: Tensor, parts: Sequence[slice]) ->
     return sums.view(len(parts), *gradients.shape[1:])
 
 
+def _spread_sums(factors: Tensor, rows: Tensor, parts: Sequence[slice]) -> Tensor:
+    """Returns the sums by products over all examples, a block after the other."""
+    sums, spread = _zero_sums(rows, parts), _spread(factors, parts)
+    for block in _blocks(rows):
+        sums += spread[:, block] @ without_dropped(factors[block], rows[block]).double()
+    return sums
+
+
+def _zero_sums(rows: Tensor, parts: Sequence[slice]) -> Tensor:
+    return rows.new_zeros((len(parts), rows.shape[1]), dtype=torch.float64)
+
+
 def _spread(factors: Tensor, parts: Sequence[slice]) -> Tensor:
     """Returns a row of factors for each part, zeros outside it: one product sums all parts."""
+    if parts is WHOLE:
+        return factors[None]
     spread = factors.new_zeros((len(parts), len(factors)))
     for row, part in zip(spread, parts, strict=True):
         row[part] = factors[part]
@@ -115,11 +149,11 @@ def without_dropped(factors: Tensor, rows: Tensor) -> Tensor:
     """Returns the rows, zeros where the factor is 0: the row may hold NaN."""
     # Where all are kept nothing would change, so what is released does not depend on this branch;
     # to ask that of a GPU would be to wait for it.
-    if rows.device.type == "cpu" and len(rows) and float(factors.min()) > 0:
+    if not on_gpu(rows) and len(rows) and float(factors.min()) > 0:
         return rows
     return torch.where((factors > 0).view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    step = max(1, BLOCK // max(1, rows.shape[1]))
+    step = max(1, block_of(rows) // max(1, rows.shape[1]))
     return (slice(start, start + step) for start in range(0, len(rows), step))

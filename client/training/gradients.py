@@ -8,7 +8,7 @@ weights cancel (a server may choose them so) what it adds can exceed C by any fa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, Protocol
 
@@ -38,6 +38,15 @@ def expected_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         yield
+
+
+def zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns sums to add to, float64, by the names of parameters that are on one device."""
+    sizes = [p.numel() for p in parameters.values()]
+    device = next((p.device for p in parameters.values()), None)
+    flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+    pieces = zip(parameters.items(), torch.split(flat, sizes), strict=True)
+    return {name: piece.view(p.shape) for (name, p), piece in pieces}
 
 
 class HooksSum:

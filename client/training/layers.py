@@ -29,9 +29,11 @@ from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
 from bract.client.training.clipping import (
-    BLOCK,
     NARROW,
     WHOLE,
+    are_joined,
+    block_of,
+    on_gpu,
     quick_norms,
     row_norms,
     settled,
@@ -155,13 +157,26 @@ def embedding(layer: nn.Embedding, uses: Sequence[Use]) -> Shares:
 
     def add_(totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE) -> None:
         for total, part in zip(totals, parts, strict=True):
-            start, stop, _ = part.indices(len(tokens))
-            some = slice(*torch.searchsorted(example, example.new_tensor([start, stop])).tolist())
-            weights = factors[example[some]]
+            some, weights = _pairs_of(part, example, factors)
             kept = without_dropped(weights, rows[some])
             total.index_add_(0, token[some], kept * weights[:, None])
 
     return [Share(layer.weight, squares.sqrt(), add_)]
+
+
+def _pairs_of(part: slice, example: Tensor, factors: Tensor) -> tuple[slice, Tensor]:
+    """Returns which pairs, sorted by example, are of a part of the examples, and their factors.
+
+    On a GPU all are, with the factor 0 outside the part: to ask where it ends would be to wait.
+    """
+    start, stop, _ = part.indices(len(factors))
+    if (start, stop) == (0, len(factors)):
+        return slice(None), factors[example]
+    if on_gpu(example):
+        inside = (example >= start) & (example < stop)
+        return slice(None), torch.where(inside, factors[example], 0.0)
+    ends = torch.searchsorted(example, example.new_tensor([start, stop])).tolist()
+    return slice(*ends), factors[example[slice(*ends)]]
 
 
 def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,10 +185,10 @@ def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
     On a GPU as many as there are keys, zeros after the last: to ask how many are distinct would be
     to wait for it.
     """
-    if keys.device.type == "cpu":
-        found: tuple[Tensor, Tensor] = torch.unique(keys, return_inverse=True)
-        return found
-    return _distinct_by_sorting(keys)
+    if on_gpu(keys):
+        return _distinct_by_sorting(keys)
+    found: tuple[Tensor, Tensor] = torch.unique(keys, return_inverse=True)
+    return found
 
 
 def _distinct_by_sorting(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,9 +271,12 @@ def _weight(
     weight, (places, outputs) = layer.weight, backprops.shape[2:]
     if not weight.requires_grad:
         return []
-    if weight.numel() <= NARROW:
-        return [Formed(weight, _narrow(weight, activations, backprops, features, channels_last))]
-    if _keeps_factors(places=places, inputs=features, outputs=outputs):
+    factors = weight.numel() > NARROW and _keeps_factors(
+        places=places, inputs=features, outputs=outputs
+    )
+    if not factors and are_joined(backprops, weight.numel()):
+        return [Formed(weight, _joined(weight, activations, backprops, features, channels_last))]
+    if factors:
         kept = activations(slice(None)).view(*backprops.shape[:3], features)
         share = _products(weight, kept, backprops, _gram)
     else:
@@ -270,7 +288,7 @@ def _weight(
     return [replace(share, add_=add_)]
 
 
-def _narrow(
+def _joined(
     weight: Tensor,
     activations: Callable[[slice], Tensor],
     backprops: Tensor,
@@ -309,11 +327,12 @@ def _form(
 ) -> tuple[Tensor, bool, list[Tensor]]:
     """Returns Σ_t b_t·a_tᵀ or its transpose, which it is, and quick norms where asked for."""
     count, groups, places, outputs = backprops.shape
-    wide = features < outputs  # a product is faster the more columns it has
+    # a product is faster the more columns it has; on a GPU to turn the rows would cost more
+    wide = features < outputs and not on_gpu(backprops)
     sides = (features, outputs) if wide else (outputs, features)
     rows = _room(parameter, backprops, (count, groups, *sides))
     flat, found, each = rows.flatten(1), rows.flatten(0, 1), backprops.flatten(0, 1)
-    step = max(1, BLOCK // (groups * features * max(places, outputs)))
+    step = max(1, block_of(backprops) // (groups * features * max(places, outputs)))
     norms = []
     for start in range(0, count, step):
         part = slice(start, start + step)

@@ -26,13 +26,14 @@ def noised(
         normals: one for each place; written over.
     """
     normals *= stddev
-    device, start = sums[0].device, 0
+    device = sums[0].device
     noisy = torch.from_numpy(normals)
     if device.type != "cpu":
         noisy = noisy.pin_memory().to(device, non_blocking=True)
-    for total, count in zip(sums, places, strict=True):
-        noisy[start : start + len(total)] += total
-        start += count
+    slots = torch.split(noisy, list(places))
+    torch._foreach_add_(
+        [slot[: len(total)] for slot, total in zip(slots, sums, strict=True)], list(sums)
+    )
     if device.type != "cpu":
         return tensor_on_grid(noisy, stddev).to(torch.float32)
     return torch.from_numpy(on_grid(normals, stddev).astype(np.float32))

@@ -91,14 +91,14 @@ class SharedStep:
         for name, slot in zip(self._named, self._slots, strict=True):
             flat[slot.start : slot.end] = weights[name].reshape(-1)
         before = torch.from_numpy(flat).to(self._device)
-        found = []
+        moved = []
         for row, job in zip(rows, jobs, strict=True):
             normals = job.stream.normals(self._size)
             gradient = noised([row], [self._size], stddev=stddev, normals=normals)
             gradient /= self._contract.normaliser(job.terms)
-            moved = before.add(gradient, alpha=-training.learning_rate).sub_(before).cpu().numpy()
-            found.append(self._arrays(moved))
-        return found
+            moved.append(before.add(gradient, alpha=-training.learning_rate).sub_(before))
+        # the last noise has been drawn before a GPU is waited for
+        return [self._arrays(row.cpu().numpy()) for row in moved]
 
     def _arrays(self, row: Array) -> dict[str, Array]:
         return {

@@ -42,17 +42,24 @@ GREATEST_WEIGHT = 1e3
 class Execution:
     """How to compute, which cannot change privacy: device, per-example mode, memory bound.
 
-    `physical_batch` is the greatest number of examples in memory at once; a logical batch is
-    split into pieces of it. `precision` is that of the products of the two passes; norms and sums
-    are float64 in either, of the very numbers that the passes gave. `noise_ahead` lets a thread
-    draw a step's noise while its gradients are formed: for where a core is idle.
+    `physical_batch` is the greatest number of examples in memory at once, None what suits the
+    device; a logical batch is split into pieces of it. `precision` is that of the products of the
+    two passes; norms and sums are float64 in either, of the very numbers that the passes gave.
+    `noise_ahead` lets a thread draw a step's noise while its gradients are formed: for where a
+    core is idle.
     """
 
     device: str = "cpu"
     mode: Mode = "book-keeping"
-    physical_batch: int = 256
+    physical_batch: int | None = None
     precision: Precision = "float32"
     noise_ahead: bool = True
+
+    @property
+    def at_once(self) -> int:
+        """The greatest number of examples in memory: a GPU is idle with few."""
+        suits = 256 if torch.device(self.device).type == "cpu" else 1024
+        return self.physical_batch or suits
 
 
 T = TypeVar("T")
@@ -87,7 +94,7 @@ class Trainer:
             model = model.behind()
         self._model, self._contract = model, contract
         self._noise_ahead = execution.noise_ahead
-        self._pieces = max(1, execution.physical_batch // contract.training.views)
+        self._pieces = max(1, execution.at_once // contract.training.views)
         self.parameters = models.released_parameters(self._model)
         self.shapes = models.released_shapes(self._model)
         self._summer, self._summed = _summer(contract, execution, self._model)
@@ -201,7 +208,7 @@ class Trainer:
                 self._pieces //= 2
 
     def _zeros(self) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self._summed.items()}
+        return gradients.zeros(self._summed)
 
     def score(self, *, examples: Examples, weights: Arrays, stream: RandomStream) -> ProtectedScore:
         """Returns how `weights` do on a site's own examples, with the contract's noise.

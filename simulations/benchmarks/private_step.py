@@ -13,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from bract.client.training.gradients import Precision, clipped_sum, expected_warnings
+from bract.client.training.gradients import Precision, clipped_sum, expected_warnings, zeros
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream, SecureRandomness
 from bract.shared import malloc
@@ -211,8 +212,13 @@ def _ours(
         stream=stream,
     )
 
+    named = dict(model.named_parameters())
+    device, drawing = next(iter(named.values())).device, ThreadPoolExecutor(1)
+
     def step() -> None:
-        sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in model.named_parameters()}
+        if device.type != "cpu":  # as the trainer does where a core is idle
+            optimizer.draw_ahead(drawing)
+        sums = zeros(named)
         summer.add_(sums, *batch)
         optimizer.put(list(sums.values()))
         optimizer.step()
