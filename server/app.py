@@ -43,7 +43,7 @@ def main(grid: Grid, context: Context) -> None:
     agreed = signed.verify(signed.contract.coordinator)
     out = Path(str(configured["out"]))
     model = _initial_model(agreed, int(configured["init-seed"]))
-    evaluator = Evaluator(model, agreed.data)
+    evaluator = Evaluator(model, agreed.data, str(configured.get("device", "cpu")))
     folder = folder_of(
         agreed.data.name,
         folder=_path(configured.get("data-folder")),
@@ -58,7 +58,7 @@ def main(grid: Grid, context: Context) -> None:
     state = checkpoint.load(out / "checkpoint", agreed.sha256)
     if state is None:
         parameters = models.released_parameters(model)
-        weights = {name: p.detach().numpy().copy() for name, p in parameters.items()}
+        weights = {name: p.detach().cpu().numpy().copy() for name, p in parameters.items()}
         state = initial_state(agreed, weights)
         checkpoint.save(state, out / "checkpoint")
     loop = RoundLoop(

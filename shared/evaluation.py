@@ -50,11 +50,20 @@ class _Outcome:
 
 
 class Evaluator:
-    """A model kept warm to be scored with changing weights; a frozen front runs only once."""
+    """A model kept warm to be scored with changing weights; a frozen front runs only once.
 
-    def __init__(self, model: nn.Module, data: DataTerms) -> None:
-        model.eval()
-        self._features = Features(model, data) if isinstance(model, FrozenFront) else None
+    Args:
+        model: is moved to the device.
+        data: how inputs are prepared.
+        device: where it is scored.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: DataTerms, device: torch.device | str = "cpu"
+    ) -> None:
+        model.to(device).eval()
+        self._device = device
+        self._features = Features(model, data, device) if isinstance(model, FrozenFront) else None
         self._model = model.behind() if isinstance(model, FrozenFront) else model
         self._layout = Layout(self._model)
         self._data = data
@@ -106,18 +115,18 @@ class Evaluator:
             parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
         parts = [self._part(*pair) for pair in self._batches(examples)]
         columns = zip(*parts, strict=True)
-        return _Outcome(*(torch.cat(column).numpy() for column in columns))
+        return _Outcome(*(torch.cat(column).cpu().numpy() for column in columns))
 
     def _batches(self, examples: Examples) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yields outputs and targets, some examples at a time; one pair at the least."""
         for start in range(0, max(len(examples), 1), BATCH):
             rows = slice(start, start + BATCH)
             if self._features is None:
-                inputs = tasks.inputs_of(examples.inputs[rows], self._data)
+                inputs = tasks.inputs_of(examples.inputs[rows], self._data, self._device)
             else:
                 inputs = self._features.rows(examples, rows)
             outputs = self._layout.outputs(self._model, inputs)
-            yield outputs, tasks.targets_of(examples.targets[rows], self._data)
+            yield outputs, tasks.targets_of(examples.targets[rows], self._data, self._device)
 
     def _part(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns the columns of `_Outcome` for some examples; losses are summed in float64."""

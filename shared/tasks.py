@@ -18,10 +18,10 @@ NO_CLASS = -100
 
 def inputs_of(values: np.ndarray, data: DataTerms, device: torch.device | str = "cpu") -> Tensor:
     """Returns a batch of model inputs on a device, from values as they were read."""
-    return prepared(_placed(values, device), data)
+    return prepared(placed(values, device), data)
 
 
-def _placed(values: np.ndarray, device: torch.device | str) -> Tensor:
+def placed(values: np.ndarray, device: torch.device | str) -> Tensor:
     """Returns values on a device; a GPU takes them when it comes to it, and is not waited for."""
     found = torch.from_numpy(np.ascontiguousarray(values))
     if torch.device(device).type == "cpu":
@@ -46,7 +46,7 @@ def targets_of(values: np.ndarray, data: DataTerms, device: torch.device | str =
     A label that does not exist becomes NO_CLASS, a value that is not finite NaN: such a target
     adds nothing, and to fail on it would tell that it is there.
     """
-    found = _placed(values, device)
+    found = placed(values, device)
     if data.task == "value":
         numbers = found.to(torch.float32)
         return torch.where(numbers.isfinite(), numbers, torch.nan)

@@ -119,6 +119,7 @@ class Simulation:
             "out": str(self.out),
             "data-folder": self.begun.data_folder or "",
             "delta": self.begun.experiment.privacy.delta,
+            "device": str(devices.resolve(self.begun.experiment.device)),
             "init-seed": self.begun.experiment.seed,
             "witness-key": str(self.state.key("witness")),
         }

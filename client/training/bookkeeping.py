@@ -152,10 +152,16 @@ class BookKeepingSum:
         self._names: dict[Tensor, str] = {p: name for name, p in named if p.requires_grad}
         self._loss, self._clip_norm, self._halves = loss, clip_norm, halves
 
-    def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
-        """Adds the clipped gradients of a physical batch."""
+    def add_(
+        self,
+        sums: dict[str, Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        counted: Tensor | None = None,
+    ) -> None:
+        """Adds the clipped gradients of a physical batch, or of those examples that are counted."""
         totals = {name: value[None] for name, value in sums.items()}
-        self.add_parts_(totals, WHOLE, inputs, targets)
+        self.add_parts_(totals, WHOLE, inputs, targets, counted)
 
     def add_parts_(
         self,
@@ -163,6 +169,7 @@ class BookKeepingSum:
         parts: Sequence[slice],
         inputs: Tensor,
         targets: Tensor,
+        counted: Tensor | None = None,
     ) -> None:
         """Adds the clipped gradients of each part of the examples to a total, in one pass.
 
@@ -171,9 +178,10 @@ class BookKeepingSum:
             parts: which examples are whose.
             inputs: of all examples.
             targets: of all examples.
+            counted: which examples add anything, of booleans; None all.
         """
         try:
-            self._add_(totals, parts, inputs, targets)
+            self._add_(totals, parts, inputs, targets, counted)
         except BaseException:
             self._module.clear()
             layers.give_back(self._names)
@@ -185,6 +193,7 @@ class BookKeepingSum:
         parts: Sequence[slice],
         inputs: Tensor,
         targets: Tensor,
+        counted: Tensor | None,
     ) -> None:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._halves):
             outputs = self._outputs(inputs)
@@ -196,7 +205,7 @@ class BookKeepingSum:
                 names = ", ".join(sorted(self._names[p] for p in missing))
                 raise RuntimeError(f"no per-example gradient reached {names}")
             by_parameter = {p: totals[name] for p, name in self._names.items()}
-            _add_clipped_(by_parameter, shares, self._clip_norm, parts)
+            _add_clipped_(by_parameter, shares, self._clip_norm, parts, counted)
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         return self._layout.outputs(self._run, inputs)
@@ -208,7 +217,11 @@ class BookKeepingSum:
 
 
 def _add_clipped_(
-    totals: Mapping[Tensor, Tensor], shares: Shares, clip_norm: float, parts: Sequence[slice]
+    totals: Mapping[Tensor, Tensor],
+    shares: Shares,
+    clip_norm: float,
+    parts: Sequence[slice],
+    counted: Tensor | None = None,
 ) -> None:
     """Adds Σ f_i·g_i of each part to the parameters' totals; joined rows are taken as one."""
     apart, joined = list[Share | Formed](), list[Formed]()
@@ -222,6 +235,8 @@ def _add_clipped_(
         rows = torch.cat([share.rows.reshape(len(share.rows), -1) for share in joined], 1)
         norms.append(row_norms(rows))
     factors = clip_factors(joint_norms(norms), clip_norm)
+    if counted is not None:
+        factors = torch.where(counted, factors, 0.0)
     for share in apart:
         share.add_(totals[share.parameter], factors, parts)
     if joined:

@@ -350,6 +350,8 @@ def _room(parameter: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     The system takes so much back, and to fault it in again costs a part of the step.
     """
+    if on_gpu(like):
+        return like.new_empty(shape)  # torch keeps a GPU's memory itself
     size = math.prod(shape)
     kept: Tensor | None = parameter.__dict__.pop(_ROOM, None)
     if kept is None or len(kept) < size or kept.dtype != like.dtype or kept.device != like.device:

@@ -4,16 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bract.client.training.randomness import RandomStream
+
 GRID_BITS = 20
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """Standard normals of the host's CSPRNG, float64, which may be on their way to a GPU."""
+
+    values: Tensor
+    arrived: Any = None
+
+    def taken(self) -> Tensor:
+        """Returns them for what is started from now on; a GPU waits for them, its host does not."""
+        if self.arrived is not None:
+            now = torch.cuda.current_stream(self.values.device)
+            now.wait_event(self.arrived)
+            self.values.record_stream(now)
+        return self.values
+
+
+def drawn(stream: RandomStream, count: int, device: torch.device) -> Drawn:
+    """Returns normals where they are needed; a GPU takes them beside what it is doing."""
+    values = torch.from_numpy(stream.normals(count))
+    if device.type == "cpu":
+        return Drawn(values)
+    with torch.cuda.stream(_beside(device)):
+        placed = values.pin_memory().to(device, non_blocking=True)
+        return Drawn(placed, torch.cuda.current_stream(device).record_event())
+
+
+@lru_cache
+def _beside(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def noised(
-    sums: Sequence[Tensor], places: Sequence[int], *, stddev: float, normals: np.ndarray
+    sums: Sequence[Tensor], places: Sequence[int], *, stddev: float, normals: Tensor
 ) -> Tensor:
     """Returns sums with the host's noise, on the grid, in float32 and where the sums are.
 
@@ -23,20 +59,16 @@ def noised(
         sums: float64 and flat, on one device.
         places: how many numbers of the answer are each one's; what it does not fill is noise.
         stddev: σC.
-        normals: one for each place; written over.
+        normals: one for each place, where the sums are; written over.
     """
     normals *= stddev
-    device = sums[0].device
-    noisy = torch.from_numpy(normals)
-    if device.type != "cpu":
-        noisy = noisy.pin_memory().to(device, non_blocking=True)
-    slots = torch.split(noisy, list(places))
+    slots = torch.split(normals, list(places))
     torch._foreach_add_(
         [slot[: len(total)] for slot, total in zip(slots, sums, strict=True)], list(sums)
     )
-    if device.type != "cpu":
-        return tensor_on_grid(noisy, stddev).to(torch.float32)
-    return torch.from_numpy(on_grid(normals, stddev).astype(np.float32))
+    if normals.device.type != "cpu":
+        return tensor_on_grid(normals, stddev).to(torch.float32)
+    return torch.from_numpy(on_grid(normals.numpy(), stddev).astype(np.float32))
 
 
 def on_grid(values: np.ndarray, stddev: float) -> np.ndarray:

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
-import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bract.client.training.noise import noised
+from bract.client.training.clipping import on_gpu
+from bract.client.training.noise import Drawn, drawn, noised
 from bract.client.training.randomness import RandomStream
 
-_TOGETHER = 1 << 17
+_TOGETHER, _GPU_TOGETHER = 1 << 17, 1 << 22
 _GREATEST_AHEAD = 1 << 22  # normals of a step that wait for it: 32 MiB
 
 
@@ -112,7 +112,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         self._normaliser = normaliser
         self._stream = stream
         self._stddev = noise_multiplier * clip_norm
-        self._drawn: deque[Future[np.ndarray]] = deque()
+        self._groups = list(_groups(self.params))
+        self._drawn: deque[Future[Drawn]] = deque()
 
     def put(self, sums: list[Tensor]) -> None:
         """Sets the sum of a logical batch, one tensor a parameter; zeros for an empty batch."""
@@ -124,12 +125,16 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
         The numbers are those that the step would draw by itself.
         """
-        counts = [sum(_even(together)) for together in _groups(self.params)]
+        counts = [sum(_even(together)) for together in self._groups]
         if self._stddev > 0 and sum(counts) <= _GREATEST_AHEAD:
-            self._drawn.extend(executor.submit(self._stream.normals, count) for count in counts)
+            self._drawn.extend(
+                executor.submit(drawn, self._stream, count, together[0].device)
+                for count, together in zip(counts, self._groups, strict=True)
+            )
 
-    def _normals(self, count: int) -> np.ndarray:
-        return self._drawn.popleft().result() if self._drawn else self._stream.normals(count)
+    def _normals(self, count: int, device: torch.device) -> Tensor:
+        ahead = self._drawn.popleft().result() if self._drawn else None
+        return (ahead or drawn(self._stream, count, device)).taken()
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Noises and scales the sums; no logical step is ever skipped."""
@@ -149,10 +154,11 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
                 parameter.grad = parameter.summed_grad.to(parameter.dtype)
                 _mark_as_processed(parameter.summed_grad)
             return
-        for together in _groups(self.params):
+        for together in self._groups:
             even = _even(together)
             sums = [self._taken(parameter) for parameter in together]
-            released = noised(sums, even, stddev=self._stddev, normals=self._normals(sum(even)))
+            normals = self._normals(sum(even), sums[0].device)
+            released = noised(sums, even, stddev=self._stddev, normals=normals)
             for parameter, piece in zip(together, torch.split(released, even), strict=True):
                 gradient = piece[: parameter.numel()].view(parameter.shape)
                 parameter.grad = gradient.to(parameter.dtype)
@@ -186,10 +192,12 @@ def _even(parameters: list[Any]) -> list[int]:
 def _groups(parameters: list[Any]) -> Iterator[list[Any]]:
     """Yields parameters on one device that are noised in one draw: the small ones together."""
     group: list[Any] = []
+    size = 0
     for parameter in parameters:
-        size = sum(p.numel() for p in group) + parameter.numel()
-        if group and (size > _TOGETHER or parameter.device != group[0].device):
+        size += parameter.numel()
+        greatest = _GPU_TOGETHER if on_gpu(parameter) else _TOGETHER
+        if group and (size > greatest or parameter.device != group[0].device):
             yield group
-            group = []
+            group, size = [], parameter.numel()
         group.append(parameter)
     yield group

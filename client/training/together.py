@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bract.client.training.noise import noised
+from bract.client.training.noise import drawn, noised
 from bract.client.training.randomness import RandomStream
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract, SiteTerms
@@ -93,7 +93,7 @@ class SharedStep:
         before = torch.from_numpy(flat).to(self._device)
         moved = []
         for row, job in zip(rows, jobs, strict=True):
-            normals = job.stream.normals(self._size)
+            normals = drawn(job.stream, self._size, self._device).taken()
             gradient = noised([row], [self._size], stddev=stddev, normals=normals)
             gradient /= self._contract.normaliser(job.terms)
             moved.append(before.add(gradient, alpha=-training.learning_rate).sub_(before))

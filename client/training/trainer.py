@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bract.client.training import admission, gradients, scoring, views
+from bract.client.training import admission, gradients, graphs, scoring, views
 from bract.client.training.bookkeeping import BookKeepingSum, Loss
 from bract.client.training.clipping import SLACK
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum, Precision
@@ -98,6 +98,7 @@ class Trainer:
         self.parameters = models.released_parameters(self._model)
         self.shapes = models.released_shapes(self._model)
         self._summer, self._summed = _summer(contract, execution, self._model)
+        self._adder = graphs.replayed(self._summer, self._summed, contract.model.name)
         self._shared = SharedStep(contract, self._summed, self.parameters)
         self._rehearse()
 
@@ -254,7 +255,7 @@ class Trainer:
             sums = self._zeros()
             for part in _parts(len(batch), size):
                 seen = None if moves is None else moves.take(part)
-                self._summer.add_(sums, *self._batch(examples, batch[part], seen))
+                self._adder.add_(sums, *self._batch(examples, batch[part], seen))
             return sums
 
         return self._in_pieces(run)

@@ -100,7 +100,7 @@ class Features:
             self._last = (examples, self._of(examples.inputs))
         found = self._last[1]
         part = self._computed(examples.inputs[rows]) if found is None else found[rows]
-        return torch.from_numpy(np.ascontiguousarray(part)).to(self._device)
+        return tasks.placed(part, self._device)
 
     def _of(self, inputs: np.ndarray) -> np.ndarray | None:
         """Returns the features of all inputs, or None where there is no room to keep them."""

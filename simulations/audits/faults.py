@@ -204,17 +204,17 @@ def _one_tensor_bare() -> Iterator[None]:
 def _one_noise_for_two() -> Iterator[None]:
     """The second tensor gets the noise of the first, as far as that reaches."""
     add_noise = PrivateOptimizer.add_noise
-    drawn: list[np.ndarray] = []
+    drawn: list[Tensor] = []
 
     def noting(optimizer: PrivateOptimizer) -> None:
         drawn.clear()
         add_noise(optimizer)
 
     def repeating(
-        sums: Sequence[Tensor], places: Sequence[int], *, stddev: float, normals: np.ndarray
+        sums: Sequence[Tensor], places: Sequence[int], *, stddev: float, normals: Tensor
     ) -> Tensor:
-        for part in np.split(normals, np.cumsum(places)[:-1]):
-            drawn.append(part.copy())
+        for part in torch.split(normals, list(places)):
+            drawn.append(part.clone())
             if len(drawn) == 2:
                 width = min(len(drawn[0]), len(part))
                 part[:width] = drawn[0][:width]

@@ -25,6 +25,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from bract.client.training.gradients import Precision, clipped_sum, expected_warnings, zeros
+from bract.client.training.graphs import replayed
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream, SecureRandomness
 from bract.shared import malloc
@@ -203,7 +204,9 @@ def _ours(
     model: nn.Module, batch: Batch, stream: RandomStream, precision: Precision = "float32"
 ) -> Step:
     """Returns the step of the trainer in its default mode."""
+    named = dict(model.named_parameters())
     summer = clipped_sum("book-keeping", model, _losses, CLIP_NORM, precision)
+    summer = replayed(summer, named, "cnn")
     optimizer = PrivateOptimizer(
         torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
         noise_multiplier=NOISE_MULTIPLIER,
@@ -212,7 +215,6 @@ def _ours(
         stream=stream,
     )
 
-    named = dict(model.named_parameters())
     device, drawing = next(iter(named.values())).device, ThreadPoolExecutor(1)
 
     def step() -> None:

@@ -16,7 +16,7 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bract.client.training import bookkeeping, layers
+from bract.client.training import bookkeeping, clipping, layers
 from bract.client.training.bookkeeping import BookKeepingSum, GhostSum
 from bract.client.training.clipping import NARROW, SLACK
 from bract.client.training.gradients import clipped_sum
@@ -231,6 +231,58 @@ def test_sum_equals_that_of_microbatches_in_float32(case: str) -> None:
     clip = middle(model, inputs)
     expected = microbatches(model, inputs, clip)
     assert distance(add("book-keeping", model, inputs, clip), expected) < 1e-5 * norm(expected)
+
+
+@pytest.fixture(params=[1 << 26, 50])
+def as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's tensors take the way of a GPU's, in one block or in many."""
+    monkeypatch.setattr(clipping, "_HOST", "another")
+    monkeypatch.setattr(clipping, "_GPU_BLOCK", request.param)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("case", CASES)
+def test_way_of_a_gpu_gives_the_sum_of_microbatches(case: str) -> None:
+    model, inputs = made(case)
+    clip = middle(model, inputs)
+    expected = microbatches(model, inputs, clip)
+    assert distance(add("book-keeping", model, inputs, clip), expected) < 1e-10 * norm(expected)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("case", CASES)
+def test_way_of_a_gpu_sums_each_part_apart(case: str) -> None:
+    model, inputs = made(case)
+    clip, parts = middle(model, inputs), (slice(0, 3), slice(3, 3), slice(3, COUNT))
+    parameters = models.released_parameters(model)
+    totals = {n: p.new_zeros((3, *p.shape)).double() for n, p in parameters.items()}
+    summer = BookKeepingSum(model, losses, clip)
+    summer.add_parts_(totals, parts, inputs, torch.arange(COUNT) % CLASSES)
+    rows = [microbatches(model, inputs[:3], clip), None, microbatches(model, inputs, clip)]
+    assert distance({n: t[0] for n, t in totals.items()}, rows[0]) < 1e-10 * norm(rows[0])
+    assert norm({n: t[1] for n, t in totals.items()}) == 0
+    both = {n: t[0] + t[2] for n, t in totals.items()}
+    assert distance(both, rows[2]) < 1e-10 * norm(rows[2])
+
+
+@pytest.mark.parametrize("mode", ["host", "gpu"])
+@pytest.mark.parametrize("value", [1.0, math.nan])
+@pytest.mark.parametrize("case", CASES)
+def test_examples_that_are_not_counted_add_nothing(
+    case: str, value: float, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mode == "gpu":
+        monkeypatch.setattr(clipping, "_HOST", "another")
+    model, inputs = made(case)
+    clip = middle(model, inputs)
+    expected = microbatches(model, inputs[:3], clip)
+    if CASES[case][1] is not TOKENS:
+        inputs[3] *= value
+    found = {n: torch.zeros_like(p).double() for n, p in models.released_parameters(model).items()}
+    counted = torch.tensor([True, True, True, False])
+    summer = BookKeepingSum(model, losses, clip)
+    summer.add_(found, inputs, torch.arange(COUNT) % CLASSES, counted)
+    assert distance(found, expected) < 1e-10 * norm(expected)
 
 
 @pytest.mark.parametrize("always", [True, False])

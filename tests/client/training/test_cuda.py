@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bract.client.training.gradients import clipped_sum
+from bract.client.training import graphs
+from bract.client.training.gradients import clipped_sum, zeros
+from bract.client.training.graphs import ReplayedSum, replayed
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream
 from bract.client.training.trainer import Execution, Trainer
@@ -109,14 +112,91 @@ def test_halves_stay_near_and_keep_their_noise(world: Any, case: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", NO_WAITS)
-def test_nothing_inside_a_step_waits_for_the_gpu(case: str, precision: Any) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_graphs_add_what_the_summer_adds(case: str, precision: Any) -> None:
+    """Of batches of several sizes, in any order, one with an example that is not finite."""
+    summer, replaying, parameters, data = replay(case, precision)
+    shown = examples(data)
+    sizes = [20, 18, 20, 17, 12, 11, 20, 12, 18, 12, 20, 11, 39, 40, 40, 38, 40, 7, 12, 20]
+    for turn, size in enumerate(sizes):
+        inputs = tasks.inputs_of(shown.inputs[:size], data, "cuda:0")
+        targets = tasks.targets_of(shown.targets[:size], data, "cuda:0")
+        if turn % 3 == 2 and data.vocabulary is None:
+            inputs[size - 1] = math.nan  # it must not outlive its batch
+        found = [zeros(parameters) for _ in range(2)]
+        for sums, adder in zip(found, (replaying, summer), strict=True):
+            adder.add_(sums, inputs, targets)
+        one, other = ({n: v.cpu().numpy() for n, v in sums.items()} for sums in found)
+        assert norm(other) > 0
+        # bfloat16 products are rounded otherwise in a batch of another size
+        assert distance(one, other) < (1e-5 if precision == "float32" else 0.02) * norm(other)
+    recorded = {shape.examples for shape in replaying._graphs}
+    assert recorded == (set() if case == "lstm" else {12, 20, 40})
+    if case == "lstm":
+        torch.nn.Dropout(0.5)(torch.ones(9, device="cuda"))  # the generator is whole again
+
+
+def replay(case: str, precision: Any) -> tuple[Any, ReplayedSum, dict[str, Any], DataTerms]:
     name, options, data = CASES[case]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as a trainer
+    torch.manual_seed(4)
     model = models.of(ModelTerms(name=name, options=options), data).cuda()
     parameters = models.released_parameters(model)
     summer = clipped_sum(
         "book-keeping", model, partial(tasks.losses, task=data.task), 0.5, precision
     )
+    found = replayed(summer, parameters, name)
+    assert isinstance(found, ReplayedSum)
+    return summer, found, parameters, data
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_round_by_graphs_gives_the_update_of_the_cpu(
+    world: Any, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "_BEFORE", 0)
+    _, cpu = trained(world, case, device="cpu")
+    _, gpu = trained(world, case, device="cuda:0")
+    assert distance(cpu, gpu) < 1e-4 * norm(cpu)
+
+
+def test_noise_on_its_way_arrives_before_it_is_added(world: Any) -> None:
+    """Drawn by a thread and copied beside the passes, or drawn at the step: one update."""
+    _, ahead = trained(world, "cnn", device="cuda:0", noise_ahead=True)
+    _, then = trained(world, "cnn", device="cuda:0", noise_ahead=False)
+    assert distance(ahead, then) < 1e-5 * norm(then)
+
+
+def test_graphs_follow_weights_that_are_loaded(world: Any) -> None:
+    summer, replaying, parameters, data = replay("cnn", "float32")
+    shown = examples(data)
+    given = (
+        tasks.inputs_of(shown.inputs[:20], data, "cuda:0"),
+        tasks.targets_of(shown.targets[:20], data, "cuda:0"),
+    )
+    norms = []
+    for turn in range(8):
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.copy_(torch.randn(parameter.shape) * 0.1 * (turn + 1))
+        found = [zeros(parameters) for _ in range(2)]
+        for sums, adder in zip(found, (replaying, summer), strict=True):
+            adder.add_(sums, *given)
+        one, other = ({n: v.cpu().numpy() for n, v in sums.items()} for sums in found)
+        assert distance(one, other) < 1e-5 * norm(other)
+        norms.append(norm(one))
+    assert replaying._graphs
+    assert len({round(value, 6) for value in norms}) == 8
+
+
+@pytest.mark.parametrize("by_graphs", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", NO_WAITS)
+def test_nothing_inside_a_step_waits_for_the_gpu(
+    case: str, precision: Any, by_graphs: bool
+) -> None:
+    summer, replaying, parameters, data = replay(case, precision)
+    adder = replaying if by_graphs else summer
     optimizer = PrivateOptimizer(
         torch.optim.SGD(list(parameters.values()), lr=0.1),
         noise_multiplier=1.0,
@@ -124,17 +204,20 @@ def test_nothing_inside_a_step_waits_for_the_gpu(case: str, precision: Any) -> N
         normaliser=20.0,
         stream=RandomStream(bytes(32)),
     )
-    shown = examples(data)
+    shown, drawing = examples(data), ThreadPoolExecutor(1)
 
     def step() -> None:
-        sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+        sums = zeros(parameters)
         inputs = tasks.inputs_of(shown.inputs[:20], data, "cuda:0")
-        summer.add_(sums, inputs, tasks.targets_of(shown.targets[:20], data, "cuda:0"))
+        adder.add_(sums, inputs, tasks.targets_of(shown.targets[:20], data, "cuda:0"))
+        optimizer.draw_ahead(drawing)
         optimizer.put(list(sums.values()))
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # memory for rows, pinned memory and kernels are there after the first
+    for _ in range(5):  # pinned memory, kernels and graphs are there after the first ones
+        step()
+    assert bool(replaying._graphs) == by_graphs
     with no_waits():
         step()
 

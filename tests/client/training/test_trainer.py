@@ -419,8 +419,8 @@ def test_lack_of_memory_makes_smaller_pieces_of_the_same_batch(world: Any, mode:
     contract = terms_of(world, model=ModelTerms(name="mlp"))
     trainer, plenty = Trainer(contract, Execution(mode=mode)), Watching()
     expected = flat(train(trainer, contract, examples(), plenty))
-    scarce = Scarce(trainer._summer, 3)
-    trainer._summer = scarce
+    scarce = Scarce(trainer._adder, 3)
+    trainer._adder = scarce
     stream = Watching()
     np.testing.assert_allclose(
         flat(train(trainer, contract, examples(), stream)), expected, atol=1e-6
@@ -433,7 +433,7 @@ def test_lack_of_memory_makes_smaller_pieces_of_the_same_batch(world: Any, mode:
 def test_lack_of_memory_for_one_example_is_raised(world: Any) -> None:
     contract = terms_of(world)
     trainer, stream = Trainer(contract, Execution(noise_ahead=False)), Watching()
-    trainer._summer = Scarce(trainer._summer, 0)
+    trainer._adder = Scarce(trainer._adder, 0)
     with pytest.raises(torch.OutOfMemoryError):
         train(trainer, contract, examples(), stream)
     assert stream.normal_counts == []

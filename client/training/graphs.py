@@ -1,0 +1,196 @@
+"""Clipped sums by CUDA graphs: the host starts a whole pass at once, and not kernel by kernel.
+
+A step of a small model takes a GPU less time than its host needs to start the kernels. A pass is
+recorded for sizes of batches that come again and again, and replayed; the host is then done in some
+microseconds. A batch is filled up to the next such size by examples that add nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bract.client.training.bookkeeping import BookKeepingSum
+from bract.client.training.gradients import ClippedSum, zeros
+from bract.shared import models
+
+logger = logging.getLogger("bract.client")
+
+# Recording takes as long as some passes, which are not yet lost on a size that comes once.
+_BEFORE = 3
+# What torch may draw or ask in user code, a graph would repeat as it was recorded.
+RECORDED = models.MODELS.keys() - {"hf"}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a graph is recorded for: the number of examples, and what each looks like."""
+
+    examples: int
+    inputs: tuple[tuple[int, ...], torch.dtype]
+    targets: tuple[tuple[int, ...], torch.dtype]
+
+
+def shape_of(inputs: Tensor, targets: Tensor) -> Shape:
+    """Returns the shape that holds a batch: of eight sizes between a power of two and the next."""
+    count = len(inputs)
+    step = max(4, 1 << max(0, (count - 1).bit_length() - 4))
+    return Shape(
+        -(-count // step) * step,
+        (tuple(inputs.shape[1:]), inputs.dtype),
+        (tuple(targets.shape[1:]), targets.dtype),
+    )
+
+
+class Recorded:
+    """One pass over a batch of one shape, as a graph on the device that the sums are on.
+
+    Args:
+        summer: whose pass.
+        parameters: by the names of the sums.
+        shape: of the batch.
+        pool: the graphs' memory; none of it outlives a replay.
+
+    Raises:
+        RuntimeError: where a pass waits for the GPU, or cannot be recorded for another reason.
+    """
+
+    def __init__(
+        self, summer: BookKeepingSum, parameters: Mapping[str, Tensor], shape: Shape, pool: Any
+    ) -> None:
+        self._batch, self._device = Batch(parameters, shape), _device_of(parameters)
+        with torch.cuda.device(self._device):
+            self._graph: Any = torch.cuda.CUDAGraph()
+            apart: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            now = torch.cuda.current_stream()
+            try:
+                self._rehearse(summer, apart)
+                # The thread that draws noise asks for memory meanwhile, as it may.
+                with torch.cuda.graph(
+                    self._graph, pool=pool, stream=apart, capture_error_mode="thread_local"
+                ):
+                    self._batch.run(summer)
+            finally:
+                torch.cuda.set_stream(now)  # a recording that failed may leave another
+
+    def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
+        """Adds the clipped gradients of a batch that the shape holds."""
+        with torch.cuda.device(self._device):
+            self._batch.fill(inputs, targets)
+            self._graph.replay()
+            self._batch.add_to(sums)
+
+    def _rehearse(self, summer: BookKeepingSum, apart: Any) -> None:
+        """Runs the pass apart, as torch asks, where whoever waits for the GPU raises."""
+        now = torch.cuda.current_stream()
+        apart.wait_stream(now)
+        with torch.cuda.stream(apart), _no_waits():
+            self._batch.run(summer)
+        now.wait_stream(apart)
+
+
+class Batch:
+    """Where a recorded pass finds its batch, and leaves its sums."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], shape: Shape) -> None:
+        self._sums = zeros(parameters)
+        like = next(iter(self._sums.values()))
+        (inputs, kind), (targets, label) = shape.inputs, shape.targets
+        self._inputs = like.new_zeros((shape.examples, *inputs), dtype=kind)
+        self._targets = like.new_zeros((shape.examples, *targets), dtype=label)
+        self._places = torch.arange(shape.examples, device=like.device)
+        self._counted = torch.ones_like(self._places, dtype=torch.bool)
+
+    def run(self, summer: BookKeepingSum) -> None:
+        """Sums the examples that are counted."""
+        torch._foreach_zero_(list(self._sums.values()))
+        summer.add_(self._sums, self._inputs, self._targets, self._counted)
+
+    def fill(self, inputs: Tensor, targets: Tensor) -> None:
+        """Takes a batch; those that fill it up are of an earlier one, or zeros."""
+        self._inputs[: len(inputs)] = inputs
+        self._targets[: len(inputs)] = targets
+        torch.lt(self._places, len(inputs), out=self._counted)
+
+    def add_to(self, sums: dict[str, Tensor]) -> None:
+        """Adds what the pass left."""
+        torch._foreach_add_([sums[name] for name in self._sums], list(self._sums.values()))
+
+
+class ReplayedSum:
+    """What a summer adds, by graphs where shapes come again and their passes can be recorded.
+
+    Args:
+        summer: who adds the rest.
+        parameters: by the names of the sums; on a GPU, and never moved in memory.
+    """
+
+    def __init__(self, summer: BookKeepingSum, parameters: Mapping[str, Tensor]) -> None:
+        self._summer, self._parameters = summer, parameters
+        self._seen: Counter[Shape] = Counter()
+        self._graphs: dict[Shape, Recorded] = {}
+        self._pool: Any = None
+        self._records = True
+
+    def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
+        """Adds the clipped gradients of a physical batch."""
+        shape = shape_of(inputs, targets)
+        if self._records and shape not in self._graphs:
+            self._seen[shape] += 1
+            if self._seen[shape] > _BEFORE:
+                self._record(shape)
+        graph = self._graphs.get(shape, self._summer)
+        try:
+            graph.add_(sums, inputs, targets)
+        except torch.OutOfMemoryError:
+            self._forget()
+            raise
+
+    def _record(self, shape: Shape) -> None:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            self._graphs[shape] = Recorded(self._summer, self._parameters, shape, self._pool)
+        except torch.OutOfMemoryError:
+            self._forget()
+            raise
+        except RuntimeError:
+            self._records = False
+            logger.info("a pass of this model cannot be recorded: its kernels are started singly")
+
+    def _forget(self) -> None:
+        """Gives the graphs' memory back; batches will be smaller, and of other shapes."""
+        self._graphs.clear()
+        self._seen.clear()
+        self._pool = None
+
+
+def replayed(summer: ClippedSum, parameters: Mapping[str, Tensor], model: str) -> ClippedSum:
+    """Returns what adds the same sums by graphs, where there is a GPU and the model is our own."""
+    if type(summer) is not BookKeepingSum or model not in RECORDED:
+        return summer
+    return ReplayedSum(summer, parameters) if _device_of(parameters).type == "cuda" else summer
+
+
+def _device_of(parameters: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(parameters.values())).device
+
+
+@contextmanager
+def _no_waits() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is a prototype, says torch
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

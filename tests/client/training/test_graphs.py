@@ -1,0 +1,171 @@
+"""Which batches share a graph, and what one is given and leaves; the graphs' tests need a GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bract.client.training import graphs
+from bract.client.training.bookkeeping import BookKeepingSum
+from bract.client.training.gradients import clipped_sum, zeros
+from bract.client.training.graphs import Batch, ReplayedSum, Shape, shape_of
+from bract.shared import models, tasks
+
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+SHAPE, CLASSES, CLIP = (1, 8, 8), 10, 0.05
+Sums = dict[str, Tensor]
+losses = partial(tasks.losses, task="classes")
+
+
+def batch(count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return torch.rand(count, *SHAPE, generator=made), torch.randint(0, 10, (count,), generator=made)
+
+
+def summed(adder: Any, parameters: Mapping[str, Tensor], *given: Tensor) -> Sums:
+    sums = zeros(parameters)
+    adder.add_(sums, *given)
+    return sums
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(2)
+    return models.build("cnn", SHAPE, CLASSES, {})
+
+
+@pytest.fixture
+def replaying(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> ReplayedSum:
+    """One whose recorded passes run on the CPU, each time anew."""
+
+    class Run(graphs.Recorded):
+        def __init__(
+            self, summer: BookKeepingSum, parameters: Any, shape: Shape, pool: Any
+        ) -> None:
+            self._batch, self._device = Batch(parameters, shape), torch.device("cpu")
+            self._graph = self
+            self.summer = summer
+
+        def add_(self, sums: Sums, inputs: Tensor, targets: Tensor) -> None:
+            self._batch.fill(inputs, targets)
+            self._batch.run(self.summer)
+            self._batch.add_to(sums)
+
+    monkeypatch.setattr(graphs, "Recorded", Run)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    parameters = models.released_parameters(model)
+    return ReplayedSum(BookKeepingSum(model, losses, CLIP), parameters)
+
+
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [(1, 4), (4, 4), (5, 8), (60, 60), (61, 64), (64, 64), (65, 72), (512, 512), (513, 576)],
+)
+def test_batches_share_a_few_sizes(count: int, size: int) -> None:
+    assert shape_of(*batch(count)).examples == size
+
+
+def test_no_batch_is_filled_up_by_more_than_an_eighth_of_a_large_one() -> None:
+    sizes = {count: shape_of(*batch(count)).examples for count in range(1, 700)}
+    assert all(count <= size <= max(count + 3, 1.125 * count) for count, size in sizes.items())
+    assert len({size for count, size in sizes.items() if 256 < count <= 512}) == 8
+
+
+def test_batches_that_look_otherwise_share_no_graph() -> None:
+    inputs, targets = batch(8)
+    shapes = {
+        shape_of(inputs, targets),
+        shape_of(inputs.double(), targets),
+        shape_of(inputs[:, :, :4], targets),
+        shape_of(inputs, targets.int()),
+        shape_of(inputs, targets[:, None]),
+    }
+    assert len(shapes) == 5
+
+
+def test_what_graphs_add_is_what_the_summer_adds(model: nn.Module, replaying: ReplayedSum) -> None:
+    parameters = models.released_parameters(model)
+    plain = BookKeepingSum(model, losses, CLIP)
+    for seed, count in enumerate([20, 17, 20, 18, 19, 17, 3, 20, 40, 1]):
+        given = batch(count, seed)
+        found, expected = summed(replaying, parameters, *given), summed(plain, parameters, *given)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+    assert [shape.examples for shape in replaying._graphs] == [20]
+
+
+def test_example_of_an_earlier_batch_adds_nothing(model: nn.Module, replaying: ReplayedSum) -> None:
+    parameters = models.released_parameters(model)
+    inputs, targets = batch(20)
+    inputs[19] = torch.nan
+    for _ in range(5):
+        summed(replaying, parameters, inputs, targets)
+    assert replaying._graphs
+    found = summed(replaying, parameters, *batch(18, 5))
+    expected = summed(BookKeepingSum(model, losses, CLIP), parameters, *batch(18, 5))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_sums_are_added_to_what_is_there(model: nn.Module, replaying: ReplayedSum) -> None:
+    parameters, given = models.released_parameters(model), batch(20)
+    once = summed(replaying, parameters, *given)
+    sums = zeros(parameters)
+    for _ in range(5):
+        replaying.add_(sums, *given)
+    for name, value in once.items():
+        torch.testing.assert_close(sums[name], 5 * value, rtol=1e-9, atol=1e-12)
+
+
+def test_pass_that_cannot_be_recorded_runs_as_before(
+    model: nn.Module,
+    replaying: ReplayedSum,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked = []
+
+    def refusing(*_: Any) -> None:
+        asked.append(1)
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(graphs, "Recorded", refusing)
+    parameters, given = models.released_parameters(model), batch(20)
+    with caplog.at_level(logging.INFO, logger="bract.client"):
+        found = [summed(replaying, parameters, *given) for _ in range(6)]
+    assert len(asked) == 1
+    assert "cannot be recorded" in caplog.text
+    torch.testing.assert_close(found[0], found[-1])
+
+
+def test_graphs_go_where_memory_is_short(
+    model: nn.Module, replaying: ReplayedSum, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters, given = models.released_parameters(model), batch(20)
+    for _ in range(5):
+        summed(replaying, parameters, *given)
+    assert replaying._graphs
+
+    def short(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(graphs, "Recorded", short)
+    for _ in range(3):
+        summed(replaying, parameters, *batch(40))
+    with pytest.raises(torch.OutOfMemoryError):  # the trainer halves its pieces
+        summed(replaying, parameters, *batch(40))
+    assert not replaying._graphs
+    assert replaying._records
+
+
+@pytest.mark.parametrize("name", ["cnn", "hf", "some_module:factory"])
+@pytest.mark.parametrize("mode", ["book-keeping", "opacus-hooks", "opacus-ghost"])
+def test_without_a_gpu_nothing_is_recorded(model: nn.Module, name: str, mode: Any) -> None:
+    summer = clipped_sum(mode, model, losses, CLIP)
+    assert graphs.replayed(summer, models.released_parameters(model), name) is summer
