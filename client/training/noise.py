@@ -35,12 +35,11 @@ class Drawn:
 
 def drawn(stream: RandomStream, count: int, device: torch.device) -> Drawn:
     """Returns normals where they are needed; a GPU takes them beside what it is doing."""
-    values = torch.from_numpy(stream.normals(count))
     if device.type == "cpu":
-        return Drawn(values)
+        return Drawn(torch.from_numpy(stream.normals(count)))
     with torch.cuda.stream(_beside(device)):
-        placed = values.pin_memory().to(device, non_blocking=True)
-        return Drawn(placed, torch.cuda.current_stream(device).record_event())
+        values = stream.normals_on(count, device)
+        return Drawn(values, torch.cuda.current_stream(device).record_event())
 
 
 @lru_cache

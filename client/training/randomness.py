@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor
 
 Kind = Literal["csprng", "seeded"]
 # Words turned into normals at once, so that they stay in a core's cache; even.
@@ -60,6 +61,19 @@ class RandomStream:
             _box_muller(self._passing(len(part)).view("<i8"), part)
         return normals[:count]
 
+    def normals_on(self, count: int, device: torch.device) -> Tensor:
+        """Returns what `normals` does, on a GPU, which turns the host's words into them.
+
+        It does so where it is told to and is not waited for. The numbers are those of `normals`
+        but for the last bits of a logarithm, a sine or a cosine; the words are the same.
+        """
+        words = torch.empty(count + count % 2, dtype=torch.int64, pin_memory=device.type == "cuda")
+        flat = words.numpy().view("<u8")
+        for start in range(0, len(flat), _BLOCK):
+            part = flat[start : start + _BLOCK]
+            part[:] = self._passing(len(part))
+        return _box_muller_on(words.to(device, non_blocking=True))[:count]
+
     def _passing(self, count: int) -> npt.NDArray[np.uint64]:
         """Returns up to a block of the next words, which the next call writes over.
 
@@ -82,6 +96,13 @@ def _box_muller(words: npt.NDArray[np.int64], normals: npt.NDArray[np.float64]) 
     turned = torch.from_numpy(angles)
     np.multiply(radii, torch.cos(turned).numpy(), out=normals[0::2])
     np.multiply(radii, turned.sin_().numpy(), out=normals[1::2])
+
+
+def _box_muller_on(words: Tensor) -> Tensor:
+    """Returns what `_box_muller` fills in, where the words are."""
+    radii = words[0::2].double().abs_().add_(0.5).mul_(2.0**-63).log_().mul_(-2.0).sqrt_()
+    angles = words[1::2].double().mul_(math.pi * 2.0**-63)
+    return torch.stack([radii * angles.cos(), radii * angles.sin()], 1).flatten()
 
 
 class Randomness(Protocol):

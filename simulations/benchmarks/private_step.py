@@ -96,6 +96,9 @@ class _Silent(RandomStream):
     def normals(self, count: int) -> npt.NDArray[np.float64]:
         return np.zeros(count)
 
+    def normals_on(self, count: int, device: torch.device) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64, device=device)
+
 
 def main() -> None:
     """Prints, for each model, the ratios of the medians to a plain step's."""

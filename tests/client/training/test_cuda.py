@@ -167,6 +167,15 @@ def test_noise_on_its_way_arrives_before_it_is_added(world: Any) -> None:
     assert distance(ahead, then) < 1e-5 * norm(then)
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 32_768, 100_001])
+def test_normals_of_a_gpu_are_those_of_the_host(count: int) -> None:
+    here, there = (RandomStream(bytes(range(32))) for _ in range(2))
+    for _ in range(3):
+        found = there.normals_on(count, torch.device("cuda:0")).cpu().numpy()
+        np.testing.assert_allclose(found, here.normals(count), rtol=1e-13, atol=1e-14)
+    assert (here.words(4) == there.words(4)).all()
+
+
 def test_graphs_follow_weights_that_are_loaded(world: Any) -> None:
     summer, replaying, parameters, data = replay("cnn", "float32")
     shown = examples(data)

@@ -12,6 +12,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
+from bract.client.training import randomness
 from bract.client.training.randomness import RandomStream, SecureRandomness
 
 ROOT = Path(__file__).parents[3]
@@ -112,6 +113,26 @@ def test_tails_have_the_mass_of_a_normal() -> None:
     excess = np.square(values).sum(1) / 2 - 32 * np.log(2)
     assert stats.kstest(excess, "expon").statistic < 1e-4
     assert stats.kstest(0.999 * excess, "expon").statistic > 3e-4
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 32_768, 32_770, 100_001])
+def test_normals_turned_elsewhere_are_of_the_same_words(count: int) -> None:
+    """As a GPU does it, whose own module of tests asks it."""
+    here, there = RandomStream(KEYS[1]), RandomStream(KEYS[1])
+    for _ in range(2):
+        found = there.normals_on(count, torch.device("cpu")).numpy()
+        np.testing.assert_allclose(found, here.normals(count), rtol=1e-13, atol=1e-14)
+    assert (here.words(4) == there.words(4)).all()
+
+
+@pytest.mark.parametrize("extreme", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
+def test_extreme_words_turn_into_the_same_normals_elsewhere(extreme: int) -> None:
+    words = np.array([extreme, 2**60, 12345, extreme], dtype=np.uint64)
+    expected = np.empty(4)
+    randomness._box_muller(words.view("<i8"), expected)
+    found = randomness._box_muller_on(torch.from_numpy(words.view("<i8"))).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-13, atol=1e-15)
+    assert np.isfinite(found).all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 32_768, 32_769, 70_001])
