@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,8 @@ from bract.shared.models import released_parameters
 from bract.shared.models.frozen import Features, FrozenFront
 from bract.shared.models.layout import Layout
 
-BATCH = 1024
+BATCH = 512
+_WORTH_THREADS = 0.02  # seconds of a pass; to start threads takes two milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,9 @@ class Evaluator:
         self._layout = Layout(self._model)
         self._data = data
         self._parameters = released_parameters(model)
+        alone = self._features is not None or torch.device(device).type != "cpu"
+        self._cores = 1 if alone or not _keeps_no_state(self._model) else os.cpu_count() or 1
+        self._threads = 1
 
     def score(self, weights: Arrays, examples: Examples) -> Score:
         """Returns accuracy and loss on public examples."""
@@ -113,23 +121,36 @@ class Evaluator:
     def _outcome(self, weights: Arrays, examples: Examples) -> _Outcome:
         for name, parameter in self._parameters.items():
             parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
-        parts = [self._part(*pair) for pair in self._batches(examples)]
+        starts = range(0, max(len(examples), 1), BATCH)  # one at the least
+        batches = [slice(start, start + BATCH) for start in starts]
+        parts = self._parts(examples, batches)
         columns = zip(*parts, strict=True)
         return _Outcome(*(torch.cat(column).cpu().numpy() for column in columns))
 
-    def _batches(self, examples: Examples) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields outputs and targets, some examples at a time; one pair at the least."""
-        for start in range(0, max(len(examples), 1), BATCH):
-            rows = slice(start, start + BATCH)
-            if self._features is None:
-                inputs = tasks.inputs_of(examples.inputs[rows], self._data, self._device)
-            else:
-                inputs = self._features.rows(examples, rows)
-            outputs = self._layout.outputs(self._model, inputs)
-            yield outputs, tasks.targets_of(examples.targets[rows], self._data, self._device)
+    def _parts(self, examples: Examples, batches: list[slice]) -> list[tuple[torch.Tensor, ...]]:
+        if self._threads == 1:
+            started = time.perf_counter()
+            parts = [self._batch(examples, rows) for rows in batches]
+            if time.perf_counter() - started > _WORTH_THREADS:
+                self._threads = self._cores  # from the next pass on
+            return parts
+        # One thread an operation, as everywhere: its sums must not depend on how many there are.
+        alone = partial(torch.set_num_threads, 1)
+        with ThreadPoolExecutor(min(self._threads, len(batches)), initializer=alone) as pool:
+            return list(pool.map(partial(self._batch, examples), batches))
+
+    @torch.inference_mode()
+    def _batch(self, examples: Examples, rows: slice) -> tuple[torch.Tensor, ...]:
+        """Returns the columns of `_Outcome` for some examples."""
+        if self._features is None:
+            inputs = tasks.inputs_of(examples.inputs[rows], self._data, self._device)
+        else:
+            inputs = self._features.rows(examples, rows)
+        targets = tasks.targets_of(examples.targets[rows], self._data, self._device)
+        return self._part(self._layout.outputs(self._model, inputs), targets)
 
     def _part(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Returns the columns of `_Outcome` for some examples; losses are summed in float64."""
+        """Returns the columns of `_Outcome`; losses are summed in float64."""
         if self._data.task == "value":
             known = targets.isfinite()
             losses = tasks.losses(outputs, targets, "value").double()
@@ -140,6 +161,14 @@ class Evaluator:
         right = (flat.argmax(1) == labels).reshape(rows).sum(1)
         known = (labels != tasks.NO_CLASS).reshape(rows).sum(1)
         return known, right, each, outputs if self._data.task == "classes" else outputs[:, :0, 0]
+
+
+def _keeps_no_state(model: nn.Module) -> bool:
+    """Returns whether threads may run a model at once: what others wrote may note things in it."""
+    return {type(part).__module__.partition(".")[0] for part in model.modules()} <= {
+        "torch",
+        "bract",
+    }
 
 
 def _of_values(outcome: _Outcome, truth: np.ndarray, unit: float) -> dict[str, Any]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import numpy as np
 import pytest
 import torch
 from sklearn import metrics
 from torch import nn
 
-from bract.shared import models
-from bract.shared.contract import DataTerms
+from bract.shared import evaluation, models, tasks
+from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.data import Examples, Groups
 from bract.shared.evaluation import Evaluator
 from bract.shared.preparation import Numeric, Table, Target
 from bract.shared.reports.runs import Scores
 
+PICTURES = DataTerms(name="made-up", shape=(3, 8, 8), classes=3)
 NAMES = ("large", "small", "empty")
 
 
@@ -232,3 +236,45 @@ def test_how_images_lie_in_memory_changes_no_score(views: bool) -> None:
         outputs, _ = Evaluator(model, data).each(given, shown)
         np.testing.assert_allclose(outputs, expected, atol=1e-6)
     assert next(model.parameters()).is_contiguous() == views
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet", "transformer"])
+def test_threads_change_no_bit_of_a_score(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_WORTH_THREADS", 0.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    words = name == "transformer"
+    data = DataTerms(name="made-up", shape=(8,), classes=3, vocabulary=9) if words else PICTURES
+    inputs, targets = tasks.made_up(
+        data, 2 * evaluation.BATCH + 3, torch.Generator().manual_seed(1)
+    )
+    shown = Examples(inputs.numpy(), targets.numpy())
+    model = models.of(ModelTerms(name=name), data)
+    scoring = Evaluator(model, data)
+    given = {n: p.detach().numpy().copy() for n, p in models.released_parameters(model).items()}
+    seen = set[int]()
+    model.register_forward_hook(lambda *_: seen.add(threading.get_ident()))
+    alone = scoring.each(given, shown)
+    assert seen == {threading.get_ident()}
+    together = scoring.each(given, shown)
+    assert len(seen) > 1
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert scoring.report(given, shown) == Evaluator(model, data).report(given, shown)
+
+
+def test_what_others_wrote_is_run_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may note in itself what it sees."""
+    monkeypatch.setattr(evaluation, "_WORTH_THREADS", 0.0)
+
+    class Noting(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.add(threading.get_ident())
+            return super().forward(x)
+
+    seen = set[int]()
+    data = DataTerms(name="made-up", shape=(2,), classes=2)
+    scoring = Evaluator(nn.Sequential(Noting(2, 2)), data)
+    shown = Examples(np.zeros((2 * evaluation.BATCH, 2)), np.zeros(2 * evaluation.BATCH, np.int64))
+    for _ in range(3):
+        scoring.score({"0.weight": np.eye(2), "0.bias": np.zeros(2)}, shown)
+    assert seen == {threading.get_ident()}
