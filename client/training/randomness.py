@@ -6,8 +6,10 @@ neither is used. A key is drawn for each round and never written down; there is 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
@@ -66,7 +68,11 @@ class RandomStream:
 
         It does so where it is told to and is not waited for. The numbers are those of `normals`
         but for the last bits of a logarithm, a sine or a cosine; the words are the same.
+
+        Raises:
+            RuntimeError: where the GPU turns words that are no secret into other numbers.
         """
+        _check_turning(device)
         words = torch.empty(count + count % 2, dtype=torch.int64, pin_memory=device.type == "cuda")
         flat = words.numpy().view("<u8")
         for start in range(0, len(flat), _BLOCK):
@@ -103,6 +109,22 @@ def _box_muller_on(words: Tensor) -> Tensor:
     radii = words[0::2].double().abs_().add_(0.5).mul_(2.0**-63).log_().mul_(-2.0).sqrt_()
     angles = words[1::2].double().mul_(math.pi * 2.0**-63)
     return torch.stack([radii * angles.cos(), radii * angles.sin()], 1).flatten()
+
+
+@lru_cache
+def _check_turning(device: torch.device) -> None:
+    """Returns where a device turns words as the host does, of all sizes; asked once a process.
+
+    Raises:
+        RuntimeError: elsewhere: noise must not depend on what nobody looked at.
+    """
+    words = np.frombuffer(hashlib.shake_256(b"no secret").digest(8 * 4096), "<i8").copy()
+    words[:4] = np.iinfo(np.int64).min, 0, 1, np.iinfo(np.int64).max
+    expected = np.empty(len(words))
+    _box_muller(words, expected)
+    found = _box_muller_on(torch.from_numpy(words).to(device)).cpu().numpy()
+    if not np.allclose(found, expected, rtol=1e-12, atol=1e-12):
+        raise RuntimeError(f"{device} makes other normals of the same words than the host does")
 
 
 class Randomness(Protocol):

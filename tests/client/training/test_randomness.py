@@ -125,6 +125,16 @@ def test_normals_turned_elsewhere_are_of_the_same_words(count: int) -> None:
     assert (here.words(4) == there.words(4)).all()
 
 
+def test_device_that_turns_words_otherwise_gives_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = randomness._box_muller_on
+    randomness._check_turning.cache_clear()
+    monkeypatch.setattr(randomness, "_box_muller_on", lambda words: 0.9 * honest(words))
+    with pytest.raises(RuntimeError, match="other normals of the same words"):
+        RandomStream(KEYS[1]).normals_on(4, torch.device("cpu"))
+    monkeypatch.undo()
+    assert len(RandomStream(KEYS[1]).normals_on(4, torch.device("cpu"))) == 4
+
+
 @pytest.mark.parametrize("extreme", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
 def test_extreme_words_turn_into_the_same_normals_elsewhere(extreme: int) -> None:
     words = np.array([extreme, 2**60, 12345, extreme], dtype=np.uint64)
