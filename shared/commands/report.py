@@ -46,9 +46,10 @@ def report(
 ) -> None:
     """Write one page with all that can be shown of a run: claim, ε, checks, and what is open.
 
-    DIR is a run's folder, that of a whole federation (coordinator/ and sites/), or one site's
-    (state/). Every ledger is verified anew; where anything fails the page says so first, and the
-    exit code is 1.
+    DIR is a run's folder, that of a whole federation (coordinator/ and sites/), one site's
+    (state/), or one that was pulled, with ledgers or exports of them in its ledgers/. Every ledger
+    is verified anew, against receipts and witnesses that lie there too; where anything fails the
+    page says so first, and the exit code is 1.
     """
     from bract.shared import encoding
     from bract.shared.report import checks, evidence, page

@@ -49,6 +49,7 @@ def checks(found: Evidence) -> list[Check]:
         _all_here(found),
         _anchored(found),
         _witnessed(found),
+        _received(found),
         _summary(found),
         _metrics(found),
         _renyi(found),
@@ -118,6 +119,18 @@ def _witnessed(found: Evidence) -> Check:
     if len(seen) == len(found.spent) and all(s.witnessed == s.entries - 1 for s in seen):
         return Check(name, "passed", "every ledger, to its last entry")
     return Check(name, "passed", _listed(behind))
+
+
+def _received(found: Evidence) -> Check:
+    name = "Every update taken was paid for"
+    if found.kept_fault is not None:
+        return Check(name, "failed", found.kept_fault)
+    count = sum(spent.received or 0 for spent in found.spent)
+    if not count:
+        return Check(name, "not done", "the server’s receipts are not here, or of no ledger here")
+    if any(record.fault is not None for record in found.ledgers):
+        return Check(name, "not done", f"{count} updates; not those of a ledger that does not hold")
+    return Check(name, "passed", f"each of {count} updates that the server took, behind its charge")
 
 
 def _summary(found: Evidence) -> Check:

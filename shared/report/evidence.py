@@ -15,9 +15,12 @@ from bract.shared.audits import MechanismAudit
 from bract.shared.configuration import parse
 from bract.shared.contract import Contract
 from bract.shared.errors import BractError, UsageError
+from bract.shared.privacy import anchors, receipts
+from bract.shared.privacy.receipts import Received
+from bract.shared.privacy.witness import Witness
 from bract.shared.report import folder, sites
 from bract.shared.report.folder import Folder
-from bract.shared.report.sites import LedgerRecord, Spent
+from bract.shared.report.sites import LedgerRecord, Seen, Spent
 from bract.shared.reports.audits import Membership
 from bract.shared.reports.runs import FederationSummary, MetricsLine, ServerSummary, Summary
 
@@ -28,12 +31,14 @@ Model = TypeVar("Model", bound=BaseModel)
 class Evidence:
     """What a page is made from.
 
-    `contract_fault` and the faults in `ledgers` are why something here does not hold.
+    `contract_fault`, `kept_fault` and the faults in `ledgers` are why something here does not hold;
+    `kept_fault` is of the files in which others kept what they saw.
     """
 
     folder: Folder
     contract: Contract
     contract_fault: str | None
+    kept_fault: str | None
     ledgers: tuple[LedgerRecord, ...]
     missing: tuple[str, ...]
     summary: Summary | ServerSummary | None
@@ -67,13 +72,15 @@ def gather(found: Folder) -> Evidence:
         signed.verify(agreed.coordinator)
     except BractError as error:
         fault = f"contract.json is not signed by the coordinator that it names: {error}"
+    others, kept_fault = _others(found)
     # Keys of a contract that does not hold pin nothing.
-    ledgers = sites.records(found.ledgers, agreed) if fault is None else []
+    ledgers = sites.records(found.ledgers, agreed, others) if fault is None else []
     model = None if found.model is None else folder.content_of(found.model)
     return Evidence(
         folder=found,
         contract=agreed,
         contract_fault=fault,
+        kept_fault=kept_fault,
         ledgers=tuple(ledgers),
         missing=tuple(site.name for site in sites.missing(ledgers, agreed)),
         summary=None if found.summary is None else _summary(found.summary),
@@ -83,6 +90,22 @@ def gather(found: Folder) -> Evidence:
         membership=_read(Membership, found.membership),
         agreement=() if found.agreement is None else _agreement(found.agreement),
     )
+
+
+def _others(found: Folder) -> tuple[Seen, str | None]:
+    """Returns what others kept, and why some of it cannot be read; what cannot proves nothing."""
+    received: list[Received] | None = None
+    witnesses: tuple[Witness, ...] = ()
+    faults = []
+    try:
+        received = None if found.received is None else receipts.read(found.received)
+    except BractError as error:
+        faults.append(str(error).replace(str(found.received), "receipts.jsonl"))
+    try:
+        witnesses = () if found.witnesses is None else anchors.witnesses(found.witnesses)
+    except BractError as error:
+        faults.append(str(error).replace(str(found.witnesses), "witnesses.json"))
+    return Seen(received, witnesses), " ".join("; ".join(faults).split()) or None
 
 
 def _summary(path: Path) -> Summary | ServerSummary:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bract.shared.errors import BractError, UsageError
-from bract.shared.privacy import anchors, ledger
+from bract.shared.privacy import anchors, export
 from bract.shared.privacy.entries import Head
 
 # A run's own folder first: what a federation's server left is the run of the whole.
 _RUNS = (".", "coordinator/run", "coordinator")
 _LEDGERS = ("ledgers/*.sqlite", "sites/*/state/ledger.sqlite", "state/ledger.sqlite")
+_EXPORTS = "ledgers/*.jsonl"
 
 Heads = Mapping[tuple[str, str], Head]
 
@@ -43,6 +44,8 @@ class Folder:
     summary: Path | None
     metrics: Path | None
     model: Path | None
+    received: Path | None
+    witnesses: Path | None
     mechanism: Path | None
     membership: Path | None
     agreement: Path | None
@@ -55,7 +58,8 @@ def find(
 
     Args:
         root: `runs/NAME` of `bract simulate`, the folder of a federation that holds coordinator/
-            and sites/, or one site's that holds state/.
+            and sites/, one site's that holds state/, or one that an auditor pulled. Ledgers, or
+            exports of them, lie in its ledgers/.
         mechanism: the folder with audit.json; `root` where it is None.
         membership: the folder with membership.json; `root` where it is None.
         agreement: the file with a table of ε by several accountants; `root`'s agreement.json where
@@ -70,6 +74,10 @@ def find(
     if contract is None:
         raise UsageError(f"{root} holds no contract.json: name a run's folder, or a federation's")
     files = [path for pattern in _LEDGERS for path in sorted(root.glob(pattern))]
+    # What lies beside the file that it was made from says nothing more.
+    files += [
+        path for path in sorted(root.glob(_EXPORTS)) if path.with_suffix(".sqlite") not in files
+    ]
     return Folder(
         name=root.resolve().name,
         contract=contract,
@@ -77,6 +85,8 @@ def find(
         summary=_first(root, "summary.json"),
         metrics=_first(root, "metrics.jsonl"),
         model=_first(root, "model.safetensors"),
+        received=_first(root, "receipts.jsonl"),
+        witnesses=_first(root, "witnesses.json"),
         mechanism=_named(root, mechanism, "audit.json", "--experiment"),
         membership=_named(root, membership, "membership.json", "--membership"),
         agreement=_given(agreement, "--agreement") if agreement else _own(root, "agreement.json"),
@@ -100,7 +110,7 @@ def content_of(path: Path) -> bytes | None:
 def sites_in(path: Path) -> list[str]:
     """Returns the sites that a ledger file names, unverified; none where it cannot be read."""
     try:
-        return sorted({site for site, _ in ledger.contents(path).rows})
+        return sorted({site for site, _ in export.contents(path).rows})
     except (BractError, ValueError, TypeError, AttributeError):
         return []
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from bract.shared import canonical
 from bract.shared.contract import Contract, SiteTerms
 from bract.shared.errors import BractError
 from bract.shared.privacy import accounting, budget, verification
 from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.verification import Verified
+from bract.shared.privacy.witness import Witness
 from bract.shared.report import folder
 from bract.shared.report.folder import LedgerFile
 
@@ -23,7 +26,8 @@ class Spent:
     """One domain's privacy, recomputed from a ledger that holds.
 
     ε is None where it is unbounded. `curve` is (round of this contract, ε of the whole domain).
-    `anchors` are the files whose head is in the chain.
+    `anchors` are the files whose head is in the chain; `received` counts the updates that a server
+    took and that stand here behind a charge, None where nobody kept their receipts.
     """
 
     site: str
@@ -43,6 +47,7 @@ class Spent:
     key: str
     anchors: tuple[str, ...]
     witnessed: int | None
+    received: int | None
     simulation: bool
     seeded: bool
     lost: bool
@@ -68,14 +73,26 @@ class LedgerRecord:
     fault: str | None
 
 
-def records(files: Sequence[LedgerFile], agreed: Contract) -> list[LedgerRecord]:
-    """Returns what each ledger proves, held against the contract's keys and every head beside it.
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What others kept of a run: receipts of updates, and heads that a server countersigned.
+
+    `received` is None where nobody kept any, or what was kept cannot be read.
+    """
+
+    received: Sequence[Received] | None
+    witnesses: Sequence[Witness]
+
+
+def records(files: Sequence[LedgerFile], agreed: Contract, others: Seen) -> list[LedgerRecord]:
+    """Returns what each ledger proves, held against the contract's keys and all that others saw.
 
     Args:
         files: the ledgers.
         agreed: the contract, whose own signature holds.
+        others: what is held against all of them, beside the heads that lie with each.
     """
-    return [_record(file, agreed) for file in files]
+    return [_record(file, agreed, others) for file in files]
 
 
 def missing(found: Sequence[LedgerRecord], agreed: Contract) -> list[SiteTerms]:
@@ -85,14 +102,14 @@ def missing(found: Sequence[LedgerRecord], agreed: Contract) -> list[SiteTerms]:
     return [site for site in agreed.cohort if site.name not in here]
 
 
-def _record(file: LedgerFile, agreed: Contract) -> LedgerRecord:
+def _record(file: LedgerFile, agreed: Contract, others: Seen) -> LedgerRecord:
     content = folder.content_of(file.path)
     sha256 = None if content is None else canonical.sha256(content)
     pinned = {site.name: site.key for site in agreed.cohort}
     spent: tuple[Spent, ...] = ()
     fault = None
     try:
-        spent = _verified(file, pinned, agreed)
+        spent = _verified(file, pinned, agreed, others)
     except BractError as error:
         # The path is the reader's own affair; the file's name in the folder is enough.
         fault = " ".join(str(error).replace(f"{file.path}: ", "").split())
@@ -100,11 +117,17 @@ def _record(file: LedgerFile, agreed: Contract) -> LedgerRecord:
     return LedgerRecord(name=file.name, sha256=sha256, named=named, spent=spent, fault=fault)
 
 
-def _verified(file: LedgerFile, pinned: Mapping[str, str], agreed: Contract) -> tuple[Spent, ...]:
-    found = verification.verify(file.path, site_keys=pinned, anchors={})
+def _verified(
+    file: LedgerFile, pinned: Mapping[str, str], agreed: Contract, others: Seen
+) -> tuple[Spent, ...]:
+    check = partial(verification.verify, file.path, site_keys=pinned)
+    found = check(anchors={}, received=others.received)
+    judged = {name: check(anchors=heads) for name, heads in folder.heads(file).items()}
+    if others.witnesses:
+        judged["witnesses.json"] = check(anchors={}, witnesses=others.witnesses)
     seen: dict[tuple[str, str], list[str]] = {}
-    for name, heads in folder.heads(file).items():
-        for held in verification.verify(file.path, site_keys=pinned, anchors=heads):
+    for name, chains in judged.items():
+        for held in chains:
             if held.anchored:
                 seen.setdefault((held.chain.site, held.chain.domain), []).append(name)
     return tuple(
@@ -135,6 +158,7 @@ def _spent(found: Verified, agreed: Contract, seen: tuple[str, ...]) -> Spent:
         key=chain.key,
         anchors=seen,
         witnessed=found.witnessed,
+        received=found.received,
         simulation=bool(chain.genesis and chain.genesis.simulation),
         seeded=chain.seeded,
         lost=chain.recovered is not None,

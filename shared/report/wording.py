@@ -155,6 +155,8 @@ def _missing_evidence(found: Evidence) -> Iterator[str]:
             f"Whether the end of a ledger was cut off ({', '.join(open_ended[:20])}): no head was "
             "seen elsewhere."
         )
+    if found.folder.received is None:
+        yield "Whether every update that a server took stands in a ledger: no receipts are here."
     if found.mechanism is None:
         yield (
             "Whether the noise, the clipping and the sampling are as claimed: no audit of the "

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bract.shared import canonical, contract, keys
-from bract.shared.privacy import accounting, head_file, verification
+from bract.shared.privacy import accounting, anchors, export, head_file, verification, witness
 from bract.shared.report import charts, wording
 
 Bract = Callable[..., Any]
@@ -334,6 +334,88 @@ def test_a_federations_folder_and_one_sites_are_read_alike(
     assert "Not every site is covered No ledger of site-0, site-2 is here" in words(alone)
     (root / "sites/site-1/state/ledger.sqlite").rename(root / "sites/site-1/ledger.sqlite")
     assert "Every site’s ledger is here site-1 of 3 sites: none is here" in words(render(root))
+
+
+PAID = "Every update taken was paid for"
+
+
+def exported(run: Path) -> None:
+    """Puts exports in the place of the ledgers."""
+    for path in sorted((run / "ledgers").glob("*.sqlite")):
+        path.with_suffix(".jsonl").write_bytes(export.to_bytes(export.contents(path)))
+        path.unlink()
+
+
+def test_exports_prove_what_their_ledgers_do(bract: Bract, run: Path, render: Render) -> None:
+    own = Page(render(run))
+    copy = ledger(run).with_suffix(".jsonl")
+    copy.write_bytes(export.to_bytes(export.contents(ledger(run))))
+    assert len([row for row in Page(render(run)).rows if row and row[0] == "site-1"]) == len(
+        [row for row in own.rows if row and row[0] == "site-1"]
+    )  # what lies beside its own file is not counted twice
+    exported(run)
+    done = bract("audit", "report", str(run), "-o", "report.html")
+    assert done.returncode == 0, done.stderr
+    assert "3 ledgers hold" in done.stdout
+    page = Page(Path("report.html").read_text())
+    for site in ("site-0", "site-1", "site-2"):
+        assert page.row(site)[1:7] == own.row(site)[1:7]
+    text = copy.read_text().replace('"round":2', '"round":1', 1)
+    copy.write_text(text)
+    assert "The ledger ledgers/site-1.jsonl holds" in words(render(run))
+
+
+def test_updates_that_a_server_took_are_held_against_the_ledgers(run: Path, render: Render) -> None:
+    whole = f"passed {PAID} each of 12 updates that the server took, behind its charge"
+    assert whole in words(render(run))
+    (run / "receipts.jsonl").rename(run / "elsewhere")
+    assert f"not done {PAID}" in words(render(run))
+    for name in ("summary.json", "checkpoint/state.json"):
+        (run / name).unlink()
+    for statement in ("DELETE FROM entries WHERE sequence = 8", "DELETE FROM witnesses"):
+        spoil(ledger(run), statement)
+    assert "NOT VERIFIED" not in words(render(run))  # nobody else knows of the entry
+    (run / "elsewhere").rename(run / "receipts.jsonl")
+    text = words(render(run))
+    assert "NOT VERIFIED" in text
+    assert "the update received of round 4 names entry 8, which is gone" in text
+    assert f"not done {PAID}" in words(render(run))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("receipts.jsonl", "[]\n", "receipts.jsonl, line 1"),
+        ("witnesses.json", "not JSON", "witnesses.json holds no heads"),
+    ],
+)
+def test_what_others_kept_and_cannot_be_read_is_a_failed_check(
+    run: Path, render: Render, name: str, content: str, fault: str
+) -> None:
+    (run / name).write_text(content)
+    page = render(run)
+    assert f"failed {PAID} {fault}" in words(page)
+    assert str(run) not in page
+
+
+def test_a_pulled_folder_with_exports_is_anchored_by_its_witnesses(
+    run: Path, render: Render, tmp_path: Path
+) -> None:
+    root = tmp_path / "pulled"
+    (root / "ledgers").mkdir(parents=True)
+    seen = []
+    for path in sorted((run / "ledgers").glob("*.sqlite")):
+        seen += [witness.from_bytes(text) for text in export.contents(path).witnesses.values()]
+    exported(run)
+    for path in (run / "ledgers").iterdir():
+        shutil.copy(path, root / "ledgers")
+    for name in ("contract.json", "receipts.jsonl"):
+        shutil.copy(run / name, root)
+    assert "not done No tail was cut off" in words(render(root))
+    (root / "witnesses.json").write_bytes(anchors.to_bytes(seen))
+    text = words(render(root))
+    assert "passed No tail was cut off the heads in witnesses.json are in the ledgers" in text
+    assert f"passed {PAID}" in text
 
 
 def test_a_head_that_is_not_in_the_ledger_fails(run: Path, render: Render, tmp_path: Path) -> None:
