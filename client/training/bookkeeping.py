@@ -19,7 +19,7 @@ from opacus.layers.dp_rnn import DPGRU, DPLSTM, DPRNN
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from bract.client.training import layers
+from bract.client.training import layers, products
 from bract.client.training.clipping import (
     WHOLE,
     are_joined,
@@ -28,7 +28,7 @@ from bract.client.training.clipping import (
     row_norms,
     weighted_sums,
 )
-from bract.client.training.layers import Formed, Rule, Share, Shares, Use
+from bract.client.training.shares import Formed, Rule, Share, Shares, Use
 from bract.shared.models.layout import Layout
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -184,7 +184,7 @@ class BookKeepingSum:
             self._add_(totals, parts, inputs, targets, counted)
         except BaseException:
             self._module.clear()
-            layers.give_back(self._names)
+            products.give_back(self._names)
             raise
 
     def _add_(

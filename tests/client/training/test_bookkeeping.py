@@ -16,10 +16,11 @@ from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bract.client.training import bookkeeping, clipping, layers
+from bract.client.training import bookkeeping, clipping, embeddings, layers, products, shares
 from bract.client.training.bookkeeping import BookKeepingSum, GhostSum
 from bract.client.training.clipping import NARROW, SLACK
 from bract.client.training.gradients import clipped_sum
+from bract.client.training.shares import Formed
 from bract.shared import models
 from bract.shared.errors import UsageError
 
@@ -293,7 +294,7 @@ def test_keeping_factors_and_forming_gradients_are_one_sum(
     model, inputs = made(case)
     clip = middle(model, inputs)
     expected = microbatches(model, inputs, clip)
-    monkeypatch.setattr(layers, "_keeps_factors", lambda **_: always)
+    monkeypatch.setattr(products, "keeps_factors", lambda **_: always)
     found = add("book-keeping", model, inputs, clip)
     assert distance(found, expected) < 1e-10 * norm(expected)
 
@@ -380,7 +381,7 @@ def test_norm_from_cancelling_factors_is_never_below_the_true_norm(
     size: float, places: int
 ) -> None:
     a, b = cancelling(size, places)
-    share = layers._products(torch.zeros(2, 2), a, b, layers._gram)
+    share = products.products(torch.zeros(2, 2), a, b, products._gram)
     assert float(share.norms) >= exact_norm(a, b, 1.0) * (1 - 1e-12)
     total = torch.zeros(2, 2, dtype=torch.float64)
     factor = ((1 - SLACK) / share.norms).clamp(max=1)
@@ -392,8 +393,8 @@ def test_norm_from_cancelling_factors_is_never_below_the_true_norm(
 @pytest.mark.parametrize("size", [1e4, 1e8, 1e12, 1e18])
 def test_gram_sum_that_rounding_loses_altogether_is_made_up_for(size: float) -> None:
     a, b = cancelling(size, 6)
-    share = layers._products(torch.zeros(2, 2), a, b, lambda *_: torch.tensor([-1.0]).double())
-    assert float(share.norms) >= float(_most(a, b)) / layers.GREATEST_CANCELLATION
+    share = products.products(torch.zeros(2, 2), a, b, lambda *_: torch.tensor([-1.0]).double())
+    assert float(share.norms) >= float(_most(a, b)) / products.GREATEST_CANCELLATION
     assert float(share.norms) >= exact_norm(a, b, 1.0) or size == 1e4
 
 
@@ -402,9 +403,9 @@ def test_gram_sum_that_is_off_by_all_its_rounding_is_made_up_for(size: float) ->
     a, b = cancelling(size, 6)
     one, other = (side[:, 0].double() for side in (a, b))
     true = exact_norm(a, b, 1.0)
-    error = 0.9 * layers._gram_error(one, other) * float(_most(a, b)) ** 2
+    error = 0.9 * products._gram_error(one, other) * float(_most(a, b)) ** 2
     unlucky = torch.tensor([true**2 - error], dtype=torch.float64)
-    share = layers._products(torch.zeros(2, 2), a, b, lambda *_: unlucky)
+    share = products.products(torch.zeros(2, 2), a, b, lambda *_: unlucky)
     assert float(unlucky.sqrt()) < true <= float(share.norms)
     assert float(share.norms) == pytest.approx(true, rel=1e-4)
 
@@ -413,8 +414,8 @@ def test_gram_sum_in_float32_would_break_the_bound() -> None:
     """The negative control of the tests above."""
     a, b = cancelling(1e4, 6)
     true = exact_norm(a, b, 1.0)
-    narrow = float(layers._gram(a[:, 0], b[:, 0]).clamp(min=0).sqrt())
-    wide = float(layers._gram(a[:, 0].double(), b[:, 0].double()).sqrt())
+    narrow = float(products._gram(a[:, 0], b[:, 0]).clamp(min=0).sqrt())
+    wide = float(products._gram(a[:, 0].double(), b[:, 0].double()).sqrt())
     assert wide == pytest.approx(true, rel=1e-6)
     assert narrow < 0.9 * true or narrow > 1.1 * true
 
@@ -513,7 +514,7 @@ def test_dense_layer_without_a_sequence_forms_gradients_for_its_bias_alone(
     kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     formed = []
-    for module in (layers, bookkeeping):
+    for module in (shares, bookkeeping):
         monkeypatch.setattr(
             module, "row_norms", lambda rows: formed.append(rows.shape) or rows.norm(2, 1)
         )
@@ -526,8 +527,8 @@ def test_dense_layer_without_a_sequence_forms_gradients_for_its_bias_alone(
 def test_rows_of_small_parameters_are_measured_and_added_together() -> None:
     """One product for all, of the very numbers that each rule gives, zeros where one is lost."""
     torch.manual_seed(3)
-    small = [layers.Formed(torch.zeros(2, 3), torch.randn(4, 2, 3)), *_bias_of(5), *_bias_of(1)]
-    wide = layers.Formed(torch.zeros(NARROW + 1), torch.randn(4, NARROW + 1))
+    small = [Formed(torch.zeros(2, 3), torch.randn(4, 2, 3)), *_bias_of(5), *_bias_of(1)]
+    wide = Formed(torch.zeros(NARROW + 1), torch.randn(4, NARROW + 1))
     small[1].rows[2, 0] = torch.nan
     shares = [small[0], wide, *small[1:]]
     parts = (slice(0, 1), slice(1, 4))
@@ -542,15 +543,15 @@ def test_rows_of_small_parameters_are_measured_and_added_together() -> None:
         torch.testing.assert_close(totals[share.parameter], expected, rtol=1e-12, atol=1e-12)
 
 
-def _bias_of(size: int) -> list[layers.Formed]:
-    return [layers.Formed(torch.zeros(size), torch.randn(4, size))]
+def _bias_of(size: int) -> list[Formed]:
+    return [Formed(torch.zeros(size), torch.randn(4, size))]
 
 
 def test_long_sequences_form_gradients_and_short_ones_keep_factors() -> None:
-    assert layers._keeps_factors(places=1, inputs=2, outputs=2)
-    assert layers._keeps_factors(places=8, inputs=128, outputs=128)
-    assert not layers._keeps_factors(places=128, inputs=128, outputs=128)
-    assert not layers._keeps_factors(places=121, inputs=288, outputs=64)
+    assert products.keeps_factors(places=1, inputs=2, outputs=2)
+    assert products.keeps_factors(places=8, inputs=128, outputs=128)
+    assert not products.keeps_factors(places=128, inputs=128, outputs=128)
+    assert not products.keeps_factors(places=121, inputs=288, outputs=64)
 
 
 def test_frozen_layers_are_not_watched() -> None:
@@ -653,11 +654,11 @@ def test_memory_for_rows_is_kept_for_smaller_batches_and_given_back_after_a_fail
     found = []
     for count in (4, 9, 2, 9):
         summer.add_(sums, inputs[:count], torch.arange(count) % CLASSES)
-        found.append(layers._room(model[0].weight, inputs, (1,)).untyped_storage().data_ptr())
+        found.append(products._room(model[0].weight, inputs, (1,)).untyped_storage().data_ptr())
     assert found[0] != found[1] == found[2] == found[3]
     with pytest.raises(IndexError):
         summer.add_(sums, inputs, torch.full((9,), CLASSES))
-    assert not [parameter for parameter in model.parameters() if layers._ROOM in vars(parameter)]
+    assert not [parameter for parameter in model.parameters() if products._ROOM in vars(parameter)]
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "cnn"])
@@ -695,7 +696,7 @@ def test_halves_are_refused_by_a_mode_that_would_not_know_them(mode: str) -> Non
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=40))
 def test_sorting_tells_keys_apart_as_looking_for_the_distinct_ones_does(keys: list[int]) -> None:
     asked = torch.tensor(keys)
-    found, places = layers._distinct_by_sorting(asked)
+    found, places = embeddings._distinct_by_sorting(asked)
     assert torch.equal(found[places], asked)
     distinct = len(set(keys))
     assert sorted(set(keys)) == found[:distinct].tolist()
