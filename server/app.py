@@ -3,8 +3,9 @@
 Its run configuration names files on the server's own disk: `contract` (signed), `out` (the run
 folder), `data-dir` or `data-folder` (public examples; private ones beside them are not opened),
 `delta`, `init-seed`, `wait-seconds` (how long to wait for the whole cohort before the first round),
-`minimum-cohort`, `sites-seconds`, `round-seconds` and `close-seconds` (see `rounds.Patience`), and
-`witness-key`, by which ledger heads are countersigned.
+`minimum-cohort`, `sites-seconds`, `round-seconds` and `close-seconds` (see `rounds.Patience`),
+`witness-key`, by which ledger heads are countersigned, and `device`, where public examples are
+scored.
 """
 
 from __future__ import annotations

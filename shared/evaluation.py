@@ -67,13 +67,15 @@ class Evaluator:
         self, model: nn.Module, data: DataTerms, device: torch.device | str = "cpu"
     ) -> None:
         model.to(device).eval()
-        self._device = device
+        self._device = torch.device(device)
+        if self._device.type != "cpu":  # as in training, by whoever comes first
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self._features = Features(model, data, device) if isinstance(model, FrozenFront) else None
         self._model = model.behind() if isinstance(model, FrozenFront) else model
         self._layout = Layout(self._model)
         self._data = data
         self._parameters = released_parameters(model)
-        alone = self._features is not None or torch.device(device).type != "cpu"
+        alone = self._features is not None or self._device.type != "cpu"
         self._cores = 1 if alone or not _keeps_no_state(self._model) else os.cpu_count() or 1
         self._threads = 1
 

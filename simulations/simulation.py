@@ -163,6 +163,7 @@ class Simulation:
 
     def _plan(self, state: State, domain: str) -> Plan:
         experiment = self.begun.experiment
+        device = devices.resolve(experiment.device)
         return Plan(
             data=self.begun.data,
             data_folder=self.begun.data_folder,
@@ -179,10 +180,10 @@ class Simulation:
             delta=experiment.privacy.delta,
             policy=experiment.policy,
             evaluation=experiment.evaluation is not None,
-            device=str(devices.resolve(experiment.device)),
+            device=str(device),
             execution=experiment.execution,
-            # A worker has no core beside its own where there is one for each.
-            noise_ahead=(os.cpu_count() or 1) > self.workers,
+            # A worker has no core beside its own where there is one for each; a GPU has one worker.
+            noise_ahead=(os.cpu_count() or 1) > (self.workers if device.type == "cpu" else 1),
         )
 
     def _contract(self, plan: Plan, sizes: list[int]) -> SignedContract:

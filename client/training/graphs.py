@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,12 +40,18 @@ class Shape:
     targets: tuple[tuple[int, ...], torch.dtype]
 
 
-def shape_of(inputs: Tensor, targets: Tensor) -> Shape:
-    """Returns the shape that holds a batch: of eight sizes between a power of two and the next."""
+def shape_of(inputs: Tensor, targets: Tensor, most: int) -> Shape:
+    """Returns the shape that holds a batch: of eight sizes between a power of two and the next.
+
+    Args:
+        inputs: of the batch.
+        targets: of the batch.
+        most: how many examples are in memory at once, which no shape is larger than.
+    """
     count = len(inputs)
     step = max(4, 1 << max(0, (count - 1).bit_length() - 4))
     return Shape(
-        -(-count // step) * step,
+        max(count, min(most, -(-count // step) * step)),
         (tuple(inputs.shape[1:]), inputs.dtype),
         (tuple(targets.shape[1:]), targets.dtype),
     )
@@ -69,8 +76,7 @@ class Recorded:
         self._batch, self._device = Batch(parameters, shape), _device_of(parameters)
         with torch.cuda.device(self._device):
             self._graph: Any = torch.cuda.CUDAGraph()
-            apart: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            now = torch.cuda.current_stream()
+            apart, now = _recording(self._device), torch.cuda.current_stream()
             try:
                 self._rehearse(summer, apart)
                 # The thread that draws noise asks for memory meanwhile, as it may.
@@ -80,6 +86,7 @@ class Recorded:
                     self._batch.run(summer)
             finally:
                 torch.cuda.set_stream(now)  # a recording that failed may leave another
+                now.wait_stream(apart)  # and work, on memory that is given back
 
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         """Adds the clipped gradients of a batch that the shape holds."""
@@ -90,11 +97,19 @@ class Recorded:
 
     def _rehearse(self, summer: BookKeepingSum, apart: Any) -> None:
         """Runs the pass apart, as torch asks, where whoever waits for the GPU raises."""
-        now = torch.cuda.current_stream()
-        apart.wait_stream(now)
+        apart.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(apart), _no_waits():
             self._batch.run(summer)
-        now.wait_stream(apart)
+        torch.cuda.current_stream().wait_stream(apart)
+
+
+@lru_cache
+def _recording(device: torch.device) -> Any:
+    """Returns the one stream of a device on which all is recorded: graphs of one share memory.
+
+    torch has 32 of a priority, in turn; the one that noise travels on has another priority.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Batch:
@@ -131,10 +146,11 @@ class ReplayedSum:
     Args:
         summer: who adds the rest.
         parameters: by the names of the sums; on a GPU, and never moved in memory.
+        most: how many examples are in memory at once.
     """
 
-    def __init__(self, summer: BookKeepingSum, parameters: Mapping[str, Tensor]) -> None:
-        self._summer, self._parameters = summer, parameters
+    def __init__(self, summer: BookKeepingSum, parameters: Mapping[str, Tensor], most: int) -> None:
+        self._summer, self._parameters, self._most = summer, parameters, most
         self._seen: Counter[Shape] = Counter()
         self._graphs: dict[Shape, Recorded] = {}
         self._pool: Any = None
@@ -142,42 +158,38 @@ class ReplayedSum:
 
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
         """Adds the clipped gradients of a physical batch."""
-        shape = shape_of(inputs, targets)
+        shape = shape_of(inputs, targets, self._most)
         if self._records and shape not in self._graphs:
             self._seen[shape] += 1
             if self._seen[shape] > _BEFORE:
                 self._record(shape)
-        graph = self._graphs.get(shape, self._summer)
-        try:
-            graph.add_(sums, inputs, targets)
-        except torch.OutOfMemoryError:
-            self._forget()
-            raise
+        self._graphs.get(shape, self._summer).add_(sums, inputs, targets)
 
     def _record(self, shape: Shape) -> None:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             self._graphs[shape] = Recorded(self._summer, self._parameters, shape, self._pool)
-        except torch.OutOfMemoryError:
-            self._forget()
-            raise
-        except RuntimeError:
+        except RuntimeError:  # lack of memory too: the pass itself may have enough
+            self.forget()
             self._records = False
             logger.info("a pass of this model cannot be recorded: its kernels are started singly")
 
-    def _forget(self) -> None:
-        """Gives the graphs' memory back; batches will be smaller, and of other shapes."""
+    def forget(self) -> None:
+        """Gives the graphs' memory back, as where memory is short."""
         self._graphs.clear()
         self._seen.clear()
         self._pool = None
 
 
-def replayed(summer: ClippedSum, parameters: Mapping[str, Tensor], model: str) -> ClippedSum:
+def replayed(
+    summer: ClippedSum, parameters: Mapping[str, Tensor], model: str, most: int
+) -> ClippedSum:
     """Returns what adds the same sums by graphs, where there is a GPU and the model is our own."""
     if type(summer) is not BookKeepingSum or model not in RECORDED:
         return summer
-    return ReplayedSum(summer, parameters) if _device_of(parameters).type == "cuda" else summer
+    on_cuda = _device_of(parameters).type == "cuda"
+    return ReplayedSum(summer, parameters, most) if on_cuda else summer
 
 
 def _device_of(parameters: Mapping[str, Tensor]) -> torch.device:

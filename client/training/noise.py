@@ -44,7 +44,9 @@ def drawn(stream: RandomStream, count: int, device: torch.device) -> Drawn:
 
 @lru_cache
 def _beside(device: torch.device) -> Any:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    # Of a priority of its own: of one priority torch gives out the same 32 streams again and again,
+    # and noise must not get into what another one records.
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def noised(

@@ -32,6 +32,7 @@ from bract.client.training.shares import Formed, Share, Shares
 # norm is taken to be Σ‖a_t‖‖b_t‖ / GREATEST_CANCELLATION, which clips more than need be.
 GREATEST_CANCELLATION = 2.0**15
 UNIT_ROUNDOFF = 2.0**-53
+GREATEST_PLACES = 2**14  # in one product, over all its examples
 # What a number of a row costs to write, measure and add, in multiplications of a float64 product.
 ROW_COST = 24
 _ROOM = "_rows_of_examples"
@@ -194,16 +195,23 @@ def products(parameter: Tensor, a: Tensor, b: Tensor, gram: Gram) -> Share:
 def _add_products_(
     a: Tensor, b: Tensor, totals: Tensor, factors: Tensor, parts: Sequence[slice] = WHOLE
 ) -> None:
-    """Adds Σ_it (f_i·b_it)·a_itᵀ of each part, one float64 product for each group."""
+    """Adds Σ_it (f_i·b_it)·a_itᵀ of each part, float64 products over so many places at a time.
+
+    A product's rounding grows with the number of places in it: decision 3 bounds it by this number.
+    """
     one, other = (without_dropped(factors, side).double() for side in (a, b))
     other = other * factors[:, None, None, None]
+    step = max(1, GREATEST_PLACES // a.shape[2])
     for total, part in zip(totals, parts, strict=True):
-        if a.shape[1] == 1:
-            found = other[part].flatten(0, 2).t() @ one[part].flatten(0, 2)
-        else:
-            left, right = (side[part].transpose(0, 1).flatten(1, 2) for side in (other, one))
-            found = torch.bmm(left.transpose(1, 2), right)
-        total += found.view(total.shape)
+        start, stop, _ = part.indices(len(a))
+        for begin in range(start, stop, step):
+            some = slice(begin, min(begin + step, stop))
+            if a.shape[1] == 1:
+                found = other[some].flatten(0, 2).t() @ one[some].flatten(0, 2)
+            else:
+                left, right = (side[some].transpose(0, 1).flatten(1, 2) for side in (other, one))
+                found = torch.bmm(left.transpose(1, 2), right)
+            total += found.view(total.shape)
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:

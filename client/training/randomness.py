@@ -21,6 +21,7 @@ from torch import Tensor
 Kind = Literal["csprng", "seeded"]
 # Words turned into normals at once, so that they stay in a core's cache; even.
 _BLOCK = 1 << 15
+_GPU_BLOCK = 1 << 20
 _ZEROS = memoryview(bytes(8 * _BLOCK))
 
 
@@ -72,13 +73,19 @@ class RandomStream:
         Raises:
             RuntimeError: where the GPU turns words that are no secret into other numbers.
         """
-        _check_turning(device)
+        check_turning(device)
         words = torch.empty(count + count % 2, dtype=torch.int64, pin_memory=device.type == "cuda")
-        flat = words.numpy().view("<u8")
+        flat = words.numpy()
         for start in range(0, len(flat), _BLOCK):
             part = flat[start : start + _BLOCK]
-            part[:] = self._passing(len(part))
-        return _box_muller_on(words.to(device, non_blocking=True))[:count]
+            part[:] = self._passing(len(part)).view("<i8")
+        try:
+            found = _box_muller_on(words.to(device, non_blocking=True))
+        except torch.OutOfMemoryError:  # the host has turned them before
+            turned = np.empty(len(flat))
+            _box_muller(flat, turned)
+            found = torch.from_numpy(turned).to(device)
+        return found[:count]
 
     def _passing(self, count: int) -> npt.NDArray[np.uint64]:
         """Returns up to a block of the next words, which the next call writes over.
@@ -105,14 +112,19 @@ def _box_muller(words: npt.NDArray[np.int64], normals: npt.NDArray[np.float64]) 
 
 
 def _box_muller_on(words: Tensor) -> Tensor:
-    """Returns what `_box_muller` fills in, where the words are."""
-    radii = words[0::2].double().abs_().add_(0.5).mul_(2.0**-63).log_().mul_(-2.0).sqrt_()
-    angles = words[1::2].double().mul_(math.pi * 2.0**-63)
-    return torch.stack([radii * angles.cos(), radii * angles.sin()], 1).flatten()
+    """Returns what `_box_muller` fills in, where the words are; some at a time, to save memory."""
+    normals = torch.empty(len(words), dtype=torch.float64, device=words.device)
+    pieces = (torch.split(values, _GPU_BLOCK) for values in (words, normals))
+    for some, part in zip(*pieces, strict=True):
+        radii = some[0::2].double().abs_().add_(0.5).mul_(2.0**-63).log_().mul_(-2.0).sqrt_()
+        angles = some[1::2].double().mul_(math.pi * 2.0**-63)
+        torch.mul(radii, angles.cos(), out=part[0::2])
+        torch.mul(radii, angles.sin_(), out=part[1::2])
+    return normals
 
 
 @lru_cache
-def _check_turning(device: torch.device) -> None:
+def check_turning(device: torch.device) -> None:
     """Returns where a device turns words as the host does, of all sizes; asked once a process.
 
     Raises:

@@ -21,7 +21,7 @@ from bract.client.training.bookkeeping import BookKeepingSum, Loss
 from bract.client.training.clipping import SLACK
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum, Precision
 from bract.client.training.optimizer import PlainOptimizer, PrivateOptimizer, Sgd
-from bract.client.training.randomness import RandomStream
+from bract.client.training.randomness import RandomStream, check_turning
 from bract.client.training.together import Job, SharedStep
 from bract.client.training.views import Moves
 from bract.shared import arrays, models, tasks
@@ -77,6 +77,7 @@ class Trainer:
 
     Raises:
         ModelRejected: where the model cannot be trained with per-example privacy.
+        RuntimeError: where a GPU would make other noise of the host's words than the host.
         VerificationFailed: where its frozen weights are not those of the contract.
     """
 
@@ -98,8 +99,10 @@ class Trainer:
         self.parameters = models.released_parameters(self._model)
         self.shapes = models.released_shapes(self._model)
         self._summer, self._summed = _summer(contract, execution, self._model)
-        self._adder = graphs.replayed(self._summer, self._summed, contract.model.name)
+        self._adder = graphs.replayed(self._summer, self._summed, contract.model.name, self._pieces)
         self._shared = SharedStep(contract, self._summed, self.parameters)
+        if self._device.type == "cuda":
+            check_turning(self._device)  # before any charge
         self._rehearse()
 
     def check(self, weights: Arrays) -> None:
@@ -207,6 +210,8 @@ class Trainer:
                 if self._pieces == 1 or not _out_of_memory(error):
                     raise
                 self._pieces //= 2
+                if isinstance(self._adder, graphs.ReplayedSum):
+                    self._adder.forget()
 
     def _zeros(self) -> dict[str, Tensor]:
         return gradients.zeros(self._summed)

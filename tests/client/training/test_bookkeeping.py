@@ -554,6 +554,28 @@ def test_long_sequences_form_gradients_and_short_ones_keep_factors() -> None:
     assert not products.keeps_factors(places=121, inputs=288, outputs=64)
 
 
+def test_no_product_of_factors_is_over_more_places_than_its_rounding_was_bounded_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Decision 3: 2¹⁴ places · 2⁻⁵³ · 2¹⁵ · 10,000 examples are 6e-4 of the clip norm."""
+    assert products.GREATEST_PLACES * products.UNIT_ROUNDOFF * 2.0**15 * 10_000 < 6.1e-4
+    torch.manual_seed(3)
+    a, b = torch.randn(9, 1, 4, 3), torch.randn(9, 1, 4, 2)
+    factors, parts = torch.rand(9).double(), (slice(0, 4), slice(4, 4), slice(4, 9))
+    found, places = [], list[int]()
+    monkeypatch.setattr(Tensor, "t", lambda x: (places.append(len(x)), x.T)[1])
+    for greatest in (2**14, 10, 1):
+        monkeypatch.setattr(products, "GREATEST_PLACES", greatest)
+        totals = torch.zeros(3, 2, 3).double()
+        products._add_products_(a, b, totals, factors, parts)
+        assert max(places) <= max(greatest, 4)  # an example's own are never parted
+        places.clear()
+        found.append(totals)
+    for totals in found:
+        torch.testing.assert_close(totals, found[0], rtol=1e-12, atol=1e-12)
+    assert float(found[0].norm()) > 0
+
+
 def test_frozen_layers_are_not_watched() -> None:
     model, _ = made("adapted")
     BookKeepingSum(model, losses, 1.0)

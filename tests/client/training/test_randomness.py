@@ -127,7 +127,7 @@ def test_normals_turned_elsewhere_are_of_the_same_words(count: int) -> None:
 
 def test_device_that_turns_words_otherwise_gives_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = randomness._box_muller_on
-    randomness._check_turning.cache_clear()
+    randomness.check_turning.cache_clear()
     monkeypatch.setattr(randomness, "_box_muller_on", lambda words: 0.9 * honest(words))
     with pytest.raises(RuntimeError, match="other normals of the same words"):
         RandomStream(KEYS[1]).normals_on(4, torch.device("cpu"))

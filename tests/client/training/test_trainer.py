@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from bract.client.training.graphs import ReplayedSum
 from bract.client.training.randomness import RandomStream, SecureRandomness
 from bract.client.training.trainer import Execution, Trainer
 from bract.shared import models
@@ -428,6 +429,27 @@ def test_lack_of_memory_makes_smaller_pieces_of_the_same_batch(world: Any, mode:
     assert scarce.failed == 7  # from pieces of 256 to pieces of 2, in the first step alone
     assert stream.normal_counts == plenty.normal_counts
     assert stream.samples == plenty.samples
+
+
+def test_graphs_go_where_memory_is_short(world: Any) -> None:
+    """They hold memory of their own, which smaller pieces alone would not give back."""
+
+    class Holding(ReplayedSum):
+        forgotten = 0
+
+        def add_(self, sums: dict[str, torch.Tensor], inputs: Any, targets: Any) -> None:
+            if len(inputs) > 3:
+                raise torch.OutOfMemoryError("made up")
+            super().add_(sums, inputs, targets)
+
+        def forget(self) -> None:
+            self.forgotten += 1
+
+    trainer = Trainer(terms_of(world), Execution())
+    trainer._adder = Holding(trainer._summer, trainer._summed, 256)
+    trainer._adder._records = False
+    train(trainer, trainer._contract, examples(), Watching())
+    assert trainer._adder.forgotten == 7
 
 
 def test_lack_of_memory_for_one_example_is_raised(world: Any) -> None:
