@@ -18,6 +18,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
+from bract.shared.errors import UsageError
+
 Kind = Literal["csprng", "seeded"]
 # Words turned into normals at once, so that they stay in a core's cache; even.
 _BLOCK = 1 << 15
@@ -71,7 +73,7 @@ class RandomStream:
         but for the last bits of a logarithm, a sine or a cosine; the words are the same.
 
         Raises:
-            RuntimeError: where the GPU turns words that are no secret into other numbers.
+            UsageError: where the GPU turns words that are no secret into other numbers.
         """
         check_turning(device)
         words = torch.empty(count + count % 2, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -128,7 +130,7 @@ def check_turning(device: torch.device) -> None:
     """Returns where a device turns words as the host does, of all sizes; asked once a process.
 
     Raises:
-        RuntimeError: elsewhere: noise must not depend on what nobody looked at.
+        UsageError: elsewhere: noise must not depend on what nobody looked at.
     """
     words = np.frombuffer(hashlib.shake_256(b"no secret").digest(8 * 4096), "<i8").copy()
     words[:4] = np.iinfo(np.int64).min, 0, 1, np.iinfo(np.int64).max
@@ -136,7 +138,9 @@ def check_turning(device: torch.device) -> None:
     _box_muller(words, expected)
     found = _box_muller_on(torch.from_numpy(words).to(device)).cpu().numpy()
     if not np.allclose(found, expected, rtol=1e-12, atol=1e-12):
-        raise RuntimeError(f"{device} makes other normals of the same words than the host does")
+        raise UsageError(
+            f"device {device} makes other normals of the same words than the host: use cpu"
+        )
 
 
 class Randomness(Protocol):

@@ -77,7 +77,7 @@ class Trainer:
 
     Raises:
         ModelRejected: where the model cannot be trained with per-example privacy.
-        RuntimeError: where a GPU would make other noise of the host's words than the host.
+        UsageError: where a GPU would make other noise of the host's words than the host.
         VerificationFailed: where its frozen weights are not those of the contract.
     """
 

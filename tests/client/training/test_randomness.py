@@ -14,6 +14,7 @@ from scipy import stats
 
 from bract.client.training import randomness
 from bract.client.training.randomness import RandomStream, SecureRandomness
+from bract.shared.errors import UsageError
 
 ROOT = Path(__file__).parents[3]
 KEYS = [bytes([value]) * 32 for value in (0, 7, 255)]
@@ -129,7 +130,7 @@ def test_device_that_turns_words_otherwise_gives_no_noise(monkeypatch: pytest.Mo
     honest = randomness._box_muller_on
     randomness.check_turning.cache_clear()
     monkeypatch.setattr(randomness, "_box_muller_on", lambda words: 0.9 * honest(words))
-    with pytest.raises(RuntimeError, match="other normals of the same words"):
+    with pytest.raises(UsageError, match="other normals of the same words"):
         RandomStream(KEYS[1]).normals_on(4, torch.device("cpu"))
     monkeypatch.undo()
     assert len(RandomStream(KEYS[1]).normals_on(4, torch.device("cpu"))) == 4
