@@ -27,7 +27,7 @@ logger = logging.getLogger("bract.client")
 
 # Recording takes as long as some passes, which are not yet lost on a size that comes once.
 _BEFORE = 3
-# What torch may draw or ask in user code, a graph would repeat as it was recorded.
+# A graph repeats what a pass drew or decided while it was recorded: ours draw and decide nothing.
 RECORDED = models.MODELS.keys() - {"hf"}
 
 
@@ -78,7 +78,9 @@ class Recorded:
             self._graph: Any = torch.cuda.CUDAGraph()
             apart, now = _recording(self._device), torch.cuda.current_stream()
             try:
-                self._rehearse(summer, apart)
+                apart.wait_stream(now)
+                with torch.cuda.stream(apart), _no_waits():  # torch asks for a pass before
+                    self._batch.run(summer)
                 # The thread that draws noise asks for memory meanwhile, as it may.
                 with torch.cuda.graph(
                     self._graph, pool=pool, stream=apart, capture_error_mode="thread_local"
@@ -94,13 +96,6 @@ class Recorded:
             self._batch.fill(inputs, targets)
             self._graph.replay()
             self._batch.add_to(sums)
-
-    def _rehearse(self, summer: BookKeepingSum, apart: Any) -> None:
-        """Runs the pass apart, as torch asks, where whoever waits for the GPU raises."""
-        apart.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(apart), _no_waits():
-            self._batch.run(summer)
-        torch.cuda.current_stream().wait_stream(apart)
 
 
 @lru_cache
@@ -198,6 +193,7 @@ def _device_of(parameters: Mapping[str, Tensor]) -> torch.device:
 
 @contextmanager
 def _no_waits() -> Iterator[None]:
+    """Whoever waits for the GPU raises."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is a prototype, says torch

@@ -148,7 +148,7 @@ def _room(parameter: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         return like.new_empty(shape)  # torch keeps a GPU's memory itself
     size = math.prod(shape)
     kept: Tensor | None = parameter.__dict__.pop(_ROOM, None)
-    if kept is None or len(kept) < size or kept.dtype != like.dtype or kept.device != like.device:
+    if kept is None or len(kept) < size or kept.dtype != like.dtype:
         kept = None  # freed before more is asked for
         kept = like.new_empty(size)
     parameter.__dict__[_ROOM] = kept

@@ -83,7 +83,7 @@ class RandomStream:
             part[:] = self._passing(len(part)).view("<i8")
         try:
             found = _box_muller_on(words.to(device, non_blocking=True))
-        except torch.OutOfMemoryError:  # the host has turned them before
+        except torch.OutOfMemoryError:  # the host needs none of the GPU's to turn them
             turned = np.empty(len(flat))
             _box_muller(flat, turned)
             found = torch.from_numpy(turned).to(device)
@@ -127,7 +127,7 @@ def _box_muller_on(words: Tensor) -> Tensor:
 
 @lru_cache
 def check_turning(device: torch.device) -> None:
-    """Returns where a device turns words as the host does, of all sizes; asked once a process.
+    """Returns where a device turns words as the host does; each is asked once a process.
 
     Raises:
         UsageError: elsewhere: noise must not depend on what nobody looked at.

@@ -101,8 +101,8 @@ class Trainer:
         self._summer, self._summed = _summer(contract, execution, self._model)
         self._adder = graphs.replayed(self._summer, self._summed, contract.model.name, self._pieces)
         self._shared = SharedStep(contract, self._summed, self.parameters)
-        if self._device.type == "cuda":
-            check_turning(self._device)  # before any charge
+        if self._device.type == "cuda":  # before any charge, by the name that noise knows it by
+            check_turning(next(iter(self.parameters.values())).device)
         self._rehearse()
 
     def check(self, weights: Arrays) -> None:

@@ -46,6 +46,7 @@ def checks(found: Evidence) -> list[Check]:
         _contract(found),
         *_ledgers(found),
         *_faults(found),
+        *_kept(found),
         _all_here(found),
         _anchored(found),
         _witnessed(found),
@@ -89,6 +90,11 @@ def _faults(found: Evidence) -> Iterator[Check]:
             yield Check(f"The ledger {record.name} holds", "failed", record.fault)
 
 
+def _kept(found: Evidence) -> Iterator[Check]:
+    if found.kept_fault is not None:
+        yield Check("What others kept can be read", "failed", found.kept_fault)
+
+
 def _all_here(found: Evidence) -> Check:
     name, count = "Every site’s ledger is here", len(found.contract.cohort)
     if not found.ledgers:
@@ -123,8 +129,6 @@ def _witnessed(found: Evidence) -> Check:
 
 def _received(found: Evidence) -> Check:
     name = "Every update taken was paid for"
-    if found.kept_fault is not None:
-        return Check(name, "failed", found.kept_fault)
     count = sum(spent.received or 0 for spent in found.spent)
     if not count:
         return Check(name, "not done", "the server’s receipts are not here, or of no ledger here")

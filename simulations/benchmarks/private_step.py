@@ -209,6 +209,7 @@ def _ours(
     """Returns the step of the trainer in its default mode."""
     named = dict(model.named_parameters())
     summer = clipped_sum("book-keeping", model, _losses, CLIP_NORM, precision)
+    # These models draw and decide nothing in a pass, like those that go by this name.
     summer = replayed(summer, named, "cnn", len(batch[0]))
     optimizer = PrivateOptimizer(
         torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),

@@ -136,6 +136,19 @@ def test_device_that_turns_words_otherwise_gives_no_noise(monkeypatch: pytest.Mo
     assert len(RandomStream(KEYS[1]).normals_on(4, torch.device("cpu"))) == 4
 
 
+def test_host_turns_words_where_a_gpu_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(words: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    here, there = RandomStream(KEYS[1]), RandomStream(KEYS[1])
+    there.normals_on(2, torch.device("cpu"))
+    here.normals(2)
+    monkeypatch.setattr(randomness, "_box_muller_on", short)
+    found = there.normals_on(70_001, torch.device("cpu")).numpy()
+    np.testing.assert_allclose(found, here.normals(70_001), rtol=1e-13, atol=1e-14)
+    assert (here.words(4) == there.words(4)).all()
+
+
 @pytest.mark.parametrize("extreme", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
 def test_extreme_words_turn_into_the_same_normals_elsewhere(extreme: int) -> None:
     words = np.array([extreme, 2**60, 12345, extreme], dtype=np.uint64)
