@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from bract.client.site import Site
 from bract.shared import wire
 from bract.shared.errors import BractError, Reason, Refusal, UsageError
+from bract.shared.messages import RefusalReply
 
 logger = logging.getLogger("bract.client")
 
@@ -34,9 +35,7 @@ def train(message: Message, context: Context) -> Message:
     except Exception as error:  # an order is the server's: what it makes a reader raise is refused
         reply = _untrusted(site, error)
     content = (
-        wire.encode_refusal(reply)
-        if isinstance(reply, wire.RefusalReply)
-        else wire.encode_reply(reply)
+        wire.encode_refusal(reply) if isinstance(reply, RefusalReply) else wire.encode_reply(reply)
     )
     return Message(content, reply_to=message)
 
@@ -55,20 +54,20 @@ def close(message: Message, context: Context) -> Message:
             refusal,
             extra={"event": "refused", "site": site.name, "reason": refusal.reason.value},
         )
-        content = wire.encode_refusal(wire.RefusalReply(site.name, 0, refusal.reason))
+        content = wire.encode_refusal(RefusalReply(site.name, 0, refusal.reason))
     except Exception as error:
         content = wire.encode_refusal(_untrusted(site, error))
     return Message(content, reply_to=message)
 
 
-def _untrusted(site: Site, error: Exception) -> wire.RefusalReply:
+def _untrusted(site: Site, error: Exception) -> RefusalReply:
     reason = Reason.CONTRACT_UNTRUSTED
     logger.warning(
         "an order that cannot be read: %s",
         error if isinstance(error, BractError) else type(error).__name__,
         extra={"event": "refused", "site": site.name, "reason": reason.value},
     )
-    return wire.RefusalReply(site=site.name, round=0, reason=reason)
+    return RefusalReply(site=site.name, round=0, reason=reason)
 
 
 def _site(context: Context) -> Site:

@@ -13,9 +13,9 @@ from bract.client.gate import Permit, as_refusals
 from bract.client.site import Site
 from bract.shared import arrays
 from bract.shared.contract import SiteTerms
+from bract.shared.messages import CloseOrder, RefusalReply, SignedReceipt, TrainOrder, TrainReply
 from bract.shared.privacy.ledger import Ledger, Transaction
 from bract.shared.updates import ProtectedScore
-from bract.shared.wire import CloseOrder, RefusalReply, SignedReceipt, TrainOrder, TrainReply
 
 T = TypeVar("T")
 

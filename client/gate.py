@@ -28,6 +28,7 @@ from bract.shared.errors import (
     VerificationFailed,
 )
 from bract.shared.keys import SigningKey
+from bract.shared.messages import SignedReceipt, TrainOrder, TrainReply
 from bract.shared.policy import Policy, check
 from bract.shared.privacy import accounting, budget, entries, events, witness
 from bract.shared.privacy.chain import Chain
@@ -41,9 +42,9 @@ from bract.shared.privacy.entries import (
     Release,
 )
 from bract.shared.privacy.ledger import Ledger, Transaction
+from bract.shared.privacy.receipts import Receipt
 from bract.shared.privacy.witness import Witness
 from bract.shared.updates import KINDS, ProtectedScore, Update
-from bract.shared.wire import Receipt, SignedReceipt, TrainOrder, TrainReply
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from bract.client.app import app
 from bract.client.flower import Address, BackOff, Connection, Disconnected, NotTaken
 from bract.client.installed import SiteState
 from bract.client.settings import SiteSettings
-from bract.shared import canonical, malloc, pki
+from bract.shared import canonical, malloc, node_keys
 
 logger = logging.getLogger("bract.client")
 
@@ -46,7 +46,7 @@ def serve(path: Path) -> None:
         state=RecordDict(),
         run_config={},
     )
-    key = pki.load_node_key(Path(chosen.keys.node))
+    key = node_keys.load(Path(chosen.keys.node))
     address = Address(chosen.server, Path(chosen.keys.root_certificate))
     journal = Journal(SiteState(Path(chosen.state)), site.name)
     greatest = chosen.greatest_order_mib * 2**20

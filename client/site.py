@@ -15,8 +15,8 @@ from bract.shared.arrays import Arrays
 from bract.shared.contract import Contract, SiteTerms
 from bract.shared.data import Examples
 from bract.shared.errors import BractError, Reason, Refusal
+from bract.shared.messages import RefusalReply, TrainOrder, TrainReply
 from bract.shared.updates import ProtectedScore, Update
-from bract.shared.wire import RefusalReply, TrainOrder, TrainReply
 
 logger = logging.getLogger("bract.client")
 

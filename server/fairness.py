@@ -9,13 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bract.shared import wire
 from bract.shared.contract import Contract
 from bract.shared.policy import evaluation_error
+from bract.shared.privacy.receipts import Receipt
 from bract.shared.reports.runs import LocalAccuracy
 
 
-def of_round(receipts: Mapping[str, wire.Receipt], agreed: Contract) -> LocalAccuracy:
+def of_round(receipts: Mapping[str, Receipt], agreed: Contract) -> LocalAccuracy:
     """Returns the local accuracies of one round, all None where no site was asked for any.
 
     Args:

@@ -18,7 +18,7 @@ from bract.server import checkpoint, fairness, received
 from bract.server.checkpoint import RoundState
 from bract.server.grid import SingleRunGrid
 from bract.server.strategy import PublicFedAvg
-from bract.shared import canonical, wire
+from bract.shared import canonical, packing
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract
 from bract.shared.data import Examples
@@ -108,7 +108,7 @@ class RoundLoop:
             return None
         self.strategy.desk.remember(state.heads)  # what is saved, and nothing newer
         epsilon = self._epsilon(grid, state.attempts + 1, number)
-        packed = wire.pack(state.weights)
+        packed = packing.pack(state.weights)
         messages = self.strategy.configure_train(number, packed, ConfigRecord(), grid)
         if not messages:
             return None
@@ -125,8 +125,8 @@ class RoundLoop:
         # Before the checkpoint: a head that is countersigned has what led to it on disk.
         received.append(self.out, self.strategy.received(state.attempts, average is not None))
         if average is not None:
-            told = {"weights_bytes": wire.bytes_of(packed), "epsilon_run": _finite(epsilon())}
-            state = self._completed(state, wire.unpack(average), told)
+            told = {"weights_bytes": packing.bytes_of(packed), "epsilon_run": _finite(epsilon())}
+            state = self._completed(state, packing.unpack(average), told)
         state = replace(state, seconds=state.seconds + time.monotonic() - started)
         checkpoint.save(state, self.out / "checkpoint")
         if average is not None:

@@ -13,13 +13,21 @@ from flwr.serverapp.strategy import FedAvg
 
 from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays as named
-from bract.shared import canonical, wire
+from bract.shared import canonical, packing, wire
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract, SignedContract, SiteTerms
 from bract.shared.errors import BractError, Reason, RolledBack, VerificationFailed
+from bract.shared.messages import (
+    CloseOrder,
+    RefusalReply,
+    SignedReceipt,
+    SummedReply,
+    TrainOrder,
+    TrainReply,
+)
 from bract.shared.models import Shape
 from bract.shared.privacy import entries
-from bract.shared.privacy.receipts import Received
+from bract.shared.privacy.receipts import Receipt, Received
 from bract.shared.privacy.witness import NOTHING, Extension
 from bract.shared.updates import KINDS, Update
 
@@ -55,12 +63,12 @@ class PublicFedAvg(FedAvg):
         self._signed, self._shapes, self.desk = signed, shapes, desk
         self._registered, self._names = dict(names or {}), dict(names or {})
         self._retired: set[int] = set()
-        self.replied: dict[str, wire.Receipt] = {}
+        self.replied: dict[str, Receipt] = {}
         self.proofs: dict[str, tuple[bytes, Extension]] = {}
         self.refused: list[tuple[str, str]] = []
         self.update_bytes: int | None = None
         self._adds_up = False
-        self._noise: Callable[[int], Callable[[int], wire.Sum]] | None = None
+        self._noise: Callable[[int], Callable[[int], packing.Sum]] | None = None
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -69,8 +77,8 @@ class PublicFedAvg(FedAvg):
 
         Args:
             server_round: from 1.
-            arrays: the weights as they travel (`wire.pack`); all orders share this record, so that
-                it is hashed and held once.
+            arrays: the weights as they travel (`packing.pack`); all orders share this record, so
+                that it is hashed and held once.
             config: not used: what is asked stands in the contract.
             grid: knows which nodes are there.
         """
@@ -80,7 +88,7 @@ class PublicFedAvg(FedAvg):
         return [
             Message(
                 content=wire.encode_order(
-                    wire.TrainOrder(
+                    TrainOrder(
                         contract=self._signed,
                         round=server_round,
                         weights={},
@@ -116,7 +124,7 @@ class PublicFedAvg(FedAvg):
         for node in sorted(set(grid.get_node_ids())):
             seen = self.desk.witness(self._names.get(node))
             if seen is not None:
-                content = wire.encode_close(wire.CloseOrder(contract=self._signed, witness=seen))
+                content = wire.encode_close(CloseOrder(contract=self._signed, witness=seen))
                 messages.append(Message(content, node, MessageType.QUERY, group_id="close"))
         return messages
 
@@ -141,7 +149,7 @@ class PublicFedAvg(FedAvg):
         self.replied, self.refused, self.update_bytes = {}, [], None
         self.proofs = {}
         updates: dict[str, Arrays] = {}
-        sums: dict[int, Mapping[str, wire.Sum]] = {}
+        sums: dict[int, Mapping[str, packing.Sum]] = {}
         for message in list(replies):
             summed = self._summed(message)
             if summed is not None:
@@ -152,7 +160,7 @@ class PublicFedAvg(FedAvg):
             if reply is not None:
                 updates[reply.receipt.site] = reply.update.arrays
         if sums or (updates and self._signed.contract.privacy.unit == "client"):
-            return wire.pack(self._of_sums(sums, updates, server_round)), None
+            return packing.pack(self._of_sums(sums, updates, server_round)), None
         # In the contract's order: the sum of floats is the same whoever answers first.
         cohort = [site for site in self._signed.contract.cohort if site.name in updates]
         total = sum(site.nominal_size for site in cohort)
@@ -164,7 +172,7 @@ class PublicFedAvg(FedAvg):
                     average[name] += value * share
                 else:
                     average[name] = value * share
-        return (wire.pack(average) if average else None), None
+        return (packing.pack(average) if average else None), None
 
     def received(self, attempt: int, counted: bool) -> list[Received]:
         """Returns what an auditor may see of the updates that the last round took.
@@ -186,7 +194,7 @@ class PublicFedAvg(FedAvg):
 
     def _of_sums(
         self,
-        sums: Mapping[int, Mapping[str, wire.Sum]],
+        sums: Mapping[int, Mapping[str, packing.Sum]],
         updates: Mapping[str, Arrays],
         server_round: int,
     ) -> dict[str, Array]:
@@ -211,7 +219,7 @@ class PublicFedAvg(FedAvg):
             self._noise_(total, server_round)
         return {name: (value / divisor).astype(np.float32) for name, value in total.items()}
 
-    def _noise_(self, total: Mapping[str, wire.Sum], server_round: int) -> None:
+    def _noise_(self, total: Mapping[str, packing.Sum], server_round: int) -> None:
         """Adds N(0, (σC)²) to every number of a sum of clipped updates, in place.
 
         Raises:
@@ -224,13 +232,13 @@ class PublicFedAvg(FedAvg):
             noise = draw(value.size).reshape(value.shape)
             value += privacy.noise_multiplier * privacy.clip_norm * noise
 
-    def _summed(self, message: Message) -> wire.SummedReply | None:
+    def _summed(self, message: Message) -> SummedReply | None:
         """Returns the replies in a sum; only of a grid that adds up in this very process."""
         if not self._adds_up or message.has_error():
             return None
         return wire.decode_summed(message.content)
 
-    def _accept_summed(self, reply: wire.SummedReply, server_round: int) -> bool:
+    def _accept_summed(self, reply: SummedReply, server_round: int) -> bool:
         """Returns whether a sum is used: where every receipt in it is accepted."""
         before, proofs = dict(self.replied), dict(self.proofs)
         for node, signed in reply.receipts.items():
@@ -246,7 +254,7 @@ class PublicFedAvg(FedAvg):
         self.update_bytes = 4 * sum(math.prod(shape) for shape in self._shapes.values())
         return True
 
-    def _sort(self, message: Message, server_round: int) -> wire.TrainReply | None:
+    def _sort(self, message: Message, server_round: int) -> TrainReply | None:
         """Returns the reply whose update is accepted, None where there is none."""
         node = message.metadata.src_node_id
         if message.has_error():
@@ -254,7 +262,7 @@ class PublicFedAvg(FedAvg):
             return None
         try:
             reply = wire.decode_reply(message.content)
-            if isinstance(reply, wire.RefusalReply):
+            if isinstance(reply, RefusalReply):
                 # A node that is known speaks for its own site, whatever it calls itself.
                 self._refuse(
                     self._registered.get(node, reply.site), reply.reason.value, "the site refused"
@@ -289,7 +297,7 @@ class PublicFedAvg(FedAvg):
         return self._names.get(node, f"node {node}")
 
     def _accept_receipt(
-        self, reply: wire.TrainReply | wire.SignedReceipt, server_round: int, node: int
+        self, reply: TrainReply | SignedReceipt, server_round: int, node: int
     ) -> None:
         contract, receipt = self._signed.contract, reply.receipt
         terms = contract.site(receipt.site)
@@ -298,7 +306,7 @@ class PublicFedAvg(FedAvg):
         reply.verify(terms.key)
         if (receipt.contract, receipt.round) != (contract.sha256, server_round):
             raise VerificationFailed("of another contract or round")
-        if isinstance(reply, wire.TrainReply):  # else where it was added to its sum
+        if isinstance(reply, TrainReply):  # else where it was added to its sum
             check_update(reply.update, contract, terms, self._shapes)
         if contract.evaluates(server_round) != (receipt.evaluation is not None):
             raise VerificationFailed("with or without an evaluation, unlike the contract's round")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bract.shared import wire
 from bract.shared.errors import RolledBack, VerificationFailed
 from bract.shared.keys import SigningKey
+from bract.shared.messages import SignedReceipt, TrainReply
 from bract.shared.privacy import receipts, witness
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.witness import Witness
@@ -44,7 +44,7 @@ class WitnessDesk:
 
     def check(
         self,
-        reply: wire.TrainReply | wire.SignedReceipt,
+        reply: TrainReply | SignedReceipt,
         domain: str,
         *,
         cost: Mapping[str, Any],

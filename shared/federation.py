@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from bract.shared import contract as contracts
-from bract.shared import keys, pki
+from bract.shared import keys, node_keys
 from bract.shared.configuration import Frozen, parse, read_toml
 from bract.shared.contract import (
     Contract,
@@ -114,7 +114,7 @@ class SiteEntry(Frozen):
     def _without_its_comment(cls, node_key: str) -> str:
         # One key under two comments is one key; two sites with it would be one node.
         try:
-            return pki.node_public_line(pki.node_public(node_key))
+            return node_keys.public_line(node_keys.public(node_key))
         except UsageError as error:
             raise ValueError(str(error)) from error
 

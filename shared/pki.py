@@ -1,8 +1,8 @@
-"""X.509 certificates and node keys: who may speak on a federation's network.
+"""X.509 certificates: who may speak on a federation's network.
 
 The coordinator's authority signs the server's certificate, which every site checks, and the
-auditors', which the server checks. Sites need no certificate: Flower knows each by the public half
-of its node key. What is signed for good (contracts, ledgers) is signed by `keys`, not here.
+auditors', which the server checks. Sites need no certificate: Flower knows each by its node key,
+see `node_keys`. What is signed for good (contracts, ledgers) is signed by `keys`, not here.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from bract.shared.errors import UsageError
 AUTHORITY_DAYS = 5 * 365
 CERTIFICATE_DAYS = 365
 CLOCK_SKEW = timedelta(minutes=5)
-NODE_KEY_TYPE = "ecdsa-sha2-nistp384"
+CURVE = ec.SECP384R1
 
 _MOST_DAYS = 100 * 365
-_CURVE = ec.SECP384R1
 # What cryptography raises for bytes that are broken, locked or of a kind it doesn't know.
-_UNREADABLE = (
+UNREADABLE = (
     ValueError,
     TypeError,
     NotImplementedError,
@@ -76,7 +75,7 @@ def new_authority(*, days: int = AUTHORITY_DAYS, now: datetime | None = None) ->
     Raises:
         UsageError: where `days` is out of range.
     """
-    key, now = ec.generate_private_key(_CURVE()), now or datetime.now(UTC)
+    key, now = ec.generate_private_key(CURVE()), now or datetime.now(UTC)
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     # Two authorities must not share a name: a verifier would try the wrong key first.
     name = _name(f"bract authority {identifier.digest.hex()[:16]}")
@@ -154,7 +153,7 @@ def certificates(path: Path) -> list[x509.Certificate]:
         for one in found:  # cryptography parses these when asked: a fault shows here or never
             _ = one.subject, one.issuer, one.extensions, one.public_key()
         return found
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UsageError(f"{path} holds no readable certificate") from error
 
 
@@ -202,65 +201,6 @@ def hosts_of(certificate: x509.Certificate) -> list[str]:
     ]
 
 
-def new_node_key() -> ec.EllipticCurvePrivateKey:
-    """Returns a new key by which Flower will know a site's node."""
-    return ec.generate_private_key(_CURVE())
-
-
-def node_key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Returns a node's private key in OpenSSH's format, the only one Flower's SuperNode reads."""
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.OpenSSH,
-        serialization.NoEncryption(),
-    )
-
-
-def node_public_line(key: ec.EllipticCurvePublicKey, comment: str = "") -> str:
-    """Returns a node's public key as one OpenSSH line, without its end.
-
-    Example:
-        >>> node_public_line(new_node_key().public_key(), "alpha").split()[::2]
-        ['ecdsa-sha2-nistp384', 'alpha']
-    """
-    line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    return f"{line.decode()} {comment}".rstrip()
-
-
-def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Returns the node key in a file.
-
-    Raises:
-        UsageError: where the file is unreadable or holds no ECDSA P-384 key in OpenSSH's format.
-    """
-    try:
-        key = serialization.load_ssh_private_key(read(path), password=None)
-    except _UNREADABLE as error:
-        raise UsageError(
-            f"{path} holds no node key in OpenSSH's format, or a password protects it"
-        ) from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, _CURVE):
-        raise UsageError(f"{path} holds another kind of key; a node key is {NODE_KEY_TYPE}")
-    return key
-
-
-def node_public(line: str, *, source: str = "node key") -> ec.EllipticCurvePublicKey:
-    """Returns the node key in an OpenSSH line, `ecdsa-sha2-nistp384 AAAA… [comment]`.
-
-    Raises:
-        UsageError: where the text is no such line; `source` says where it stood.
-    """
-    if line.split(" ")[0] != NODE_KEY_TYPE or len(line.splitlines()) != 1:
-        raise UsageError(f"{source} must be one line that begins with {NODE_KEY_TYPE}")
-    try:
-        key = serialization.load_ssh_public_key(line.encode())
-    except _UNREADABLE as error:
-        raise UsageError(f"{source} holds no readable {NODE_KEY_TYPE} key") from error
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise UsageError(f"{source} holds another kind of key than {NODE_KEY_TYPE}")
-    return key
-
-
 def load_private_key(path: Path) -> PrivateKeyTypes:
     """Returns the private key of any kind in a PEM file.
 
@@ -269,7 +209,7 @@ def load_private_key(path: Path) -> PrivateKeyTypes:
     """
     try:
         return serialization.load_pem_private_key(read(path), password=None)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UsageError(f"{path} holds no private key, or a password protects it") from error
 
 
@@ -311,7 +251,7 @@ def _issue(
         left = (last - now).days
         remedy = f"give --days {left} at most" if left > 0 else "make a new authority"
         raise UsageError(f"{days} days would outlive the authority, which ends {last:%F}: {remedy}")
-    key = ec.generate_private_key(_CURVE())
+    key = ec.generate_private_key(CURVE())
     # As the issuer spells it: verifiers compare the two.
     issuer_id = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     builder = (

@@ -15,24 +15,27 @@ summed   site → server   summed: the receipts and ledgers of the sites that ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from bract.shared import arrays as named
-from bract.shared import canonical, contract, keys
+from bract.shared import canonical, contract
 from bract.shared.arrays import Arrays
 from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, UsageError, VerificationFailed
-from bract.shared.privacy.receipts import Receipt as Receipt  # which others know from here
-from bract.shared.privacy.witness import NOTHING, Extension, Link, Witness, from_bytes
+from bract.shared.messages import (
+    CloseOrder,
+    RefusalReply,
+    SignedReceipt,
+    SummedReply,
+    TrainOrder,
+    TrainReply,
+)
+from bract.shared.packing import bytes_of, pack, unpack, unpack_sum
+from bract.shared.privacy.receipts import Receipt
+from bract.shared.privacy.witness import Extension, Link, Witness, from_bytes
 from bract.shared.updates import ClippedUpdate, ProtectedUpdate, UnprotectedUpdate, Update
 
 _WEIGHTS, _ORDER = "weights", "order"
@@ -45,107 +48,8 @@ _KINDS: dict[str, type[Update]] = {
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 _LEDGER, _CLOSE, _CLOSED = "ledger", "close", "closed"
 _SUMMED, _SUM = "summed", "sum"
-_STYPE = "numpy.ndarray.raw"
 _GREATEST = 2.0**53  # no count is larger; sums of such stay finite, whoever sends them
-_FLOAT32 = np.dtype(np.float32)
 _T = TypeVar("_T")
-Sum = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainOrder:
-    """Train one round of a contract from these weights."""
-
-    contract: SignedContract
-    round: int
-    weights: Arrays
-    witness: Witness | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CloseOrder:
-    """The last exchange of a run: it delivers the last witness."""
-
-    contract: SignedContract
-    witness: Witness
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SignedReceipt:
-    """A receipt, the site's signature of it, and what its ledger grew by."""
-
-    receipt: Receipt
-    signature: bytes
-    ledger: Extension = NOTHING
-
-    def verify(self, key: str) -> None:
-        """Returns where the site's key signed the receipt.
-
-        Raises:
-            VerificationFailed: otherwise.
-        """
-        keys.verify(key, self.signature, self.receipt.digest())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainReply:
-    """An update with its receipt, the site's signature of it, and what its ledger grew by."""
-
-    update: Update
-    receipt: Receipt
-    signature: bytes
-    ledger: Extension = NOTHING
-
-    def verify(self, key: str) -> None:
-        """Returns where the site's key signed the receipt and the receipt names the update.
-
-        Raises:
-            VerificationFailed: otherwise.
-        """
-        keys.verify(key, self.signature, self.receipt.digest())
-        if named.digest(self.update.arrays) != self.receipt.update:
-            raise VerificationFailed("the receipt is of another update")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SummedReply:
-    """The replies of sites whose updates were checked and added up where they were made.
-
-    Args:
-        place: of the sum among those of a round.
-        receipts: of every update in the sum, by the node of its site.
-        total: float64, each update times its site's weight.
-    """
-
-    place: int
-    receipts: Mapping[int, SignedReceipt]
-    total: Mapping[str, Sum]
-
-
-@dataclass(frozen=True, slots=True)
-class RefusalReply:
-    """A reason of the closed list; nothing of the site's data."""
-
-    site: str
-    round: int
-    reason: Reason
-
-
-def pack(arrays: Arrays | Mapping[str, Sum]) -> ArrayRecord:
-    """Returns arrays as they travel; messages to many sites share one such record."""
-    return ArrayRecord(
-        {
-            name: FlowerArray(
-                dtype=str(value.dtype), shape=value.shape, stype=_STYPE, data=value.tobytes()
-            )
-            for name, value in arrays.items()
-        }
-    )
-
-
-def bytes_of(record: ArrayRecord) -> int:
-    """Returns the bytes of a record's arrays as they travel, without names and headers."""
-    return sum(len(array.data) for array in record.values())
 
 
 def update_bytes(content: RecordDict) -> int:
@@ -400,46 +304,6 @@ def _links(hashes: list[Any], bodies: list[Any]) -> tuple[Link, ...]:
     ):
         raise VerificationFailed("the entries since a witness are not hashes and bodies")
     return tuple(Link(*pair) for pair in zip(hashes, bodies, strict=True))
-
-
-def unpack(record: Any) -> dict[str, named.Array]:
-    """Returns read-only views of the float32 arrays in a record.
-
-    Raises:
-        VerificationFailed: where it is anything else.
-    """
-    return {name: _view(name, value) for name, value in _arrays(record)}
-
-
-def unpack_sum(record: Any) -> dict[str, Sum]:
-    """Returns copies of the float64 arrays in a record.
-
-    Raises:
-        VerificationFailed: where it is anything else.
-    """
-    return {
-        name: _view(name, value, np.dtype(np.float64)).copy() for name, value in _arrays(record)
-    }
-
-
-def _arrays(record: Any) -> Iterable[tuple[str, FlowerArray]]:
-    if not isinstance(record, ArrayRecord):
-        raise VerificationFailed("a message without arrays")
-    return record.items()
-
-
-def _view(name: str, value: FlowerArray, kind: np.dtype[Any] = _FLOAT32) -> npt.NDArray[Any]:
-    # Never np.load: raw float32 bytes cannot hold an object, so nothing is unpickled.
-    shape = tuple(value.shape)
-    # math.prod has no width that a hostile shape could overflow.
-    expected = kind.itemsize * math.prod(shape) if all(n >= 0 for n in shape) else -1
-    if value.stype != _STYPE or value.dtype != kind.name or len(value.data) != expected:
-        raise VerificationFailed(f"array {name!r} is not raw {kind.name} of its shape")
-    try:
-        # A read-only view of immutable bytes: nothing that is done with it can reach the message.
-        return np.frombuffer(value.data, dtype=kind).reshape(shape)
-    except (ValueError, OverflowError) as error:  # no elements, yet an axis beyond numpy's
-        raise VerificationFailed(f"array {name!r} has a shape that cannot be held") from error
 
 
 def _exactly(content: RecordDict, names: set[str]) -> Mapping[str, Any]:

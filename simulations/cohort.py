@@ -23,6 +23,7 @@ from bract.client.site import Site
 from bract.server.grid import Value
 from bract.shared import wire
 from bract.shared.errors import BractError, VerificationFailed
+from bract.shared.messages import RefusalReply, SignedReceipt, SummedReply, TrainOrder, TrainReply
 from bract.shared.privacy.ledger import Transaction
 from bract.simulations.grid import FIRST_NODE, SimulatedGrid, failed
 from bract.simulations.shards import Board, Shard, ShardTrainer, Trained, lost, shards_of
@@ -83,7 +84,7 @@ class CohortGrid(SimulatedGrid):
     def _train(self, messages: Sequence[Message]) -> Iterator[Message]:
         """Yields the replies to a round's orders."""
         read = zip(messages, wire.decode_orders(m.content for m in messages), strict=True)
-        orders: list[tuple[Message, wire.TrainOrder]] = []
+        orders: list[tuple[Message, TrainOrder]] = []
         for message, order in read:
             if isinstance(order, VerificationFailed):
                 yield failed(message)
@@ -94,7 +95,7 @@ class CohortGrid(SimulatedGrid):
         for (message, _), answer in zip(orders, answers, strict=True):
             if isinstance(answer, Permit):
                 permits[self._place(message)] = message, answer
-            elif isinstance(answer, wire.TrainReply):
+            elif isinstance(answer, TrainReply):
                 yield Message(wire.encode_reply(answer), reply_to=message)
             else:
                 yield Message(wire.encode_refusal(answer), reply_to=message)
@@ -102,7 +103,7 @@ class CohortGrid(SimulatedGrid):
             yield from self._trained(orders[0][1], permits)
 
     def _trained(
-        self, order: wire.TrainOrder, permits: Mapping[int, tuple[Message, Permit]]
+        self, order: TrainOrder, permits: Mapping[int, tuple[Message, Permit]]
     ) -> Iterator[Message]:
         """Yields the replies of permitted sites, once the releases of all are durable."""
         pool = self._begun(order)
@@ -126,7 +127,7 @@ class CohortGrid(SimulatedGrid):
         permits: Mapping[int, tuple[Message, Permit]],
     ) -> Iterator[Message]:
         """Yields a shard's sum with its receipts, and what its other sites answer."""
-        receipts: dict[int, wire.SignedReceipt] = {}
+        receipts: dict[int, SignedReceipt] = {}
         whole, first = True, None
         for (place, _), outcome in zip(trained.shard.members, trained.outcomes, strict=True):
             (message, permit), site = permits[place], site_of(self._plan, place)
@@ -134,7 +135,7 @@ class CohortGrid(SimulatedGrid):
                 yield failed(message)
                 continue
             signed = cohort.release(transaction, site, permit, outcome.update, outcome.score)
-            if isinstance(signed, wire.RefusalReply):
+            if isinstance(signed, RefusalReply):
                 whole &= not outcome.added
                 yield Message(wire.encode_refusal(signed), reply_to=message)
             elif outcome.added:
@@ -142,12 +143,12 @@ class CohortGrid(SimulatedGrid):
             else:
                 yield failed(message)
         if first is not None and whole:
-            reply = wire.SummedReply(trained.shard.place, receipts, trained.total)
+            reply = SummedReply(trained.shard.place, receipts, trained.total)
             yield Message(wire.encode_summed(reply), reply_to=first)
         elif not whole:  # a sum with an update that was not released is not given out
             yield from (failed(permits[node - FIRST_NODE][0]) for node in receipts)
 
-    def _begun(self, order: wire.TrainOrder) -> Pool[Shard, Trained]:
+    def _begun(self, order: TrainOrder) -> Pool[Shard, Trained]:
         """Returns the workers, with the round's weights before them."""
         contract = order.contract.contract
         if self._pool is None or self._board is None:

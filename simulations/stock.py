@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bract.shared import keyfiles, pki
+from bract.shared import keyfiles, node_keys, pki
 from bract.shared.errors import BractError
 from bract.simulations.federations.loopback import free_port
 
@@ -201,11 +201,11 @@ def _listens(port: int) -> bool:
 
 def _node_key(path: Path) -> Path:
     """Returns the file of a new node key, with its public half beside it, in OpenSSH's form."""
-    key = pki.new_node_key()
-    public = pki.node_public_line(key.public_key()).encode()
+    key = node_keys.new()
+    public = node_keys.public_line(key.public_key()).encode()
     beside = path.with_name(f"{path.name}.pub")
     keyfiles.create(
-        [keyfiles.private(path, pki.node_key_pem(key)), keyfiles.public(beside, public)]
+        [keyfiles.private(path, node_keys.to_pem(key)), keyfiles.public(beside, public)]
     )
     return path
 

@@ -32,10 +32,10 @@ from bract.shared.contract import (
     TrainingTerms,
 )
 from bract.shared.data import Examples
+from bract.shared.messages import TrainOrder, TrainReply
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.updates import ProtectedScore, ProtectedUpdate
-from bract.shared.wire import TrainOrder, TrainReply
 from bract.simulations.federations.loopback import Layout, SitePlan, lay_out
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

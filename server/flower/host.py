@@ -30,7 +30,7 @@ from bract.server.flower.connections import PatientUntil
 from bract.server.flower.routes import application
 from bract.server.incarnations import Incarnations
 from bract.server.orders import Orders
-from bract.shared import pki
+from bract.shared import node_keys
 from bract.shared.errors import BractError
 
 logger = logging.getLogger("bract.server")
@@ -67,7 +67,7 @@ class Host:
         self.state: LinkState = self._factory.state()
         self.orders = Orders(greatest_reply)
         self.keys = {
-            public_key_to_bytes(pki.node_public(line)): name for name, line in sites.items()
+            public_key_to_bytes(node_keys.public(line)): name for name, line in sites.items()
         }
         self.names = _register(self.state, self.keys)
         _end_earlier_runs(self.state)

@@ -4,7 +4,7 @@ Flower's control and runtime routes, by which anyone could start code, are not t
 are those by which a node would register itself or ask for code. What its fleet routes leave open
 is closed:
 
-every route: path, key, signature and length are looked at before a byte of the body is read.
+every route: path, key, signature and length are looked at first (`doorman`).
 activate: a node killed a moment ago is let in at once, and its open orders are offered again.
 deactivate: the newest process of a node alone; an older one that ends does not take it along.
 pull-messages: waits for an order instead of being asked again and again.
@@ -14,10 +14,7 @@ pull-object, confirm, push-messages, push-object: a node has its own orders and 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import contextlib
-import datetime
 import logging
 import time
 from collections.abc import Callable
@@ -25,13 +22,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import APIRouter, FastAPI, Header, HTTPException
 from fastapi.routing import APIRoute
-from flwr.common.constant import (
-    HEARTBEAT_MAX_INTERVAL,
-    HEARTBEAT_MIN_INTERVAL,
-    SYSTEM_TIME_TOLERANCE,
-    TIMESTAMP_HEADER,
-    TIMESTAMP_TOLERANCE,
-)
+from flwr.common.constant import HEARTBEAT_MAX_INTERVAL, HEARTBEAT_MIN_INTERVAL
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     ActivateNodeResponse,
@@ -52,10 +43,7 @@ from flwr.proto.message_pb2 import (
     PushObjectResponse,
 )
 from flwr.server.superlink.linkstate import LinkStateFactory
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.date import now
 from flwr.supercore.error import FlowerError, http_error_translator
-from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.routing import ProtobufRoute
 from flwr.supercore.protobuf.translation import (
     PROTOBUF_REQUEST_DEPENDENCY,
@@ -66,9 +54,10 @@ from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.servicer.fleet import fleet_handlers
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from bract.server import memory
+from bract.server.flower.doorman import HTTP_STATUS, REASON, Doorman
 from bract.server.orders import Fault, Refused
 from bract.shared import flower, incarnation
 from bract.shared.errors import VerificationFailed
@@ -80,37 +69,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("bract.server")
 
-# A body holds one object of at most 5 MiB and its envelope.
-GREATEST_BODY = 8 * 2**20
 POLL_HOLD_SECONDS = 10.0
-FLEET = "/v1/fleet/"
-HEALTH = "/health"
-HTTP_STATUS = {
-    Fault.UNREGISTERED_KEY: 401,
-    Fault.UNSIGNED: 401,
-    Fault.NO_SUCH_ROUTE: 404,
-    Fault.NOT_ACTIVE: 412,
-    Fault.SUPERSEDED: 409,
-    Fault.TOO_LARGE: 413,
-    Fault.NOT_YOUR_OBJECT: 404,
-    Fault.NO_SUCH_ORDER: 410,
-}
-# Why an answer that names no fault of ours was given.
-_MEANT = {401: Fault.UNSIGNED, 404: Fault.NO_SUCH_ROUTE, 405: Fault.NO_SUCH_ROUTE}
-_REASON = "bract-refused"
-# Read here and again by Flower or FastAPI: two of one name could mean another thing to each.
-_SINGLE = frozenset(
-    {
-        "content-length",
-        "content-type",
-        "host",
-        FLEET_HTTP_PUBLIC_KEY_HEADER,
-        FLEET_HTTP_SIGNATURE_HEADER,
-        TIMESTAMP_HEADER,
-        incarnation.HEADER,
-        incarnation.SIGNATURE_HEADER,
-    }
-)
 Process = Annotated[str, Header(alias=incarnation.HEADER)]
 Signature = Annotated[str, Header(alias=incarnation.SIGNATURE_HEADER)]
 T = TypeVar("T")
@@ -128,100 +87,7 @@ def application(host: Host, factory: LinkStateFactory) -> ASGIApp:
     app.add_middleware(ProtobufTranslationMiddleware)
     app.add_middleware(BaseHTTPMiddleware, dispatch=http_error_translator)
     served = {route.path for route in messages.routes if isinstance(route, APIRoute)}
-    return _Doorman(app, host, frozenset(served))
-
-
-class _Doorman:
-    """Turns away strangers and great bodies before anything of theirs is read, and logs why.
-
-    Flower parses a body before it asks who sent it, and knows the bodies of routes that are not
-    served here: so nothing but what is served gets as far as that.
-    """
-
-    def __init__(self, app: ASGIApp, host: Host, served: frozenset[str]) -> None:
-        self._app, self._host, self._served = app, host, served
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        site: str | None = None
-        try:
-            if scope["path"].startswith(FLEET):
-                site = _caller(scope, self._host)
-            # Exactly these: a router would take a line's end after one of them too.
-            if scope["path"] not in self._served and scope["path"] != HEALTH:
-                raise Refused(Fault.NO_SUCH_ROUTE)
-        except Refused as refused:
-            await _turn_away(send, refused.fault, site)
-            return
-
-        async def watched(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                _log_refusal(_fault(message), site)
-            await send(message)
-
-        await self._app(scope, receive, watched)
-
-
-def _caller(scope: Scope, host: Host) -> str:
-    """Returns the site whose node key signed a request, its body unread.
-
-    Raises:
-        Refused: where no listed key did within the time that a signature is good for, or where the
-            body is not of a known, bounded length.
-    """
-    names = [name.decode("latin-1") for name, _ in scope["headers"]]
-    if any(names.count(name) > 1 for name in _SINGLE):
-        raise Refused(Fault.BAD_REQUEST)
-    headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
-    key = _base64(headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER, b""))
-    site = host.site(key)
-    if site is None:
-        raise Refused(Fault.UNREGISTERED_KEY)
-    timestamp = headers.get(TIMESTAMP_HEADER, b"")
-    signature = _base64(headers.get(FLEET_HTTP_SIGNATURE_HEADER, b""))
-    if not (
-        _is_recent(timestamp) and verify_signature(bytes_to_public_key(key), timestamp, signature)
-    ):
-        raise Refused(Fault.UNSIGNED)
-    length = headers.get("content-length", b"")
-    # Without a length a body could grow while it is read; beside chunks a length says nothing.
-    if "transfer-encoding" in headers or not length.isdigit() or int(length) > GREATEST_BODY:
-        raise Refused(Fault.TOO_LARGE)
-    return site
-
-
-def _is_recent(timestamp: bytes) -> bool:
-    try:
-        age = (now() - datetime.datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()
-    except (ValueError, TypeError, OverflowError):
-        return False
-    return -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
-
-
-def _base64(text: bytes) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return b""
-
-
-async def _turn_away(send: Send, fault: Fault, site: str | None) -> None:
-    _log_refusal(fault, site)
-    body = b'{"detail":"%s"}' % fault.value.encode()
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    status = HTTP_STATUS.get(fault, 400)
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _fault(response: Message) -> Fault:
-    """Returns why a request was not served: the handler's word, else what the status means."""
-    named = dict(response.get("headers", ())).get(_REASON.encode())
-    if named is not None:
-        return Fault(named.decode())
-    status = response["status"]
-    return Fault.SERVER_FAILED if status >= 500 else _MEANT.get(status, Fault.BAD_REQUEST)
+    return Doorman(app, host, frozenset(served))
 
 
 def _messages(host: Host) -> APIRouter:
@@ -409,11 +275,5 @@ def _answered(serve: Callable[[], T]) -> T:
         raise HTTPException(
             status_code=HTTP_STATUS.get(refused.fault, 400),
             detail=refused.fault.value,
-            headers={_REASON: refused.fault.value},
+            headers={REASON: refused.fault.value},
         ) from None
-
-
-def _log_refusal(fault: Fault, site: str | None) -> None:
-    logger.warning(
-        "refused: %s", fault.value, extra={"event": "refused", "reason": fault.value, "site": site}
-    )

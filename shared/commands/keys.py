@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import TypeAdapter, ValidationError
 
-from bract.shared import keyfiles, pki
+from bract.shared import keyfiles, node_keys, pki
 from bract.shared import keys as signing
 from bract.shared.cli import AS_JSON, print_json
 from bract.shared.contract import Name
@@ -148,11 +148,11 @@ def site(name: str, out: Path, domain: str | None, nominal_size: int | None, as_
         _check_name("--domain", domain)
     if nominal_size is not None and nominal_size < 1:
         raise UsageError(f"--nominal-size {nominal_size} must be at least 1")
-    ledger, node = signing.generate(), pki.new_node_key()
-    line = pki.node_public_line(node.public_key(), name)
+    ledger, node = signing.generate(), node_keys.new()
+    line = node_keys.public_line(node.public_key(), name)
     files = [
         private(out / "ledger.pem", signing.to_pem(ledger)),
-        private(out / "node-key.pem", pki.node_key_pem(node)),
+        private(out / "node-key.pem", node_keys.to_pem(node)),
         public(out / "node-key.pub", f"{line}\n".encode()),
     ]
     # What is to be filled in is refused as it stands, so that it can't be forgotten.
@@ -274,9 +274,9 @@ def _described(path: Path, now: datetime) -> list[CertificateFile | KeyFile]:
         found += [_certificate(path, one, now) for one in pki.certificates(path)]
     if b" PRIVATE KEY-----" in data:
         found.append(_private(path, data))
-    if data.startswith(pki.NODE_KEY_TYPE.encode()):
+    if data.startswith(node_keys.KIND.encode()):
         line = data.decode(errors="replace").strip()
-        pki.node_public(line, source=str(path))
+        node_keys.public(line, source=str(path))
         found.append(KeyFile(path=str(path), kind="node public key", public=line, warnings=[]))
     if not found:
         raise UsageError(f"{path} is neither a certificate nor a key of the kinds bract makes")
@@ -304,7 +304,7 @@ def _private(path: Path, data: bytes) -> KeyFile:
     mode = path.stat().st_mode & 0o777
     warnings = [f"mode {mode:04o} opens it to others: chmod 600 {path}"] if mode & 0o077 else []
     if b"-----BEGIN OPENSSH PRIVATE KEY-----" in data:
-        line = pki.node_public_line(pki.load_node_key(path).public_key())
+        line = node_keys.public_line(node_keys.load(path).public_key())
         return KeyFile(path=str(path), kind="node key", public=line, warnings=warnings)
     key = pki.load_private_key(path)
     if isinstance(key, Ed25519PrivateKey):

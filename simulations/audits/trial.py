@@ -17,11 +17,12 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from bract.client.app import app as client_app
-from bract.shared import arrays, canonical, keys, wire
+from bract.shared import arrays, canonical, keys, packing, wire
 from bract.shared.arrays import Arrays
 from bract.shared.contract import Contract, SignedContract, SiteTerms
 from bract.shared.data import load_part
 from bract.shared.errors import VerificationFailed
+from bract.shared.messages import RefusalReply, TrainOrder
 from bract.shared.privacy.events import Event, PoissonGaussian
 from bract.shared.privacy.ledger import Ledger
 from bract.simulations.audits import gradients, proposal, register
@@ -159,7 +160,7 @@ def collect(
     """
     agreed = signed.contract
     weights = gradients.start(agreed.model, agreed.data)
-    packed = wire.pack(weights)
+    packed = packing.pack(weights)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     node_of = {name: node for node, name in nodes.items()}
     found = {terms.name: Answers(terms.name) for terms in agreed.cohort}
@@ -169,7 +170,7 @@ def collect(
             for terms in agreed.cohort
             if terms.name != BLANK or number <= setting.blank_rounds
         }
-        content = wire.encode_order(wire.TrainOrder(signed, number, {}), packed=packed)
+        content = wire.encode_order(TrainOrder(signed, number, {}), packed=packed)
         messages = [
             Message(content, node, MessageType.TRAIN, group_id=str(number)) for node in asked
         ]
@@ -200,7 +201,7 @@ def _update(
     if message is None or message.has_error():
         raise VerificationFailed("no answer")
     reply = wire.decode_reply(message.content)
-    if isinstance(reply, wire.RefusalReply):
+    if isinstance(reply, RefusalReply):
         raise VerificationFailed(f"refused, {reply.reason.value}")
     reply.verify(terms.key)
     if (reply.receipt.contract, reply.receipt.round) != (agreed.sha256, number):

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from bract.shared import keyfiles
+from bract.shared import keyfiles, node_keys
 from bract.simulations.federations.loopback import (
     LOOPBACK,
     Processes,
@@ -92,11 +92,10 @@ def echo() -> None:
     from flwr.app import Message, RecordDict
 
     from bract.client.flower import Address, Connection
-    from bract.shared import pki
 
     server, root, key = sys.argv[1:]
     address = Address(server, Path(root))
-    with Connection(address, pki.load_node_key(Path(key)), greatest_order=2**31) as connection:
+    with Connection(address, node_keys.load(Path(key)), greatest_order=2**31) as connection:
         connection.open()
         while True:
             order = connection.receive()
@@ -113,18 +112,18 @@ def _echo_grid(folder: Path, sites: int) -> Iterator[Any]:
     from bract.server.flower.host import Host, Listener
     from bract.shared import pki
 
-    authority, node_keys = pki.new_authority(), [pki.new_node_key() for _ in range(sites)]
+    authority, private = pki.new_authority(), [node_keys.new() for _ in range(sites)]
     served = pki.issue_server(authority, [LOOPBACK])
     for name, text in {
         "ca.pem": authority.certificate_pem(),
         "server.pem": served.certificate_pem(),
         "server-key.pem": served.key_pem(),
-        **{f"node-{n}.pem": pki.node_key_pem(key) for n, key in enumerate(node_keys)},
+        **{f"node-{n}.pem": node_keys.to_pem(key) for n, key in enumerate(private)},
     }.items():
         keyfiles.create([keyfiles.private(folder / name, text)])
     host = Host(
         database=folder / "superlink.sqlite",
-        sites={f"site-{n}": pki.node_public_line(k.public_key()) for n, k in enumerate(node_keys)},
+        sites={f"site-{n}": node_keys.public_line(k.public_key()) for n, k in enumerate(private)},
         listener=Listener(LOOPBACK, free_port(), folder / "server.pem", folder / "server-key.pem"),
         greatest_reply=2**31,
     )

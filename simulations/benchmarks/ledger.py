@@ -28,10 +28,10 @@ from bract.shared.contract import (
     TrainingTerms,
 )
 from bract.shared.data import Examples
+from bract.shared.messages import TrainOrder
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy import verification, witness
 from bract.shared.privacy.ledger import Ledger
-from bract.shared.wire import TrainOrder
 
 ROUNDS = 5_000
 

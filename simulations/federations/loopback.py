@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import tomli_w
 
-from bract.shared import cli, federation, keyfiles, keys, pki
+from bract.shared import cli, federation, keyfiles, keys, node_keys, pki
 from bract.shared.errors import BractError
 
 LOOPBACK = "127.0.0.1"
@@ -120,12 +120,12 @@ def lay_out(
     for site in sites:
         folder = layout.site(site.name).parent
         folder.mkdir(parents=True, exist_ok=True)  # it may hold the site's data already
-        ledger_key, node_key = keys.generate(), pki.new_node_key()
+        ledger_key, node_key = keys.generate(), node_keys.new()
         keyfiles.create(
             [
                 keyfiles.public(folder / "ca.pem", authority.certificate_pem()),
                 keyfiles.private(folder / "ledger.pem", keys.to_pem(ledger_key)),
-                keyfiles.private(folder / "node-key.pem", pki.node_key_pem(node_key)),
+                keyfiles.private(folder / "node-key.pem", node_keys.to_pem(node_key)),
             ]
         )
         layout.site(site.name).write_text(
@@ -135,7 +135,7 @@ def lay_out(
             {
                 "name": site.name,
                 "key": ledger_key.public,
-                "node_key": pki.node_public_line(node_key.public_key()),
+                "node_key": node_keys.public_line(node_key.public_key()),
                 "domain": site.name,
                 "nominal_size": site.nominal_size,
             }

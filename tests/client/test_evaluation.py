@@ -18,11 +18,11 @@ from bract.shared import wire
 from bract.shared.contract import EvaluationTerms, SignedContract
 from bract.shared.data import Examples
 from bract.shared.errors import Reason, Refusal, VerificationFailed
+from bract.shared.messages import RefusalReply, TrainReply
 from bract.shared.policy import DomainPolicy, Menu, MenuClass
 from bract.shared.privacy import accounting, budget, entries, ledger, verification
 from bract.shared.privacy.events import PoissonGaussian, merge
 from bract.shared.updates import ProtectedScore, ProtectedUpdate
-from bract.shared.wire import RefusalReply, TrainReply
 
 SIGMA = 4.0
 ASKED = EvaluationTerms(every=2, noise_multiplier=SIGMA)

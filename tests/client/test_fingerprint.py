@@ -15,8 +15,8 @@ from bract.client.site import Site, Trainers
 from bract.client.training.randomness import SecureRandomness
 from bract.client.training.trainer import Execution
 from bract.shared.data import Examples
+from bract.shared.messages import TrainReply
 from bract.shared.privacy import ledger
-from bract.shared.wire import TrainReply
 
 
 def edited(examples: Examples) -> Examples:

@@ -19,12 +19,12 @@ from bract.client.updates import UpdateStore
 from bract.shared import arrays, keys, wire
 from bract.shared.contract import ModelTerms, PrivacyTerms, SignedContract, TrainingTerms
 from bract.shared.errors import Reason, Refusal, VerificationFailed
+from bract.shared.messages import RefusalReply, TrainOrder, TrainReply
 from bract.shared.policy import DomainPolicy, Menu, MenuClass
 from bract.shared.privacy import accounting, ledger, verification
 from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
-from bract.shared.wire import RefusalReply, TrainOrder, TrainReply
 
 
 def written(world: Any) -> dict[tuple[str, str], list[dict[str, Any]]]:

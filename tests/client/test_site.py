@@ -12,8 +12,8 @@ from bract.client.site import Site, Trainers
 from bract.client.training.randomness import SecureRandomness
 from bract.client.training.trainer import GREATEST_WEIGHT, Execution
 from bract.shared.errors import Reason
+from bract.shared.messages import RefusalReply, TrainReply
 from bract.shared.privacy.ledger import Ledger
-from bract.shared.wire import RefusalReply, TrainReply
 
 
 @pytest.fixture

@@ -55,10 +55,11 @@ from bract.client import settings
 from bract.client.gate import Gate, Permit
 from bract.client.training.randomness import SecureRandomness
 from bract.client.updates import UpdateStore
-from bract.shared import canonical, cli, flower, incarnation, keys, pki, wire
+from bract.shared import canonical, cli, flower, incarnation, keys, node_keys, wire
 from bract.shared.contract import Contract
 from bract.shared.data import Examples
 from bract.shared.incarnation import Incarnation
+from bract.shared.messages import RefusalReply, TrainOrder, TrainReply
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.updates import ProtectedUpdate
 from bract.simulations.federations import loopback
@@ -368,7 +369,7 @@ class Caller:
 
 def caller(layout: Layout, name: str = HOSTILE) -> Caller:
     """Returns raw requests under a site's own node key."""
-    return Caller(layout, pki.load_node_key(layout.site(name).parent / "node-key.pem"))
+    return Caller(layout, node_keys.load(layout.site(name).parent / "node-key.pem"))
 
 
 def raw_object(kind: str, children: Sequence[str], body: bytes) -> tuple[str, bytes]:
@@ -444,7 +445,7 @@ class Insider:
             randomness=randomness.kind,
         )
 
-    def reply(self, order: wire.TrainOrder, fill: float = 0.01) -> wire.TrainReply:
+    def reply(self, order: TrainOrder, fill: float = 0.01) -> TrainReply:
         """Returns what an honest site might have answered, charged and released."""
         order = replace(order, witness=None)  # what it says of the ledger is not listened to
         permit = self.gate.admit(order)
@@ -496,7 +497,7 @@ class MaliciousServer:
             self.objects.update(objects)
             self.waiting.append((envelope, tree, objects))
 
-    def reply_to(self, whole: Message, what: str) -> wire.TrainReply | wire.RefusalReply:
+    def reply_to(self, whole: Message, what: str) -> TrainReply | RefusalReply:
         """Returns the answer to an order that is sent now."""
         before = len(self.roots)
         self.offer(whole)
@@ -574,7 +575,7 @@ class MaliciousServer:
         return PushObjectResponse()
 
 
-def train_message(order: wire.TrainOrder, **facts: Any) -> Message:
+def train_message(order: TrainOrder, **facts: Any) -> Message:
     return message(wire.encode_order(order), **facts)
 
 

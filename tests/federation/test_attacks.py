@@ -51,7 +51,7 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
 from bract.server.flower import connections, routes
 from bract.server.flower.host import Host, Listener
-from bract.shared import incarnation, pki, wire
+from bract.shared import incarnation, node_keys, wire
 from bract.shared.incarnation import Incarnation
 from bract.simulations.federations.loopback import LOOPBACK
 
@@ -108,7 +108,7 @@ def mallory(idle: Logged) -> Iterator[Caller]:
 @pytest.fixture
 def stranger(idle: Logged) -> Iterator[Caller]:
     """A key that no federation file lists."""
-    with Caller(idle.layout, pki.new_node_key()) as one:
+    with Caller(idle.layout, node_keys.new()) as one:
         yield one
 
 
@@ -408,10 +408,10 @@ def test_a_head_that_never_comes_loses_its_connection(
     layout = lay_out(tmp_path / "federation", (HOSTILE,), minimum_cohort=1)
     folder = layout.federation.parent
     listener = Listener(LOOPBACK, layout.port, folder / "server.pem", folder / "server-key.pem")
-    key = pki.load_node_key(layout.site(HOSTILE).parent / "node-key.pem")
+    key = node_keys.load(layout.site(HOSTILE).parent / "node-key.pem")
     host = Host(
         database=tmp_path / "link.sqlite",
-        sites={HOSTILE: pki.node_public_line(key.public_key())},
+        sites={HOSTILE: node_keys.public_line(key.public_key())},
         listener=listener,
         greatest_reply=2**20,
     )

@@ -35,9 +35,10 @@ from flwr.proto.message_pb2 import ObjectTree
 
 from bract.client.flower import Address, Connection, Disconnected
 from bract.shared import contract as contracts
-from bract.shared import keys, models, pki, wire
+from bract.shared import keys, models, node_keys, pki, wire
 from bract.shared.contract import Contract, SignedContract
 from bract.shared.errors import BractError
+from bract.shared.messages import RefusalReply, TrainOrder, TrainReply
 from bract.shared.privacy import witness
 from bract.shared.privacy.entries import Head
 from bract.simulations.federations.loopback import LOOPBACK, Layout
@@ -57,12 +58,12 @@ class Coordinator:
     def sign(self, agreed: Contract) -> SignedContract:
         return contracts.sign(agreed, self.key)
 
-    def order(self, signed: SignedContract | None = None, **changes: Any) -> wire.TrainOrder:
+    def order(self, signed: SignedContract | None = None, **changes: Any) -> TrainOrder:
         signed = signed or self.sign(self.agreed)
         model = models.build("linear", (1, 8, 8), 10, {})
         shapes = models.released_shapes(model)
         weights = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
-        return replace(wire.TrainOrder(contract=signed, round=1, weights=weights), **changes)
+        return replace(TrainOrder(contract=signed, round=1, weights=weights), **changes)
 
     def changed(self, **changes: Any) -> SignedContract:
         """Returns another contract of the coordinator's own, well signed."""
@@ -106,7 +107,7 @@ def hostile(layout: Layout) -> Iterator[tuple[Logged, MaliciousServer, Coordinat
         before = charges(layout, SITE)
         fresh = coordinator.changed(nonce=contracts.new_nonce(), run="after-it-all")
         reply = server.reply_to(train_message(coordinator.order(fresh)), "an honest order")
-        assert isinstance(reply, wire.TrainReply)
+        assert isinstance(reply, TrainReply)
         reply.verify(keys.load(layout.site(SITE).parent / "ledger.pem").public)
         assert charges(layout, SITE) == before + 1
 
@@ -131,8 +132,8 @@ def _altered(at: Coordinator) -> SignedContract:
     return SignedContract(contract=weaker, signature=signed.signature)
 
 
-def _weights(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., wire.TrainOrder]:
-    def order(at: Coordinator) -> wire.TrainOrder:
+def _weights(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., TrainOrder]:
+    def order(at: Coordinator) -> TrainOrder:
         honest = at.order()
         return replace(honest, weights=change(dict(honest.weights)))
 
@@ -145,7 +146,7 @@ def _first(values: dict[str, Any], value: Any) -> dict[str, Any]:
 
 
 def _seen(site: str, domain: str, *, key: keys.SigningKey | None = None) -> Any:
-    def order(at: Coordinator) -> wire.TrainOrder:
+    def order(at: Coordinator) -> TrainOrder:
         seen = witness.sign(site, domain, Head(5, "0" * 64), key or at.witness)
         return at.order(witness=seen)
 
@@ -228,7 +229,7 @@ def test_an_order_against_the_rules_is_refused_and_charges_nothing(
     make, reason = REFUSED[case]
     before, charged = processes.reasons(SITE).count(reason), charges(processes.layout, SITE)
     reply = server.reply_to(train_message(make(coordinator)), case)
-    assert isinstance(reply, wire.RefusalReply)
+    assert isinstance(reply, RefusalReply)
     assert reply.reason.value == reason
     processes.await_refusal(SITE, reason, before)
     assert charges(processes.layout, SITE) == charged
@@ -241,22 +242,22 @@ def test_an_order_of_a_run_that_is_over_buys_nothing_new(
     old = coordinator.changed(nonce=contracts.new_nonce(), run="old", rounds=1, max_attempts=1)
     order = coordinator.order(old)
     first = server.reply_to(train_message(order), "its own run")
-    assert isinstance(first, wire.TrainReply)
+    assert isinstance(first, TrainReply)
     charged = charges(processes.layout, SITE)
     again = server.reply_to(train_message(order, run_id=99, group_id="7"), "the same again")
-    assert isinstance(again, wire.TrainReply)
+    assert isinstance(again, TrainReply)
     assert again.receipt == first.receipt  # the stored bytes: nothing was computed
     other = replace(order, weights=_first(dict(order.weights), lambda v: v + 1))
     later = replace(order, round=2)
     for asked, reason in ((other, "weights-changed"), (later, "round-out-of-range")):
         reply = server.reply_to(train_message(asked), reason)
-        assert isinstance(reply, wire.RefusalReply)
+        assert isinstance(reply, RefusalReply)
         assert reply.reason.value == reason
     (processes.layout.ledger(SITE).parent / "updates").joinpath(
         f"{first.receipt.update}.safetensors"
     ).unlink()
     lost = server.reply_to(train_message(order), "once its bytes are gone")
-    assert isinstance(lost, wire.RefusalReply)
+    assert isinstance(lost, RefusalReply)
     assert lost.reason.value == "attempts-exhausted"
     assert charges(processes.layout, SITE) == charged
 
@@ -290,7 +291,7 @@ def test_an_order_of_another_form_is_refused(
 ) -> None:
     processes, server, coordinator = hostile
     reply = server.reply_to(message(MISFORMED[case](coordinator)), case)
-    assert isinstance(reply, wire.RefusalReply)
+    assert isinstance(reply, RefusalReply)
     assert reply.reason.value == "contract-untrusted"
     assert charges(processes.layout, SITE) <= 1
 
@@ -367,7 +368,7 @@ def met(
     processes.await_refusal(SITE, reason, before)
     server.override.clear()
     next_one = server.reply_to(train_message(coordinator.order(round=0)), f"the order after {case}")
-    assert isinstance(next_one, wire.RefusalReply)
+    assert isinstance(next_one, RefusalReply)
     assert charges(processes.layout, SITE) == charged
     assert memory_mib(processes.running[SITE].pid) < held + 200
 
@@ -428,7 +429,7 @@ def test_a_compressed_answer_is_not_unpacked(
     until(lambda: server.asked.count("pull-messages") > 2, "the site asks again")
     server.override.clear()
     reply = server.reply_to(train_message(coordinator.order(round=0)), "the order after it")
-    assert isinstance(reply, wire.RefusalReply)
+    assert isinstance(reply, RefusalReply)
     assert memory_mib(processes.running[SITE].pid) < held + 100
 
 
@@ -462,7 +463,7 @@ def test_a_site_is_not_sent_elsewhere(
         server.override.clear()
         reply = server.reply_to(train_message(coordinator.order(round=0)), "the order after it")
         inner.shutdown()
-    assert isinstance(reply, wire.RefusalReply)
+    assert isinstance(reply, RefusalReply)
     assert reached == []
 
 
@@ -477,7 +478,7 @@ def test_what_the_server_says_writes_no_lines_into_the_sites_log_or_status(
     until(lambda: server.asked.count("pull-messages") > 1, "the site asks again")
     server.override.clear()
     sent = train_message(coordinator.order(round=0), group_id="1\x1b[2J\nforged line")
-    assert isinstance(server.reply_to(sent, "a strange group"), wire.RefusalReply)
+    assert isinstance(server.reply_to(sent, "a strange group"), RefusalReply)
     assert "forged line" in processes.log(SITE)
     assert not any(line.startswith("forged") for line in processes.log(SITE).splitlines())
     assert "\x1b" not in processes.log(SITE)
@@ -530,7 +531,7 @@ def test_a_site_speaks_to_no_server_that_its_authority_does_not_vouch_for(
     certificate, key, trusted = _identity(case, tmp_path)
     root = layout.site(SITE).parent / "ca.pem"
     root.write_bytes(trusted)
-    node_key = pki.load_node_key(layout.site(SITE).parent / "node-key.pem")
+    node_key = node_keys.load(layout.site(SITE).parent / "node-key.pem")
     address = Address(f"{LOOPBACK}:{layout.port}", root)
     with (
         MaliciousServer(layout, certificate, key) as server,

@@ -56,6 +56,7 @@ from bract.server.strategy import greatest_norm
 from bract.shared import arrays, canonical, incarnation, keys, wire
 from bract.shared.data import describe, load_part
 from bract.shared.errors import Reason
+from bract.shared.messages import RefusalReply, TrainReply
 from bract.shared.privacy import entries, witness
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 from bract.simulations.federations.loopback import Layout
@@ -70,7 +71,7 @@ class Round:
     `said` are the replies of the rounds before.
     """
 
-    def __init__(self, one: Caller, insider: Insider, said: list[wire.TrainReply]) -> None:
+    def __init__(self, one: Caller, insider: Insider, said: list[TrainReply]) -> None:
         self.one, self.insider, self.said = one, insider, said
         self.envelope, tree = one.order()
         self.order = wire.decode_order(one.read(tree).content)
@@ -239,7 +240,7 @@ def _error(at: Round) -> None:
 
 def _refusal(site: str) -> Callable[[Round], RecordDict]:
     return lambda at: wire.encode_refusal(
-        wire.RefusalReply(site=site, round=1, reason=Reason.SITE_FAILED)
+        RefusalReply(site=site, round=1, reason=Reason.SITE_FAILED)
     )
 
 
@@ -459,7 +460,7 @@ def run(tmp_path: Path) -> Iterator[Done]:
             at = Round(one, insider, said)
             at.give(at.released(_scaled(at, 0.99)))
             at = Round(one, insider, said)
-            last = wire.RefusalReply(site=ALPHA, round=1, reason=Reason.BUDGET_EXHAUSTED)
+            last = RefusalReply(site=ALPHA, round=1, reason=Reason.BUDGET_EXHAUSTED)
             at.give(wire.encode_refusal(last), src_node_id=_node(layout, ALPHA))
         processes.wait_for_server(WAIT_SECONDS)
         yield Done(processes, state(layout))

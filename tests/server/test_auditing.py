@@ -18,7 +18,7 @@ from bract.server import auditing, checkpoint, received
 from bract.server.auditing import AuditServer, Door
 from bract.server.checkpoint import RoundState
 from bract.server.disclosure import Disclosure
-from bract.shared import auditor, federation, keyfiles, keys, pki
+from bract.shared import auditor, federation, keyfiles, keys, node_keys, pki
 from bract.shared.auditor import Credentials
 from bract.shared.errors import BractError, UsageError, VerificationFailed
 from bract.shared.keys import SigningKey
@@ -295,7 +295,7 @@ def test_files_that_are_no_auditors_are_refused_before_anyone_is_asked(
     own = run.credentials(erin)
     server = run.credentials(pki.issue_server(run.authority, [LOCAL]))
     node = run.folder / "node-key.pem"
-    keyfiles.create([keyfiles.private(node, pki.node_key_pem(pki.new_node_key()))])
+    keyfiles.create([keyfiles.private(node, node_keys.to_pem(node_keys.new()))])
     for credentials, said in (
         (server, "is no auditor's certificate"),
         (replace(own, certificate=own.roots), "is no auditor's certificate"),

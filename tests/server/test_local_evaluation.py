@@ -17,9 +17,10 @@ from bract.server.witnesses import WitnessDesk
 from bract.shared import keys, wire
 from bract.shared.contract import Contract, EvaluationTerms, SignedContract, SiteTerms
 from bract.shared.errors import VerificationFailed
+from bract.shared.messages import TrainReply
 from bract.shared.privacy import entries
+from bract.shared.privacy.receipts import Receipt
 from bract.shared.reports.runs import LocalAccuracy
-from bract.shared.wire import Receipt, TrainReply
 from bract.simulations.grid import LocalGrid
 
 WITNESS = keys.generate()

@@ -13,9 +13,18 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from bract.server.strategy import INVALID_UPDATE, PublicFedAvg
 from bract.server.witnesses import WitnessDesk
-from bract.shared import arrays, contract, keys, wire
+from bract.shared import arrays, contract, keys, packing, wire
 from bract.shared.contract import SignedContract, SiteTerms, TrainingTerms
 from bract.shared.errors import Reason
+from bract.shared.messages import (
+    CloseOrder,
+    RefusalReply,
+    SignedReceipt,
+    SummedReply,
+    TrainOrder,
+    TrainReply,
+)
+from bract.shared.privacy.receipts import Receipt
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 from bract.simulations.grid import LocalGrid
 
@@ -46,12 +55,12 @@ def values(fill: float) -> dict[str, Any]:
 
 def reply(
     name: str, signed: SignedContract, key: keys.SigningKey, sent: Any, **changes: Any
-) -> wire.TrainReply:
+) -> TrainReply:
     facts = {"contract": signed.contract.sha256, "site": name, "round": 1, "attempt": 1,
              "update": arrays.digest(sent.arrays), "head_domain": "ward", "head_sequence": 2,
              "head_hash": "0" * 64}  # fmt: skip
-    receipt = wire.Receipt(**{**facts, **changes})
-    return wire.TrainReply(update=sent, receipt=receipt, signature=key.sign(receipt.digest()))
+    receipt = Receipt(**{**facts, **changes})
+    return TrainReply(update=sent, receipt=receipt, signature=key.sign(receipt.digest()))
 
 
 @pytest.fixture
@@ -64,7 +73,7 @@ def carry(signed: SignedContract) -> Callable[[dict[int, RecordDict]], list[Mess
 
         grid = LocalGrid(client, [{}] * len(contents), workers=1)  # type: ignore[arg-type]
         strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
-        sent = strategy.configure_train(1, wire.pack(values(0.0)), ConfigRecord(), grid)
+        sent = strategy.configure_train(1, packing.pack(values(0.0)), ConfigRecord(), grid)
         return list(grid.send_and_receive(sent))
 
     return run
@@ -89,7 +98,7 @@ def test_weights_are_the_contracts_whatever_order_replies_come_in(
         average, _ = PublicFedAvg(signed, SHAPES, WitnessDesk(None)).aggregate_train(
             1, carry(contents)
         )
-        averages.append(wire.unpack(average))
+        averages.append(packing.unpack(average))
     expected = sum(
         w * s["1.weight"].astype(float) for w, s in zip((0.1, 0.3, 0.6), sent, strict=True)
     )
@@ -136,7 +145,7 @@ def test_a_bad_update_is_left_out_and_the_round_goes_on(
     contents = {1000: wire.encode_reply(good), 1001: wire.encode_reply(bad)}
     strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
     average, _ = strategy.aggregate_train(1, carry(contents))
-    np.testing.assert_array_equal(wire.unpack(average)["1.bias"], np.full(10, 2.0))
+    np.testing.assert_array_equal(packing.unpack(average)["1.bias"], np.full(10, 2.0))
     assert [reason for _, reason in strategy.refused] == [INVALID_UPDATE]
     assert set(strategy.replied) == {"gamma"}
 
@@ -146,20 +155,20 @@ def test_a_final_refusal_is_not_asked_again_and_a_passing_one_is(
 ) -> None:
     refusals = {1000: Reason.BUDGET_EXHAUSTED, 1001: Reason.LEDGER_UNAVAILABLE}
     contents = {
-        node: wire.encode_refusal(wire.RefusalReply(site=f"s{node}", round=1, reason=reason))
+        node: wire.encode_refusal(RefusalReply(site=f"s{node}", round=1, reason=reason))
         for node, reason in refusals.items()
     }
     strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
     average, _ = strategy.aggregate_train(1, carry(contents))
     assert average is None
     grid = LocalGrid(lambda m, c: m, [{}, {}], workers=1)  # type: ignore[arg-type, return-value]
-    again = strategy.configure_train(1, wire.pack(values(0.0)), ConfigRecord(), grid)
+    again = strategy.configure_train(1, packing.pack(values(0.0)), ConfigRecord(), grid)
     assert [message.metadata.dst_node_id for message in again] == [1001]
 
 
 def test_a_message_of_another_form_is_a_bad_update(signed: SignedContract, carry: Any) -> None:
     strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
-    contents = {1000: RecordDict({"arrays": wire.pack(values(1.0))})}
+    contents = {1000: RecordDict({"arrays": packing.pack(values(1.0))})}
     average, _ = strategy.aggregate_train(1, carry(contents))
     assert average is None
     assert strategy.refused == [("node 1000", INVALID_UPDATE)]
@@ -174,7 +183,7 @@ def test_contract_module_is_what_travels(signed: SignedContract, carry: Any) -> 
 
     grid = LocalGrid(client, [{}], workers=1)  # type: ignore[arg-type]
     strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
-    grid.push_messages(strategy.configure_train(1, wire.pack(values(3.0)), ConfigRecord(), grid))
+    grid.push_messages(strategy.configure_train(1, packing.pack(values(3.0)), ConfigRecord(), grid))
     assert contract.from_bytes(seen[0].contract.to_bytes()) == signed
     assert seen[0].round == 1
     assert arrays.digest(seen[0].weights) == arrays.digest(values(3.0))
@@ -190,8 +199,8 @@ class Town:
         return self.nodes
 
 
-def orders_of(strategy: PublicFedAvg, grid: Any, number: int = 1) -> dict[int, wire.TrainOrder]:
-    sent = strategy.configure_train(number, wire.pack(values(0.0)), ConfigRecord(), grid)
+def orders_of(strategy: PublicFedAvg, grid: Any, number: int = 1) -> dict[int, TrainOrder]:
+    sent = strategy.configure_train(number, packing.pack(values(0.0)), ConfigRecord(), grid)
     return {m.metadata.dst_node_id: wire.decode_order(m.content) for m in sent}
 
 
@@ -199,7 +208,7 @@ NODES = {1000: "alpha", 1001: "beta"}
 
 
 def test_a_node_that_is_known_refuses_for_itself_alone(signed: SignedContract, carry: Any) -> None:
-    refusal = wire.RefusalReply(site="beta", round=1, reason=Reason.BUDGET_EXHAUSTED)
+    refusal = RefusalReply(site="beta", round=1, reason=Reason.BUDGET_EXHAUSTED)
     for names, blamed in ((NODES, "alpha"), (None, "beta")):
         strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None), names)
         strategy.aggregate_train(1, carry({1000: wire.encode_refusal(refusal)}))
@@ -260,7 +269,7 @@ def test_each_site_is_given_its_own_witness_and_a_stranger_none(
     assert closing(blind, grid) == {}
 
 
-def closing(strategy: PublicFedAvg, grid: Any) -> dict[int, wire.CloseOrder]:
+def closing(strategy: PublicFedAvg, grid: Any) -> dict[int, CloseOrder]:
     sent = strategy.configure_close(grid)
     return {m.metadata.dst_node_id: wire.decode_close(m.content) for m in sent}
 
@@ -282,7 +291,7 @@ def test_a_site_whose_ledger_was_put_back_is_not_made_to_pay_for_nothing(
     grid = LocalGrid(client, [{}], workers=1)  # type: ignore[arg-type]
     for seen, reason in (({}, []), ({"alpha": head}, [Reason.LEDGER_ROLLED_BACK.value])):
         desk.remember(seen)
-        sent = strategy.configure_train(1, wire.pack(values(0.0)), ConfigRecord(), grid)
+        sent = strategy.configure_train(1, packing.pack(values(0.0)), ConfigRecord(), grid)
         strategy.aggregate_train(1, grid.send_and_receive(sent))
         assert [reason for _, reason in strategy.refused] == reason
         assert strategy.retired == len(reason)
@@ -318,11 +327,10 @@ def summed(
         for name, fill in (("alpha", 1.0), ("beta", 2.0))
     ]
     receipts = {
-        1000 + place: wire.SignedReceipt(one.receipt, one.signature)
-        for place, one in enumerate(replies)
+        1000 + place: SignedReceipt(one.receipt, one.signature) for place, one in enumerate(replies)
     }
     total = {name: np.full(shape, 100 * 1.0 + 300 * 2.0) for name, shape in SHAPES.items()}
-    return wire.encode_summed(wire.SummedReply(0, receipts, total))
+    return wire.encode_summed(SummedReply(0, receipts, total))
 
 
 class AddsUp(LocalGrid):
@@ -335,7 +343,7 @@ def averaged(signed: SignedContract, grid: type[LocalGrid], content: RecordDict)
 
     carrier = grid(client, [{}], workers=1)  # type: ignore[arg-type]
     strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
-    sent = strategy.configure_train(1, wire.pack(values(0.0)), ConfigRecord(), carrier)
+    sent = strategy.configure_train(1, packing.pack(values(0.0)), ConfigRecord(), carrier)
     average, _ = strategy.aggregate_train(1, carrier.send_and_receive(sent))
     return average, strategy
 
@@ -345,7 +353,7 @@ def test_a_sum_is_taken_from_a_grid_that_adds_up_in_this_process_and_from_no_oth
 ) -> None:
     average, strategy = averaged(signed, AddsUp, summed(signed, site_keys))
     assert list(strategy.replied) == ["alpha", "beta"]
-    for name, value in wire.unpack(average).items():
+    for name, value in packing.unpack(average).items():
         np.testing.assert_allclose(value, np.full(SHAPES[name], 1.75), rtol=1e-6)
     average, strategy = averaged(signed, LocalGrid, summed(signed, site_keys))
     assert average is None

@@ -15,13 +15,14 @@ from bract.client.gate import Gate
 from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays, canonical, keys
 from bract.shared.errors import RolledBack, VerificationFailed
+from bract.shared.messages import TrainReply
 from bract.shared.policy import DomainPolicy
 from bract.shared.privacy import entries, witness
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.ledger import Ledger
+from bract.shared.privacy.receipts import Receipt
 from bract.shared.privacy.witness import Extension, Link, Witness
 from bract.shared.updates import ProtectedUpdate
-from bract.shared.wire import Receipt, TrainReply
 
 
 @pytest.fixture

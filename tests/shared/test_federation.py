@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import tomli_w
 
-from bract.shared import federation, keys, pki
+from bract.shared import federation, keys, node_keys
 from bract.shared.errors import UsageError
 from bract.shared.federation import Federation
 from bract.shared.policy import DomainPolicy
 from bract.shared.privacy import accounting, entries, events
 from bract.shared.privacy.orders import best_order
 
-NODE_KEYS = [pki.node_public_line(pki.new_node_key().public_key()) for _ in range(2)]
+NODE_KEYS = [node_keys.public_line(node_keys.new().public_key()) for _ in range(2)]
 SITE_KEYS = [keys.generate().public for _ in range(2)]
 
 

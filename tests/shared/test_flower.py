@@ -17,13 +17,13 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bract.shared import flower, wire
+from bract.shared import flower, packing
 from bract.shared.errors import VerificationFailed
 from bract.shared.flower import GREATEST_TREE, GrewTooLarge
 
 ROOM = 2**24
 VALUES = {"a": np.arange(6, dtype=np.float32), "b": np.zeros(6, dtype=np.float32)}
-CONTENT = RecordDict({"weights": wire.pack(VALUES), "order": ConfigRecord({"round": 1})})
+CONTENT = RecordDict({"weights": packing.pack(VALUES), "order": ConfigRecord({"round": 1})})
 
 
 def whole() -> tuple[str, dict[str, bytes]]:

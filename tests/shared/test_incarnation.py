@@ -10,10 +10,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from bract.shared import incarnation, pki
+from bract.shared import incarnation, node_keys
 from bract.shared.errors import VerificationFailed
 
-KEY = pki.new_node_key()
+KEY = node_keys.new()
 
 
 def pem(key: Any) -> bytes:
@@ -58,12 +58,12 @@ def test_what_the_key_did_not_sign_is_refused_with_no_more_said(case: str) -> No
 @pytest.mark.parametrize(
     "public",
     [
-        pem(pki.new_node_key()),
+        pem(node_keys.new()),
         pem(ec.generate_private_key(ec.SECP256R1())),
         pem(ed25519.Ed25519PrivateKey.generate()),
         b"",
         b"-----BEGIN PUBLIC KEY-----\n",
-        pki.node_key_pem(KEY),
+        node_keys.to_pem(KEY),
     ],
     ids=["another", "another curve", "another kind", "nothing", "half a key", "a private key"],
 )

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bract.shared import keyfiles, keys, pki
+from bract.shared import keyfiles, keys, node_keys, pki
 from bract.shared.errors import UsageError
 
 NOW = datetime.now(UTC)
@@ -31,7 +31,7 @@ CA = pki.new_authority()
 HOSTS = ["fl.example.org", "10.0.0.7", "::1"]
 SERVER = pki.issue_server(CA, HOSTS)
 AUDITOR = pki.issue_auditor(CA, "erin")
-NODE = pki.new_node_key()
+NODE = node_keys.new()
 Extension = TypeVar("Extension", bound=x509.ExtensionType)
 LABELS = st.from_regex(r"[a-z0-9_]([a-z0-9_-]{0,20}[a-z0-9_])?", fullmatch=True)
 NAMES = (
@@ -316,11 +316,11 @@ def test_a_key_behind_a_password_is_refused_without_asking(tmp_path: Path) -> No
     with pytest.raises(UsageError, match="or a password protects it"):
         pki.load_private_key(tmp_path / "key")
     if shutil.which("ssh-keygen"):
-        keyfiles.create([keyfiles.private(tmp_path / "node", pki.node_key_pem(NODE))])
+        keyfiles.create([keyfiles.private(tmp_path / "node", node_keys.to_pem(NODE))])
         command = ["ssh-keygen", "-p", "-N", "word", "-f", tmp_path / "node"]
         subprocess.run(command, capture_output=True, check=True)
         with pytest.raises(UsageError, match="or a password protects it"):
-            pki.load_node_key(tmp_path / "node")
+            node_keys.load(tmp_path / "node")
 
 
 @given(
@@ -328,8 +328,8 @@ def test_a_key_behind_a_password_is_refused_without_asking(tmp_path: Path) -> No
         [
             SERVER.certificate_pem(),
             SERVER.key_pem(),
-            pki.node_key_pem(NODE),
-            pki.node_public_line(NODE.public_key()).encode(),
+            node_keys.to_pem(NODE),
+            node_keys.public_line(NODE.public_key()).encode(),
         ]
     ),
     place=st.floats(0, 1, exclude_max=True),
@@ -347,25 +347,25 @@ def test_broken_files_are_usage_errors(
     index = int(place * len(whole))
     path = tmp_path_factory.getbasetemp() / "broken"
     path.write_bytes(whole[:index] + other + (b"" if cut else whole[index + 1 :]))
-    for load in (pki.certificates, pki.load_private_key, pki.load_node_key):
+    for load in (pki.certificates, pki.load_private_key, node_keys.load):
         with contextlib.suppress(UsageError):
             load(path)
     with contextlib.suppress(UsageError):
-        pki.node_public(path.read_bytes().decode(errors="replace"))
+        node_keys.public(path.read_bytes().decode(errors="replace"))
 
 
 def test_flowers_supernode_takes_the_node_key(tmp_path: Path) -> None:
     from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
 
-    keyfiles.create([keyfiles.private(tmp_path / "node-key.pem", pki.node_key_pem(NODE))])
+    keyfiles.create([keyfiles.private(tmp_path / "node-key.pem", node_keys.to_pem(NODE))])
     arguments = argparse.Namespace(
         auth_supernode_private_key=str(tmp_path / "node-key.pem"), auth_supernode_public_key=None
     )
     pair = _try_setup_client_authentication(arguments)
     assert pair is not None
     private, public = pair
-    assert public == pki.node_public(pki.node_public_line(NODE.public_key(), "north"))
-    assert pki.load_node_key(tmp_path / "node-key.pem").private_numbers() == (
+    assert public == node_keys.public(node_keys.public_line(NODE.public_key(), "north"))
+    assert node_keys.load(tmp_path / "node-key.pem").private_numbers() == (
         private.private_numbers()
     )
 
@@ -373,37 +373,37 @@ def test_flowers_supernode_takes_the_node_key(tmp_path: Path) -> None:
 def test_flowers_register_takes_the_public_line(tmp_path: Path) -> None:
     from flwr.cli.supernode.register import try_load_public_key
 
-    (tmp_path / "node-key.pub").write_text(pki.node_public_line(NODE.public_key(), "north") + "\n")
+    (tmp_path / "node-key.pub").write_text(node_keys.public_line(NODE.public_key(), "north") + "\n")
     loaded = try_load_public_key(tmp_path / "node-key.pub")
     assert serialization.load_pem_public_key(loaded) == NODE.public_key()
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs ssh-keygen")
 def test_openssh_reads_the_node_key(tmp_path: Path) -> None:
-    keyfiles.create([keyfiles.private(tmp_path / "key", pki.node_key_pem(NODE))])
+    keyfiles.create([keyfiles.private(tmp_path / "key", node_keys.to_pem(NODE))])
     command = ["ssh-keygen", "-y", "-f", tmp_path / "key"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == pki.node_public_line(NODE.public_key())
+    assert done.stdout.strip() == node_keys.public_line(NODE.public_key())
 
 
 def test_other_node_keys_are_refused(tmp_path: Path) -> None:
-    line = pki.node_public_line(NODE.public_key())
+    line = node_keys.public_line(NODE.public_key())
     smaller = ec.generate_private_key(ec.SECP256R1())
     blob = bytearray(base64.b64decode(line.split()[1]))
     blob[-97] = 2  # the first byte of the point: compressed, which OpenSSH never writes
-    compressed = f"{pki.NODE_KEY_TYPE} {base64.b64encode(blob).decode()}"
+    compressed = f"{node_keys.KIND} {base64.b64encode(blob).decode()}"
     for text, message in {
-        pki.node_public_line(smaller.public_key()): "begins with ecdsa-sha2-nistp384",
+        node_keys.public_line(smaller.public_key()): "begins with ecdsa-sha2-nistp384",
         "ssh-ed25519 AAAA": "begins with ecdsa-sha2-nistp384",
         "": "begins with ecdsa-sha2-nistp384",
         f"{line}\n{line}": "must be one line",
         line[:60]: "no readable",
         compressed: "no readable",
         "ecdsa-sha2-nistp384": "no readable",
-        pki.node_public_line(smaller.public_key()).replace("p256 ", "p384 "): "no readable",
+        node_keys.public_line(smaller.public_key()).replace("p256 ", "p384 "): "no readable",
     }.items():
         with pytest.raises(UsageError, match=message) as refused:
-            pki.node_public(text, source="sites.0.node_key")
+            node_keys.public(text, source="sites.0.node_key")
         assert str(refused.value).startswith("sites.0.node_key")
     others = {
         "p256": smaller,
@@ -417,10 +417,10 @@ def test_other_node_keys_are_refused(tmp_path: Path) -> None:
         )
         (tmp_path / name).write_bytes(pem)
         with pytest.raises(UsageError, match="another kind of key"):
-            pki.load_node_key(tmp_path / name)
+            node_keys.load(tmp_path / name)
     files(SERVER, tmp_path, "server")
     with pytest.raises(UsageError, match="no node key in OpenSSH"):
-        pki.load_node_key(tmp_path / "server-key.pem")
+        node_keys.load(tmp_path / "server-key.pem")
 
 
 def test_an_identity_shows_no_private_key() -> None:

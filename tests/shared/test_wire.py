@@ -13,8 +13,9 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from bract.shared import arrays, keys, wire
 from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, VerificationFailed
+from bract.shared.messages import RefusalReply, TrainOrder, TrainReply
+from bract.shared.privacy.receipts import Receipt
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
-from bract.shared.wire import Receipt, RefusalReply, TrainOrder, TrainReply
 
 KEY = keys.generate()
 VALUES = {

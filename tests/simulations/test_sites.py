@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from bract.client.gate import Permit
-from bract.shared import contract, keys, models, wire
+from bract.shared import contract, keys, models
+from bract.shared.messages import RefusalReply, TrainOrder
 from bract.simulations import flower, simulation
 from bract.simulations.experiment import load
 from bract.simulations.sites import open_site
@@ -38,7 +39,7 @@ def spend(run: simulation.Simulation, site: int, rounds: int) -> None:
             n: np.zeros(s, dtype=np.float32) for n, s in models.released_shapes(model).items()
         }
         for number in range(1, rounds + 1):
-            order = wire.TrainOrder(contract=other, round=number, weights=weights)
+            order = TrainOrder(contract=other, round=number, weights=weights)
             assert isinstance(opened.gate.admit(order), Permit)
 
 
@@ -104,6 +105,6 @@ def _eat(run: simulation.Simulation, place: int) -> None:
             update={"nonce": contract.new_nonce(), "rounds": 1, "max_attempts": 1}
         )
         other = contract.sign(changed, keys.load(private))
-        order = wire.TrainOrder(contract=other, round=1, weights=weights)
-        if isinstance(opened.train(order), wire.RefusalReply):
+        order = TrainOrder(contract=other, round=1, weights=weights)
+        if isinstance(opened.train(order), RefusalReply):
             return

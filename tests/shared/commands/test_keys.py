@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from bract.shared import canonical, keyfiles, keys, pki
+from bract.shared import canonical, keyfiles, keys, node_keys, pki
 from bract.shared.contract import SiteTerms
 from bract.shared.reports import schema
 
@@ -70,8 +70,8 @@ def test_reports_hold_the_public_halves_of_the_files(made: dict[str, Any], tmp_p
     assert made["coordinator"]["coordinator"] == pinned
     assert made["server"]["witness"] == keys.load(tmp_path / "server/witness.pem").public
     assert made["site"]["key"] == keys.load(tmp_path / "north/ledger.pem").public
-    node = pki.load_node_key(tmp_path / "north/node-key.pem").public_key()
-    assert made["site"]["node_key"] == pki.node_public_line(node, "north")
+    node = node_keys.load(tmp_path / "north/node-key.pem").public_key()
+    assert made["site"]["node_key"] == node_keys.public_line(node, "north")
     assert (tmp_path / "north/node-key.pub").read_text() == made["site"]["node_key"] + "\n"
     authority, auditor = (
         pki.certificates(tmp_path / file)[0] for file in ("pki/ca.pem", "erin/auditor.pem")

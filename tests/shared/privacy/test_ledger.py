@@ -223,10 +223,10 @@ from bract.client.gate import Gate
 from bract.client.updates import UpdateStore
 from bract.shared import contract, keys
 from bract.shared.errors import BractError, Refusal
+from bract.shared.messages import TrainOrder
 from bract.shared.policy import Policy
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.updates import ProtectedUpdate
-from bract.shared.wire import TrainOrder
 
 folder = Path(sys.argv[1])
 signed = contract.read(folder / "contract.json")

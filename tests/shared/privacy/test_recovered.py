@@ -16,6 +16,7 @@ from bract.client.gate import Gate
 from bract.shared import contract as contracts
 from bract.shared import keys
 from bract.shared.errors import Reason, Refusal, RolledBack, UsageError, VerificationFailed
+from bract.shared.messages import TrainReply
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy import accounting, entries, events, forecast, ledger, prv, verification
 from bract.shared.privacy.entries import Body, Charge, Head, Recovered
@@ -23,7 +24,6 @@ from bract.shared.privacy.events import PoissonGaussian, Spent, Unbounded
 from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.reports import schema
-from bract.shared.wire import TrainReply
 from bract.simulations.federations import loopback
 
 Bract = Callable[..., Any]
