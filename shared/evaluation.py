@@ -149,7 +149,7 @@ class Evaluator:
         else:
             inputs = self._features.rows(examples, rows)
         targets = tasks.targets_of(examples.targets[rows], self._data, self._device)
-        return self._part(self._layout.outputs(self._model, inputs), targets)
+        return self._part(self._layout.run(self._model, inputs), targets)
 
     def _part(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns the columns of `_Outcome`; losses are summed in float64."""

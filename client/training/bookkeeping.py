@@ -195,10 +195,7 @@ class BookKeepingSum:
         targets: Tensor,
         counted: Tensor | None,
     ) -> None:
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._halves):
-            outputs = self._outputs(inputs)
-        total = self._loss(_full(outputs), targets).sum()
-        torch.autograd.grad([total], self._module.sources, allow_unused=True)
+        self._layout.run(lambda lying: self._pass(lying, targets), inputs)
         with torch.no_grad():
             shares = self._module.finished(len(inputs))
             if missing := self._names.keys() - {share.parameter for share in shares}:
@@ -207,11 +204,15 @@ class BookKeepingSum:
             by_parameter = {p: totals[name] for p, name in self._names.items()}
             _add_clipped_(by_parameter, shares, self._clip_norm, parts, counted)
 
-    def _outputs(self, inputs: Tensor) -> Tensor:
-        return self._layout.outputs(self._run, inputs)
-
-    def _run(self, inputs: Tensor) -> Tensor:
+    def _pass(self, inputs: Tensor, targets: Tensor) -> None:
+        """Goes forward and back; the module holds the shares then, and nothing is added yet."""
         self._module.clear()
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._halves):
+            outputs = self._outputs(inputs)
+        total = self._loss(_full(outputs), targets).sum()
+        torch.autograd.grad([total], self._module.sources, allow_unused=True)
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
         outputs: Tensor = self._module(inputs)
         return outputs
 

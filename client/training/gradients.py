@@ -83,10 +83,12 @@ class PlainSum:
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Returns the sum of a physical batch by itself, as autograd forms it."""
-        outputs = self._layout.outputs(self._model, inputs)
-        total = self._loss(outputs, targets).sum()
-        found = torch.autograd.grad(total, list(self._parameters.values()))
+        found = self._layout.run(lambda lying: self._pass(lying, targets), inputs)
         return dict(zip(self._parameters, found, strict=True))
+
+    def _pass(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        total = self._loss(self._model(inputs), targets).sum()
+        return torch.autograd.grad(total, list(self._parameters.values()))
 
 
 def clipped_sum(
