@@ -583,9 +583,10 @@ def test_frozen_layers_are_not_watched() -> None:
     assert watched == ["0.down", "0.up", "2.down", "2.up"]
 
 
-def test_model_that_views_its_images_is_taken_with_channels_first() -> None:
+@pytest.mark.parametrize("halves", [False, True])
+def test_model_that_views_its_images_is_taken_with_channels_first(halves: bool) -> None:
     model, inputs = made("viewing")
-    summer = BookKeepingSum(model, losses, 1.0)
+    summer = BookKeepingSum(model, losses, 1.0, halves=halves)
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in model.named_parameters()}
     assert summer._layout._channels_last
     summer.add_(sums, inputs, torch.arange(COUNT))
