@@ -58,7 +58,6 @@ class Layout:
                 hook.remove()
         self._channels_last = False
         self._lay(torch.contiguous_format)
-        torch.clear_autocast_cache()  # the halves of weights as they lay
         return passed(inputs)
 
     @torch.inference_mode(mode=False)
