@@ -82,7 +82,8 @@ def _check(site: Path, path: Path, as_json: bool) -> None:
     if not report.accepted:
         fail_reported(f"the gate would refuse: {report.reason}")
     if report.problems:
-        fail_reported(f"{len(report.problems)} problems in the data; nothing was charged")
+        count = len(report.problems)
+        fail_reported(f"{count} problem{'s' * (count > 1)} in the data; nothing was charged")
 
 
 def _status(site: Path, as_json: bool) -> None:

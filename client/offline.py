@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bract.client import holdings, settings
@@ -18,6 +21,9 @@ from bract.shared.policy import check as check_policy
 from bract.shared.privacy import accounting, budget, ledger, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.reports.services import ContractCheck, DomainStatus, SiteStatus
+
+_ROW = re.compile(r"(.*), row \d+[,:] (.*)", re.DOTALL)
+_SHOWN_ROWS = 3
 
 
 def check(path: Path, contract_path: Path) -> ContractCheck:
@@ -37,7 +43,7 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
     holdings.bindings(data, policy, SiteState(Path(chosen.state)).bindings)
     reason: str | None = None
     problems: list[str] = []
-    before = after = None
+    costs: dict[str, float | None] = {"epsilon_before": None, "epsilon_after": None}
     try:
         if agreed.coordinator not in chosen.coordinators:
             raise VerificationFailed("the coordinator's key is not in the policy")
@@ -48,7 +54,7 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
         roots.check(terms.domain, agreed.data)
         chains = _chains(chosen)
         chain = chains.get(terms.domain) or _new_chain(chosen, terms.domain)
-        before, after = _cost(chain, agreed, chosen.domains[terms.domain].delta)
+        costs = _costs(chain, agreed, chosen.domains[terms.domain].delta)
         for domain in policy.charged_domains(terms.domain):
             held = chains.get(domain) or _new_chain(chosen, domain)
             fault = budget.genesis_fault(held, policy)
@@ -65,29 +71,48 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
         accepted=reason is None,
         reason=reason,
         problems=problems,
-        epsilon_before=before,
-        epsilon_after=after,
+        **costs,
     )
 
 
-def _cost(chain: Chain, agreed: Contract, delta: float) -> tuple[float | None, float | None]:
+def _costs(chain: Chain, agreed: Contract, delta: float) -> dict[str, float | None]:
     """Returns ε now, and after every attempt of a contract that is not charged yet."""
-    ahead = budget.ahead(chain, agreed)
-    costs = [accounting.epsilon([*chain.events, *more], delta) for more in ((), ahead)]
-    before, after = (cost if math.isfinite(cost) else None for cost in costs)
-    return before, after
+    found: dict[str, float | None] = {}
+    for when, more in (("before", ()), ("after", budget.ahead(chain, agreed))):
+        found[f"epsilon_{when}"] = _finite(accounting.epsilon([*chain.events, *more], delta))
+        found[f"epsilon_filter_{when}"] = _finite(budget.filtered(chain, delta, more))
+    return found
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def lines(report: ContractCheck) -> list[str]:
     """Returns a check as text."""
     shown = [f"contract {report.contract_sha256}"]
     if report.epsilon_before is not None and report.epsilon_after is not None:
-        after = f"after the whole contract {report.epsilon_after:.3f}"
-        shown.append(f"ε now {report.epsilon_before:.3f}, {after}")
-    shown += [f"data: {problem}" for problem in report.problems]
+        before = _both(report.epsilon_before, report.epsilon_filter_before)
+        after = _both(report.epsilon_after, report.epsilon_filter_after)
+        shown.append(f"ε now {before}, after the whole contract {after}")
+    shown += [f"data: {problem}" for problem in _shortened(report.problems)]
     if report.accepted:
         shown.append("the gate would accept it" + ("" if report.problems else "; the data fit"))
     return shown
+
+
+def _shortened(problems: Sequence[str]) -> Iterator[str]:
+    """Yields problems as text, of rows with one fault the first few: a file may lack a column."""
+    rows: Counter[tuple[str, str]] = Counter()
+    for problem in problems:
+        match = _ROW.fullmatch(problem)
+        fault = (match[1], match[2]) if match else (problem, "")
+        rows[fault] += 1
+        if match is None or rows[fault] <= _SHOWN_ROWS:
+            yield problem
+    for (path, fault), count in rows.items():
+        if fault and count > _SHOWN_ROWS:
+            yield f"{path}, in more rows, which --json lists: {fault}"
 
 
 def status(path: Path) -> SiteStatus:
@@ -121,11 +146,17 @@ def status_lines(report: SiteStatus) -> list[str]:
     since = report.since or "-"
     shown = [f"{report.site}: {report.doing}, round {report.round or '-'}, since {since}"]
     shown += [
-        f"{name}: ε {_number(domain.epsilon)} of {domain.limit:g} at δ {domain.delta:g}, left "
-        f"{_number(domain.left)}, {domain.charges} charges"
+        f"{name}: ε {_both(domain.epsilon, domain.epsilon_filter)} of {domain.limit:g} at δ "
+        f"{domain.delta:g}, left {_number(domain.left)}, {domain.charges} charges"
         for name, domain in report.domains.items()
     ]
     return shown
+
+
+def _both(epsilon: float | None, filtered: float | None) -> str:
+    """Returns ε by PLD and, where it is another, as the site's filter counts it."""
+    known = _number(epsilon)
+    return known if filtered is None else f"{known} ({filtered:.3f} by the filter)"
 
 
 def _number(value: float | None) -> str:
@@ -133,13 +164,12 @@ def _number(value: float | None) -> str:
 
 
 def _domain_status(chain: Chain, limit: float, delta: float) -> DomainStatus:
-    spent = accounting.epsilon(chain.events, delta)
-    left = 0.0 if chain.recovered is not None else max(limit - spent, 0.0)
-    bounded = math.isfinite(spent)
+    spent, filtered = accounting.epsilon(chain.events, delta), budget.filtered(chain, delta)
     return DomainStatus(
-        epsilon=spent if bounded else None,
+        epsilon=_finite(spent),
+        epsilon_filter=_finite(filtered),
         limit=limit,
-        left=left if bounded else None,
+        left=budget.left(chain, limit, spent if filtered is None else filtered),
         delta=delta,
         charges=sum(chain.attempts.values()),
     )

@@ -85,7 +85,7 @@ def main(grid: Grid, context: Context) -> None:
     state = loop.run(grid, state)
     result = {
         "rounds": state.round,
-        "attempts": state.attempts,
+        "charges": min(state.charges, agreed.max_attempts),
         "seconds": state.seconds,
         "heads": state.heads,
         "refused": list(state.refused),

@@ -20,8 +20,10 @@ from bract.shared.errors import VerificationFailed
 class RoundState:
     """Everything the round loop carries from one round to the next.
 
-    `round` is the last completed one; `attempts` counts rounds sent, void ones included; `heads`
-    are the ledger heads that sites last signed; `refused` lists {site, round, reason};
+    `round` is the last completed one; `attempts` counts rounds sent, void ones included; `charges`
+    is the most that one site was charged, as receipts show, and `tries` what of it is for the
+    round that comes next: more than were sent where a site was killed and took an order up anew;
+    `heads` are the ledger heads that sites last signed; `refused` lists {site, round, reason};
     `velocity` is the server's momentum; `seconds` is the time spent so far.
     """
 
@@ -30,6 +32,8 @@ class RoundState:
     velocity: Mapping[str, Array]
     round: int = 0
     attempts: int = 0
+    charges: int = 0
+    tries: int = 0
     seconds: float = 0.0
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: tuple[Mapping[str, Any], ...] = ()
@@ -52,6 +56,8 @@ def save(state: RoundState, folder: Path) -> None:
         "contract": state.contract,
         "round": state.round,
         "attempts": state.attempts,
+        "charges": state.charges,
+        "tries": state.tries,
         "seconds": state.seconds,
         "heads": state.heads,
         "refused": state.refused,
@@ -81,6 +87,8 @@ def load(folder: Path, contract: str) -> RoundState | None:
         velocity=_load(folder, facts, "velocity"),
         round=facts["round"],
         attempts=facts["attempts"],
+        charges=facts.get("charges", facts["attempts"]),  # a run of before these were counted
+        tries=facts.get("tries", 0),
         seconds=facts["seconds"],
         heads=facts["heads"],
         refused=tuple(facts["refused"]),

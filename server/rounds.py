@@ -107,7 +107,8 @@ class RoundLoop:
         if not self._wait_for_sites(grid):
             return None
         self.strategy.desk.remember(state.heads)  # what is saved, and nothing newer
-        epsilon = self._epsilon(grid, state.attempts + 1, number)
+        expected = state.charges + 1
+        epsilon = self._epsilon(grid, expected, number)
         packed = packing.pack(state.weights)
         messages = self.strategy.configure_train(number, packed, ConfigRecord(), grid)
         if not messages:
@@ -121,10 +122,21 @@ class RoundLoop:
             {"site": site, "round": number, "reason": reason}
             for site, reason in sorted(self.strategy.refused)
         )
-        state = replace(state, attempts=state.attempts + 1, refused=(*state.refused, *refused))
+        # A receipt counts its site's charges for the round.
+        seen = max((receipt.attempt for receipt in self.strategy.replied.values()), default=0)
+        tries = max(state.tries + 1, seen)
+        state = replace(
+            state,
+            attempts=state.attempts + 1,
+            charges=state.charges + tries - state.tries,
+            tries=tries if average is None else 0,
+            refused=(*state.refused, *refused),
+        )
         # Before the checkpoint: a head that is countersigned has what led to it on disk.
         received.append(self.out, self.strategy.received(state.attempts, average is not None))
         if average is not None:
+            if state.charges > expected:
+                epsilon = self._epsilon(grid, state.charges, number)
             told = {"weights_bytes": packing.bytes_of(packed), "epsilon_run": _finite(epsilon())}
             state = self._completed(state, packing.unpack(average), told)
         state = replace(state, seconds=state.seconds + time.monotonic() - started)
@@ -209,11 +221,12 @@ class RoundLoop:
         weights = {name: state.weights[name] + rate * value for name, value in velocity.items()}
         return weights, velocity
 
-    def _epsilon(self, grid: Grid, attempts: int, completed: int) -> Callable[[], float]:
-        """Returns what gives the most that a site can have spent in this run, in every attempt.
+    def _epsilon(self, grid: Grid, charges: int, completed: int) -> Callable[[], float]:
+        """Returns what gives the most that a site has spent in this run, as receipts show.
 
         It takes tens of milliseconds, which a grid may have to spare elsewhere.
         """
+        attempts = min(charges, self.contract.max_attempts)  # a gate refuses more
         events = entries.events_of_attempts(self.contract, attempts=attempts, completed=completed)
         spent = partial(accounting.epsilon, events, self.delta)
         return grid.aside(spent) if isinstance(grid, SingleRunGrid) else spent

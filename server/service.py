@@ -17,6 +17,7 @@ from flwr.app import Context, RecordDict
 
 from bract.server import auditing, checkpoint, memory
 from bract.server.app import app
+from bract.server.checkpoint import RoundState
 from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
 from bract.shared import canonical, contract, federation, keys, locks, tracking
@@ -104,7 +105,6 @@ def status(path: Path) -> ServerStatus:
     file = Path(chosen.server.state) / "status.json"
     said = canonical.decode(file.read_bytes()) if file.exists() else {}
     state = checkpoint.load(Path(chosen.server.out) / "checkpoint", agreed.sha256)
-    attempts = state.attempts if state else 0
     healthy = said.get("port") is not None and _is_healthy(chosen, said["port"])
     return ServerStatus(
         run=agreed.run,
@@ -113,8 +113,8 @@ def status(path: Path) -> ServerStatus:
         connected=said.get("connected", []) if healthy else [],
         round=state.round if state else 0,
         rounds=agreed.rounds,
-        attempts=attempts,
-        epsilon_run=_epsilon(chosen, agreed, attempts, state.round if state else 0),
+        attempts=state.attempts if state else 0,
+        epsilon_run=_epsilon(chosen, agreed, state) if state else 0.0,
         written=said.get("written"),
     )
 
@@ -216,13 +216,13 @@ class Journal:
 
 
 def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> ServerSummary:
-    attempts, delta = result.pop("attempts"), chosen.privacy.delta
-    spent = entries.events_of_attempts(agreed, attempts=attempts, completed=result["rounds"])
+    charges, delta = result.pop("charges"), chosen.privacy.delta
+    spent = entries.events_of_attempts(agreed, attempts=charges, completed=result["rounds"])
     rows = agreed.data.rows_per_person
     person = accounting.epsilon_of_person(spent, delta, rows) if rows else math.inf
     return ServerSummary(
         **facts_of(agreed),
-        epsilon_run=_epsilon(chosen, agreed, attempts, result["rounds"]),
+        epsilon_run=accounting.epsilon(spent, delta),
         epsilon_person=person if math.isfinite(person) else None,
         delta=delta,
         guarantee=GUARANTEE_PRIVATE,
@@ -231,8 +231,9 @@ def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> Se
     )
 
 
-def _epsilon(chosen: Federation, agreed: Contract, attempts: int, completed: int) -> float | None:
-    spent = entries.events_of_attempts(agreed, attempts=attempts, completed=completed)
+def _epsilon(chosen: Federation, agreed: Contract, state: RoundState) -> float:
+    charges = min(state.charges, agreed.max_attempts)
+    spent = entries.events_of_attempts(agreed, attempts=charges, completed=state.round)
     return accounting.epsilon(spent, chosen.privacy.delta)
 
 

@@ -89,14 +89,15 @@ class FederatedPrivacy(Frozen):
     """What the run may cost a site; σ is calibrated to ε, evaluations included, unless it is given.
 
     `batch` is the expected batch at a site of mean nominal size. `ceiling` is the sites' own limit
-    where they tell it: σ is raised until the whole run fits under it by the Rényi filter.
+    where they tell it: σ is raised until the whole run fits under it by the Rényi filter. Of a σ
+    under 0.1 ε is in the tens of thousands, and takes gigabytes to be told.
     """
 
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     clip_norm: float = Field(gt=0)
     batch: float = Field(gt=0)
-    noise_multiplier: float | None = Field(default=None, gt=0)
+    noise_multiplier: float | None = Field(default=None, ge=0.1)
     ceiling: float | None = Field(default=None, gt=0)
 
 

@@ -113,7 +113,7 @@ def proven(
         },
         guarantee=_guarantee(agreed, used.values()),
         **{name: str(value) if name == "out" else value for name, value in facts.items()},
-        **{name: value for name, value in result.items() if name not in {"heads", "attempts"}},
+        **{name: value for name, value in result.items() if name not in {"heads", "charges"}},
     )
 
 

@@ -81,7 +81,7 @@ def _domain(
     chain, limit = found.chain, found.policy.domains[found.chain.domain]
     order, events = budget.order_of(chain), chain.events
     spent = accounting.epsilon(events, limit.delta, interval=interval)
-    filtered = None if order is None else accounting.filter_epsilon(events, limit.delta, order)
+    filtered = budget.filtered(chain, limit.delta)
     ahead = following or found.last_contract
     again = interval == accounting.THOROUGH_INTERVAL or len(events) <= PRV_KINDS
     return DomainBudget(
@@ -94,7 +94,7 @@ def _domain(
         filter_order=order,
         unbounded=accounting.is_unbounded(events),
         limit=limit.epsilon,
-        left=_left(chain, limit.epsilon, spent if filtered is None else filtered),
+        left=budget.left(chain, limit.epsilon, spent if filtered is None else filtered),
         delta=limit.delta,
         adjacency=ADJACENCY,
         charges=sum(chain.attempts.values()),
@@ -157,13 +157,6 @@ def _runs(found: Verified, delta: float) -> list[RunCost]:
             )
         )
     return costs
-
-
-def _left(chain: Chain, limit: float, spent: float) -> float | None:
-    if not math.isfinite(spent):
-        return None
-    # Whatever ε is allowed later, nothing more is charged to a domain that lost entries.
-    return 0.0 if chain.recovered is not None else max(0.0, limit - spent)
 
 
 def _note(chain: Chain, order: int | None) -> str:

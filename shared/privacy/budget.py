@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -54,6 +55,28 @@ def unbegun(policy: Policy, domain: str, *, key: str) -> Chain:
 def order_of(chain: Chain) -> int | None:
     """Returns the order of a chain's filter, or None under a menu."""
     return chain.genesis.composition.get("order") if chain.genesis else None
+
+
+def filtered(chain: Chain, delta: float, more: Iterable[Event] = ()) -> float | None:
+    """Returns ε as a chain's filter counts it, with what more it may hold; None under a menu."""
+    order = order_of(chain)
+    if order is None:
+        return None
+    return accounting.filter_epsilon([*chain.events, *more], delta, order)
+
+
+def left(chain: Chain, limit: float, spent: float) -> float | None:
+    """Returns what a gate may still charge, None where ε has no bound.
+
+    Args:
+        chain: of the domain.
+        limit: its ε.
+        spent: ε by its filter where it has one, which is what the gate asks; else by PLD.
+    """
+    if not math.isfinite(spent):
+        return None
+    # Whatever ε is allowed later, nothing more is charged to a domain that lost entries.
+    return 0.0 if chain.recovered is not None else max(0.0, limit - spent)
 
 
 def genesis_fault(chain: Chain, policy: Policy) -> str | None:

@@ -53,7 +53,8 @@ def noise_multiplier(
         event = PoissonGaussian(sampling_rate, math.exp(log_sigma), steps)
         return math.log(max(epsilon([event, *beside], delta), 1e-9) / epsilon_target)
 
-    # The filter's ε is an upper bound and costs little: it brackets σ before PLD is asked.
+    # The filter's ε costs little and is an upper bound, but for the rounding of PLD's grid, which
+    # adds up over many steps: it brackets σ, or nearly, before PLD is asked.
     order = best_order(epsilon_target, delta)
     high = math.log(
         noise_for_filter(
@@ -68,6 +69,10 @@ def noise_multiplier(
     low = high - math.log(1.5)
     while excess(low) <= 0:
         low -= math.log(2)
+    while excess(high) > 0:
+        low, high = high, high + math.log(1.5)
+        if high > math.log(GREATEST_NOISE):
+            raise UsageError(_out_of_reach(epsilon_target, sampling_rate, steps, beside))
     return _least(excess, math.exp(optimize.brentq(excess, low, high, xtol=1e-4)))
 
 
@@ -95,11 +100,7 @@ def noise_for_filter(
     while excess(high) > 0:
         high += 1.0
         if high > math.log(GREATEST_NOISE):
-            raise UsageError(
-                f"no noise multiplier up to {GREATEST_NOISE:g} keeps {steps} steps at rate "
-                f"{sampling_rate:g}{_with(beside)} within epsilon {limit}: ask for fewer steps or "
-                f"more epsilon{', or for fewer or noisier evaluations' if beside else ''}"
-            )
+            raise UsageError(_out_of_reach(limit, sampling_rate, steps, beside))
     if excess(low) <= 0:
         return math.exp(low)
     return _least(excess, math.exp(optimize.brentq(excess, low, high, xtol=1e-6)))
@@ -174,6 +175,14 @@ def max_steps(
         middle = (low + high) // 2
         low, high = (middle, high) if within(middle) else (low, middle)
     return low
+
+
+def _out_of_reach(limit: float, rate: float, steps: int, beside: Sequence[Event]) -> str:
+    return (
+        f"no noise multiplier up to {GREATEST_NOISE:g} keeps {steps} steps at rate {rate:g}"
+        f"{_with(beside)} within epsilon {limit}: ask for fewer steps or more epsilon"
+        f"{', or for fewer or noisier evaluations' if beside else ''}"
+    )
 
 
 def _with(beside: Sequence[Event]) -> str:

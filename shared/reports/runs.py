@@ -168,9 +168,9 @@ class MetricsLine(LocalAccuracy, Traffic):
 class ServerSummary(RunFacts):
     """summary.json of a real run, as far as a server can know it.
 
-    `epsilon_run` is what a site that served every attempt has spent in this run, `epsilon_person`
-    the same of a person with `rows_per_person`; what its ledger holds beside it is the site's own
-    affair.
+    `epsilon_run` is what a site that served every attempt has spent in this run, and what receipts
+    tell of orders that a killed site took up anew; `epsilon_person` the same of a person with
+    `rows_per_person`. What its ledger holds beside it is the site's own affair.
     """
 
 

@@ -26,7 +26,8 @@ class ContractShown(Frozen):
 class ContractCheck(Frozen):
     """`bract client SITE.toml --check contract.json --json`, for the site's operator alone.
 
-    `problems` names files, rows and columns of the true data, never a value.
+    `problems` names files, rows and columns of the true data, never a value. The gate asks ε by the
+    domain's filter where it has one, which is more than PLD's.
     """
 
     contract_sha256: str
@@ -35,6 +36,8 @@ class ContractCheck(Frozen):
     problems: list[str]
     epsilon_before: float | None
     epsilon_after: float | None
+    epsilon_filter_before: float | None = None
+    epsilon_filter_after: float | None = None
 
 
 class Recovery(Frozen):
@@ -45,9 +48,10 @@ class Recovery(Frozen):
 
 
 class DomainStatus(Frozen):
-    """What is spent and left of one domain's budget."""
+    """What is spent and left of one domain's budget; left of the filter's ε where it has one."""
 
     epsilon: float | None
+    epsilon_filter: float | None = None
     limit: float
     left: float | None
     delta: float

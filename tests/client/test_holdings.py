@@ -16,7 +16,7 @@ from bract.client.settings import DataRoot
 from bract.shared import canonical
 from bract.shared.data import Examples, describe, load_part
 from bract.shared.data.shares import may_meet, share
-from bract.shared.errors import Reason, Refusal, UsageError
+from bract.shared.errors import BractError, Reason, Refusal, UsageError
 from bract.shared.policy import DomainPolicy, Policy
 
 KEY = "a" * 64
@@ -229,6 +229,18 @@ def test_a_contract_for_data_that_the_domain_does_not_hold_is_refused_and_none_r
         with pytest.raises(Refusal) as refused:
             roots.check(domain, data)
         assert refused.value.reason is Reason.POLICY_DOMAIN
+
+
+def test_data_that_could_not_be_read_once_are_not_asked_for_again() -> None:
+    """A charge for what is not there buys nothing, round after round."""
+    roots = Roots({"ward": root("/nowhere"), "clinic": root(None, "2/3", "digits")})
+    roots.check("ward", describe("heart-disease"))
+    with pytest.raises(BractError):
+        roots.open("ward", describe("heart-disease"))
+    with pytest.raises(Refusal, match=r"could not be read.*start the client again") as refused:
+        roots.check("ward", describe("heart-disease"))
+    assert refused.value.reason is Reason.SITE_FAILED
+    roots.check("clinic", describe("digits"))  # another domain's are there
 
 
 def test_the_data_of_a_domain_are_its_own_part() -> None:

@@ -346,6 +346,17 @@ def test_the_check_is_one_strict_json_object_whatever_it_finds(
         assert ("bract: the gate would refuse: refused: budget" in text.stderr) == (code == 1)
 
 
+def test_a_fault_of_many_rows_is_told_by_the_first(layout: Layout) -> None:
+    many = [f"train.csv, row {n}, column age: not a number" for n in range(2, 400)]
+    others = ["train.csv: fewer rows than the nominal size", "train.csv, row 7: not UTF-8"]
+    report = checked(layout).model_copy(update={"problems": [*many, *others]})
+    told = [line for line in offline.lines(report) if line.startswith("data: ")]
+    assert told == [
+        *(f"data: {problem}" for problem in (*many[:3], *others)),
+        "data: train.csv, in more rows, which --json lists: column age: not a number",
+    ]
+
+
 def test_the_status_of_a_site_that_was_never_started_is_that(layout: Layout, bract: Bract) -> None:
     before = contents(layout.root)
     done = bract("client", str(layout.site("alpha")), "--status", "--json")
@@ -354,11 +365,14 @@ def test_the_status_of_a_site_that_was_never_started_is_that(layout: Layout, bra
     jsonschema.validate(value, schema("client-status"))
     assert (value["running"], value["doing"], value["since"]) == (False, "not running", None)
     assert value["domains"]["alpha"] == {
-        "epsilon": 0.0, "limit": 8.0, "left": 8.0, "delta": 1e-5, "charges": 0,
+        "epsilon": 0.0, "epsilon_filter": 0.0, "limit": 8.0, "left": 8.0, "delta": 1e-5,
+        "charges": 0,
     }  # fmt: skip
     assert contents(layout.root) == before
     text = bract("client", str(layout.site("alpha")), "--status")
-    assert "alpha: ε 0.000 of 8 at δ 1e-05, left 8.000, 0 charges" in text.stdout
+    assert (
+        "alpha: ε 0.000 (0.000 by the filter) of 8 at δ 1e-05, left 8.000, 0 charges" in text.stdout
+    )
 
 
 def test_the_status_of_a_running_site_is_what_it_last_said(world: Any, layout: Layout) -> None:
@@ -380,7 +394,16 @@ def test_a_check_of_what_another_process_charges_holds_to_what_is_committed(
     serve(world, layout, 1)
     gate = process(layout)
     gate.admit(world.order(contracts.read(layout.contract), 2))
-    assert offline.status(layout.site("alpha")).domains["alpha"].charges == 2
+    status = offline.status(layout.site("alpha")).domains["alpha"]
+    assert status.charges == 2
+    # What is left is what the gate would charge: its filter counts more than PLD.
+    assert status.epsilon_filter is not None
+    assert status.epsilon is not None
+    assert status.epsilon < status.epsilon_filter
+    assert status.left == status.limit - status.epsilon_filter
+    report = checked(layout)
+    assert report.epsilon_filter_before == status.epsilon_filter
+    assert (report.epsilon_filter_after or 0) > (report.epsilon_after or 0)
     gate.ledger.close()
 
 

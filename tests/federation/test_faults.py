@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from bract.shared.privacy import accounting
 from bract.simulations.federations.loopback import Processes
 
 ONCE = {1: 1, 2: 1, 3: 1}
@@ -101,6 +102,9 @@ def test_killed_client_goes_on_when_started_again(
     outcome = federation.done()
     assert outcome.charges("alpha") == charges
     assert outcome.charges("beta") == ONCE
+    # What the server says of the run's ε is what an auditor counts.
+    spent = accounting.epsilon(outcome.chains["alpha"].events, outcome.summary["delta"])
+    assert outcome.summary["epsilon_run"] == outcome.metrics[-1]["epsilon_run"] == spent
     assert outcome.summary["refused"] == []
     assert [line["replied"] for line in outcome.metrics] == [2, 2, 2]
     assert near(outcome, undisturbed)

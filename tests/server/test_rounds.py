@@ -19,7 +19,7 @@ from bract.server.witnesses import WitnessDesk
 from bract.shared import keys, models, wire
 from bract.shared.contract import SiteTerms, TrainingTerms
 from bract.shared.evaluation import Evaluator
-from bract.shared.privacy import ledger
+from bract.shared.privacy import accounting, entries, ledger
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.witness import Witness
 from bract.shared.updates import ProtectedUpdate
@@ -113,6 +113,7 @@ class Witnessing:
     def __init__(self, world: Any, out: Path) -> None:
         self.gate, self.world, self.out = world.gate(), world, out
         self.failing: set[int] = set()
+        self.dying: set[int] = set()
         self.brought: list[tuple[str, Witness | None, dict[str, Head]]] = []
 
     def saved(self, contract: str) -> dict[str, Head]:
@@ -130,6 +131,8 @@ class Witnessing:
         order = wire.decode_order(message.content)
         saved = self.saved(order.contract.contract.sha256)
         self.brought.append((f"round {order.round}", order.witness, saved))
+        if len(self.brought) in self.dying:
+            self.gate.admit(order)  # killed behind its charge, and offered the order again
         admitted = self.gate.admit(order)
         reply = (
             self.gate.release(admitted, ProtectedUpdate(order.weights))
@@ -188,6 +191,35 @@ def test_nothing_newer_than_the_saved_checkpoint_is_ever_countersigned(
     held = ledger.contents(world.ledger_path).witnesses
     (last,) = held.values()
     assert last == site.brought[-1][1].to_bytes()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("dying", "failing", "charges"),
+    [
+        (set(), set(), [1, 2, 3, 4, 5]),
+        ({2}, set(), [1, 3, 4, 5, 6]),
+        ({3}, {2}, [1, 3, 4, 5, 6]),  # the reply of the second try was stored at the first
+        ({2}, {2}, [1, 3, 4, 5, 6]),  # two tries, two charges
+    ],
+)
+def test_a_site_killed_behind_its_charge_is_counted_as_its_ledger_counts(
+    world: Any, tmp_path: Path, dying: set[int], failing: set[int], charges: list[int]
+) -> None:
+    world.server = keys.generate()
+    world.agreed = world.contract(witness=world.server.public, max_attempts=7)
+    rounds, site, grid = witnessing(world, tmp_path)
+    site.dying, site.failing = dying, failing
+    state = rounds.run(grid, begun(world))
+    assert (state.round, state.attempts) == (5, 5 + len(failing))
+    assert state.charges == charges[-1]
+    for line, count in zip(state.metrics, charges, strict=True):
+        spent = entries.events_of_attempts(world.agreed, attempts=count, completed=line["round"])
+        assert line["epsilon_run"] == pytest.approx(accounting.epsilon(spent, 1e-5))
+    bodies = [text for _, text, _ in ledger.contents(world.ledger_path).rows["alpha", "ward"]]
+    assert sum(b'"kind":"charge"' in text for text in bodies) <= state.charges
+    resumed = checkpoint.load(tmp_path / "checkpoint", world.agreed.sha256)
+    assert resumed is not None
+    assert resumed.charges == state.charges
 
 
 def test_a_server_killed_before_it_saved_goes_on_with_what_was_saved(

@@ -220,6 +220,8 @@ def test_sigma_is_calibrated_to_every_attempt_that_the_contract_allows(folder: P
     assert 1.95 < spent <= 2.0
     given = federation.propose(read(folder, privacy={"noise_multiplier": 3.5})).contract
     assert given.privacy.noise_multiplier == 3.5
+    with pytest.raises(UsageError, match=r"privacy\.noise_multiplier.*0\.1"):
+        read(folder, privacy={"noise_multiplier": 0.01})  # whose ε takes gigabytes to be told
 
 
 def test_a_ceiling_raises_sigma_until_the_sites_filter_admits_the_whole_run(folder: Path) -> None:

@@ -82,6 +82,15 @@ def test_a_delta_outside_zero_and_one_is_refused(delta: float) -> None:
         calibration.noise_multiplier(epsilon_target=1.0, delta=delta, sampling_rate=0.1, steps=10)
 
 
+def test_a_small_epsilon_of_many_steps_has_its_noise() -> None:
+    """The rounding of PLD's grid adds up: its ε is over the filter's there."""
+    sigma = calibration.noise_multiplier(
+        epsilon_target=0.2, delta=1e-5, sampling_rate=0.286, steps=4800
+    )
+    spent = accounting.epsilon([PoissonGaussian(0.286, sigma, 4800)], 1e-5)
+    assert 0.195 < spent <= 0.2
+
+
 def test_a_budget_that_no_noise_keeps_is_refused_with_a_remedy() -> None:
     with pytest.raises(UsageError, match="fewer steps or more epsilon"):
         calibration.noise_multiplier(
