@@ -106,9 +106,9 @@ def _shortened(problems: Sequence[str]) -> Iterator[str]:
     rows: Counter[tuple[str, str]] = Counter()
     for problem in problems:
         match = _ROW.fullmatch(problem)
-        fault = (match[1], match[2]) if match else (problem, "")
-        rows[fault] += 1
-        if match is None or rows[fault] <= _SHOWN_ROWS:
+        kind = (match[1], match[2]) if match else (problem, "")
+        rows[kind] += 1
+        if match is None or rows[kind] <= _SHOWN_ROWS:
             yield problem
     for (path, fault), count in rows.items():
         if fault and count > _SHOWN_ROWS:
