@@ -48,7 +48,8 @@ def folder_of(name: str, *, folder: Path | None, root: Path | None) -> Path | No
     environment = os.environ.get("BRACT_DATA")
     if folder is not None:
         if not folder.exists():
-            raise UsageError(f"no data folder {folder}: correct what names it")
+            named = "data.dir, server.public_data or the domain's folder"
+            raise UsageError(f"no data folder {folder}: correct {named}")
         return folder
     if root is not None:
         if not root.is_dir():
