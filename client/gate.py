@@ -423,7 +423,7 @@ def as_refusals() -> Iterator[None]:
 
 
 def _with_update(signed: SignedReceipt, update: Update) -> TrainReply:
-    return TrainReply(update, signed.receipt, signed.signature, signed.ledger)
+    return TrainReply(signed.receipt, signed.signature, signed.ledger, update=update)
 
 
 def _numbers(pair: list[str] | None) -> tuple[float, float] | None:

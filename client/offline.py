@@ -169,7 +169,7 @@ def _domain_status(chain: Chain, limit: float, delta: float) -> DomainStatus:
         epsilon=_finite(spent),
         epsilon_filter=_finite(filtered),
         limit=limit,
-        left=budget.left(chain, limit, spent if filtered is None else filtered),
+        left=budget.left(chain, limit, spent, filtered),
         delta=delta,
         charges=sum(chain.attempts.values()),
     )

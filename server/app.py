@@ -85,7 +85,7 @@ def main(grid: Grid, context: Context) -> None:
     state = loop.run(grid, state)
     result = {
         "rounds": state.round,
-        "charges": min(state.charges, agreed.max_attempts),
+        "charges": state.charges,
         "seconds": state.seconds,
         "heads": state.heads,
         "refused": list(state.refused),

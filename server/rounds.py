@@ -107,7 +107,8 @@ class RoundLoop:
         if not self._wait_for_sites(grid):
             return None
         self.strategy.desk.remember(state.heads)  # what is saved, and nothing newer
-        expected = state.charges + 1
+        most = self.contract.max_attempts  # a gate refuses more charges, whatever a receipt says
+        expected = min(state.charges + 1, most)
         epsilon = self._epsilon(grid, expected, number)
         packed = packing.pack(state.weights)
         messages = self.strategy.configure_train(number, packed, ConfigRecord(), grid)
@@ -128,7 +129,7 @@ class RoundLoop:
         state = replace(
             state,
             attempts=state.attempts + 1,
-            charges=state.charges + tries - state.tries,
+            charges=min(state.charges + tries - state.tries, most),
             tries=tries if average is None else 0,
             refused=(*state.refused, *refused),
         )
@@ -226,8 +227,7 @@ class RoundLoop:
 
         It takes tens of milliseconds, which a grid may have to spare elsewhere.
         """
-        attempts = min(charges, self.contract.max_attempts)  # a gate refuses more
-        events = entries.events_of_attempts(self.contract, attempts=attempts, completed=completed)
+        events = entries.events_of_attempts(self.contract, attempts=charges, completed=completed)
         spent = partial(accounting.epsilon, events, self.delta)
         return grid.aside(spent) if isinstance(grid, SingleRunGrid) else spent
 

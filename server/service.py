@@ -232,8 +232,7 @@ def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> Se
 
 
 def _epsilon(chosen: Federation, agreed: Contract, state: RoundState) -> float:
-    charges = min(state.charges, agreed.max_attempts)
-    spent = entries.events_of_attempts(agreed, attempts=charges, completed=state.round)
+    spent = entries.events_of_attempts(agreed, attempts=state.charges, completed=state.round)
     return accounting.epsilon(spent, chosen.privacy.delta)
 
 

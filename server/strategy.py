@@ -296,9 +296,7 @@ class PublicFedAvg(FedAvg):
     def _name(self, node: int) -> str:
         return self._names.get(node, f"node {node}")
 
-    def _accept_receipt(
-        self, reply: TrainReply | SignedReceipt, server_round: int, node: int
-    ) -> None:
+    def _accept_receipt(self, reply: SignedReceipt, server_round: int, node: int) -> None:
         contract, receipt = self._signed.contract, reply.receipt
         terms = contract.site(receipt.site)
         if terms is None:

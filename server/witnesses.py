@@ -7,7 +7,7 @@ from typing import Any
 
 from bract.shared.errors import RolledBack, VerificationFailed
 from bract.shared.keys import SigningKey
-from bract.shared.messages import SignedReceipt, TrainReply
+from bract.shared.messages import SignedReceipt
 from bract.shared.privacy import receipts, witness
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.witness import Witness
@@ -44,7 +44,7 @@ class WitnessDesk:
 
     def check(
         self,
-        reply: TrainReply | SignedReceipt,
+        reply: SignedReceipt,
         domain: str,
         *,
         cost: Mapping[str, Any],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bract.shared import arrays, keys
 from bract.shared.arrays import Arrays
@@ -51,13 +51,10 @@ class SignedReceipt:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TrainReply:
-    """An update with its receipt, the site's signature of it, and what its ledger grew by."""
+class TrainReply(SignedReceipt):
+    """An update with its signed receipt."""
 
-    update: Update
-    receipt: Receipt
-    signature: bytes
-    ledger: Extension = NOTHING
+    update: Update = field(kw_only=True)
 
     def verify(self, key: str) -> None:
         """Returns where the site's key signed the receipt and the receipt names the update.
@@ -65,7 +62,7 @@ class TrainReply:
         Raises:
             VerificationFailed: otherwise.
         """
-        keys.verify(key, self.signature, self.receipt.digest())
+        SignedReceipt.verify(self, key)
         if arrays.digest(self.update.arrays) != self.receipt.update:
             raise VerificationFailed("the receipt is of another update")
 

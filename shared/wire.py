@@ -164,7 +164,7 @@ def encode_summed(reply: SummedReply) -> RecordDict:
     return RecordDict({_SUMMED: summed, _SUM: pack(reply.total)})
 
 
-def _signed(reply: TrainReply | SignedReceipt) -> dict[str, ConfigRecord]:
+def _signed(reply: SignedReceipt) -> dict[str, ConfigRecord]:
     facts = {**reply.receipt.facts(), "evaluation": list(reply.receipt.evaluation or ())}
     receipt = ConfigRecord({**facts, "signature": reply.signature})
     ledger = ConfigRecord(
@@ -203,7 +203,8 @@ def decode_reply(content: RecordDict) -> TrainReply | RefusalReply:
     name = next((name for name in _KINDS if name in content), _UPDATE)
     records = _exactly(content, {name, _RECEIPT, _LEDGER})
     values, signed = unpack(records[name]), _signed_receipt(records)
-    return TrainReply(_KINDS[name](values), signed.receipt, signed.signature, signed.ledger)
+    update = _KINDS[name](values)
+    return TrainReply(signed.receipt, signed.signature, signed.ledger, update=update)
 
 
 def decode_summed(content: RecordDict) -> SummedReply | None:

@@ -94,7 +94,7 @@ def _domain(
         filter_order=order,
         unbounded=accounting.is_unbounded(events),
         limit=limit.epsilon,
-        left=budget.left(chain, limit.epsilon, spent if filtered is None else filtered),
+        left=budget.left(chain, limit.epsilon, spent, filtered),
         delta=limit.delta,
         adjacency=ADJACENCY,
         charges=sum(chain.attempts.values()),

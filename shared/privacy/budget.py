@@ -65,14 +65,16 @@ def filtered(chain: Chain, delta: float, more: Iterable[Event] = ()) -> float | 
     return accounting.filter_epsilon([*chain.events, *more], delta, order)
 
 
-def left(chain: Chain, limit: float, spent: float) -> float | None:
+def left(chain: Chain, limit: float, spent: float, by_filter: float | None) -> float | None:
     """Returns what a gate may still charge, None where ε has no bound.
 
     Args:
         chain: of the domain.
-        limit: its ε.
-        spent: ε by its filter where it has one, which is what the gate asks; else by PLD.
+        limit: its ε, which neither way of counting may pass.
+        spent: ε by PLD.
+        by_filter: ε by its filter, None where it has none.
     """
+    spent = max(spent, by_filter or 0.0)
     if not math.isfinite(spent):
         return None
     # Whatever ε is allowed later, nothing more is charged to a domain that lost entries.

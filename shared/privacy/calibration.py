@@ -126,10 +126,10 @@ def noise_within(
         beside: events of the same budget whose noise is settled.
     """
     terms: dict[str, Any] = {"delta": delta, "sampling_rate": sampling_rate, "steps": steps}
-    sigma = noise_multiplier(epsilon_target=epsilon_target, beside=beside, **terms)
     if ceiling is None:
-        return sigma
-    limit, order = ceiling
+        return noise_multiplier(epsilon_target=epsilon_target, beside=beside, **terms)
+    limit, order = ceiling  # which a gate asks PLD for too
+    sigma = noise_multiplier(epsilon_target=min(epsilon_target, limit), beside=beside, **terms)
     return max(sigma, noise_for_filter(limit=limit, order=order, beside=beside, **terms))
 
 

@@ -138,15 +138,14 @@ def _verified(
 
 def _spent(found: Verified, agreed: Contract, seen: tuple[str, ...]) -> Spent:
     chain, limit = found.chain, found.policy.domains[found.chain.domain]
-    events, order = chain.events, budget.order_of(chain)
-    filtered = None if order is None else accounting.filter_epsilon(events, limit.delta, order)
+    filtered = budget.filtered(chain, limit.delta)
     return Spent(
         site=chain.site,
         domain=chain.domain,
-        epsilon=_finite(accounting.epsilon(events, limit.delta)),
+        epsilon=_finite(accounting.epsilon(chain.events, limit.delta)),
         epsilon_run=_finite(accounting.epsilon(chain.events_of(agreed.sha256), limit.delta)),
         epsilon_filter=None if filtered is None else _finite(filtered),
-        filter_order=order,
+        filter_order=budget.order_of(chain),
         ceiling=limit.epsilon,
         delta=limit.delta,
         charges=chain.attempts[agreed.sha256],

@@ -26,8 +26,8 @@ class ContractShown(Frozen):
 class ContractCheck(Frozen):
     """`bract client SITE.toml --check contract.json --json`, for the site's operator alone.
 
-    `problems` names files, rows and columns of the true data, never a value. The gate asks ε by the
-    domain's filter where it has one, which is more than PLD's.
+    `problems` names files, rows and columns of the true data, never a value. The gate asks that
+    neither ε by PLD nor that by the domain's filter, if it has one, is over the limit.
     """
 
     contract_sha256: str
@@ -48,7 +48,7 @@ class Recovery(Frozen):
 
 
 class DomainStatus(Frozen):
-    """What is spent and left of one domain's budget; left of the filter's ε where it has one."""
+    """What is spent and left of one domain's budget; `left` is what its gate would charge."""
 
     epsilon: float | None
     epsilon_filter: float | None = None

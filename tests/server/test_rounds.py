@@ -222,6 +222,26 @@ def test_a_site_killed_behind_its_charge_is_counted_as_its_ledger_counts(
     assert resumed.charges == state.charges
 
 
+def test_no_receipt_makes_a_run_cost_more_than_its_contract(world: Any, tmp_path: Path) -> None:
+    rounds, _, grid = witnessing(world, tmp_path)
+    strategy = rounds.strategy
+    inner = strategy.aggregate_train
+
+    def boasting(*args: Any) -> Any:
+        found = inner(*args)
+        strategy.replied = {k: replace(v, attempt=10**6) for k, v in strategy.replied.items()}
+        return found
+
+    strategy.aggregate_train = boasting  # type: ignore[method-assign]
+    state = rounds.run(grid, begun(world))
+    assert state.round == 5
+    assert state.charges == world.agreed.max_attempts
+    whole = entries.events_of_attempts(
+        world.agreed, attempts=world.agreed.max_attempts, completed=5
+    )
+    assert state.metrics[-1]["epsilon_run"] == accounting.epsilon(whole, 1e-5)
+
+
 def test_a_server_killed_before_it_saved_goes_on_with_what_was_saved(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,17 @@ def test_a_small_epsilon_of_many_steps_has_its_noise() -> None:
     assert 0.195 < spent <= 0.2
 
 
+def test_a_ceiling_under_the_target_binds_both_ways_of_counting() -> None:
+    """By a gate's rule, for a small ε of many steps too, where PLD tells more than the filter."""
+    order = best_order(0.2, 1e-5)
+    sigma = calibration.noise_within(
+        epsilon_target=0.3, ceiling=(0.2, order), delta=1e-5, sampling_rate=0.286, steps=4800
+    )
+    events = [PoissonGaussian(0.286, sigma, 4800)]
+    assert accounting.filter_epsilon(events, 1e-5, order) < accounting.epsilon(events, 1e-5)
+    assert accounting.fits(events, limit=0.2, delta=1e-5, order=order)
+
+
 def test_a_budget_that_no_noise_keeps_is_refused_with_a_remedy() -> None:
     with pytest.raises(UsageError, match="fewer steps or more epsilon"):
         calibration.noise_multiplier(
