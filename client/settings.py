@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from bract.client.training import devices
-from bract.shared.configuration import Frozen, first_fault, parse, read_toml
+from bract.shared.configuration import Frozen, HostPort, first_fault, parse, read_toml
 from bract.shared.contract import Hex32, Name
 from bract.shared.data import dataset
 from bract.shared.errors import UsageError
@@ -56,7 +56,7 @@ class SiteSettings(Frozen):
     """
 
     site: Name
-    server: str = Field(pattern=r"^[^\s/:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")
+    server: HostPort
     state: str = "state"
     head_file: str | None = None
     device: str = "auto"

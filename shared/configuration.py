@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from bract.shared.errors import UnknownName, UsageError
+
+# Patterns of ours, which an error tells in words.
+_HEXADECIMAL = re.compile(r"\^\[0-9a-f\]\{(\d+)\}\$")
+_NAME = re.compile(r"\^\[A-Za-z0-9\]\[A-Za-z0-9(\S+)\]\{0,(\d+)\}\$")
 
 
 class Frozen(BaseModel):
@@ -28,6 +34,24 @@ class Frozen(BaseModel):
         return copied
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """Returns the parts of HOST:PORT, an IPv6 address without its brackets.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    found = re.fullmatch(r"([^\s/:\[\]]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})", address)
+    if found is None or int(found[2]) > 65535:
+        raise ValueError("must be HOST:PORT, as in 127.0.0.1:8443")
+    return found[1].strip("[]"), int(found[2])
+
+
+def _is_address(address: str) -> str:
+    host_and_port(address)
+    return address
+
+
+HostPort = Annotated[str, AfterValidator(_is_address)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -67,11 +91,24 @@ def _one_line(model: type[BaseModel], error: ValidationError, source: str) -> Us
     if first["type"] == "extra_forbidden":
         known = [".".join([*path[:-1], name]) for name in _fields_at(model, path[:-1])]
         return UnknownName(f"key of {source},", ".".join(path), known)
-    message = first["msg"].removeprefix("Value error, ")
+    message = _in_words(first)
     where = f"{'.'.join(path)}: " if path else ""
     shown = first.get("input")
     value = f" (got {shown!r})" if isinstance(shown, str | int | float | bool) else ""
     return UsageError(f"{source}: {where}{message}{value}")
+
+
+def _in_words(fault: ErrorDetails) -> str:
+    if fault["type"] == "string_pattern_mismatch":
+        pattern = fault["ctx"]["pattern"]
+        if found := _HEXADECIMAL.fullmatch(pattern):
+            return f"must be {found[1]} hexadecimal digits, lower case"
+        if found := _NAME.fullmatch(pattern):
+            return (
+                "must begin with a letter or a digit, and go on with these and "
+                f"{' '.join(found[1])} alone, up to {int(found[2]) + 1} in all"
+            )
+    return fault["msg"].removeprefix("Value error, ")
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
@@ -97,4 +134,4 @@ def _defaults(model: type[BaseModel]) -> list[Any]:
 
 def first_fault(error: ValidationError) -> str:
     """Returns the first fault of a nested model in words, for a validator that wraps it."""
-    return error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+    return _in_words(error.errors(include_url=False)[0])

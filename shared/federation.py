@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bract.shared import contract as contracts
 from bract.shared import keys, node_keys
-from bract.shared.configuration import Frozen, parse, read_toml
+from bract.shared.configuration import Frozen, HostPort, host_and_port, parse, read_toml
 from bract.shared.contract import (
     Contract,
     DataTerms,
@@ -34,23 +34,13 @@ from bract.shared.privacy.orders import best_order
 Seconds = Annotated[float, Field(gt=0)]
 
 
-def _host_and_port(listen: str) -> str:
-    host, colon, port = listen.rpartition(":")
-    if not (host and colon and port.isdigit() and int(port) < 65536):
-        raise ValueError("must be HOST:PORT, as in 127.0.0.1:8443")
-    return listen
-
-
-Listen = Annotated[str, AfterValidator(_host_and_port)]
-
-
 class ServerSettings(Frozen):
     """Where the server listens, and its files; relative paths are beside the TOML file.
 
     `greatest_reply_mib` bounds one site's answer, `state` holds the link state, `out` the run.
     """
 
-    listen: Listen
+    listen: HostPort
     certificate: str
     key: str
     witness_key: str
@@ -62,12 +52,12 @@ class ServerSettings(Frozen):
     @property
     def host(self) -> str:
         """The address to listen on."""
-        return self.listen.rpartition(":")[0].strip("[]")
+        return host_and_port(self.listen)[0]
 
     @property
     def port(self) -> int:
         """The port to listen on."""
-        return int(self.listen.rpartition(":")[2])
+        return host_and_port(self.listen)[1]
 
 
 class Deadlines(Frozen):
@@ -133,7 +123,7 @@ class AuditSettings(Frozen):
     `authority` signs their certificates; without it, who issued the server's own.
     """
 
-    listen: Listen
+    listen: HostPort
     authority: str | None = None
 
 

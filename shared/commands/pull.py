@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from bract.shared.cli import AS_JSON, print_json
+from bract.shared.configuration import host_and_port
 from bract.shared.errors import UsageError
 from bract.shared.reports.audits import AuditPull, PulledSite
 
@@ -55,8 +56,10 @@ def pull(
     """
     from bract.shared import auditor
 
-    if not re.fullmatch(r".+:[0-9]{1,5}", address):
-        raise UsageError(f"{address!r} must be HOST:PORT, as in fl.example.org:8444")
+    try:
+        host_and_port(address)
+    except ValueError as error:
+        raise UsageError(f"{address!r} {error}") from error
     if coordinator is not None and not re.fullmatch(r"[0-9a-f]{64}", coordinator):
         raise UsageError(f"--coordinator {coordinator!r} must be 64 hexadecimal digits")
     pulled = auditor.pull(

@@ -7,6 +7,7 @@ Anything else is whole, and for a simulation alone: it is cut by one public shuf
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from bract.shared.data.examples import Examples, Splits
 from bract.shared.data.persons import rows_of
 from bract.shared.data.shares import share
 from bract.shared.errors import UsageError
+
+logger = logging.getLogger("bract.data")
 
 TRAIN, VALIDATION = 0.8, 0.05
 _SEED = 80_515  # public: nothing but the number of examples is looked at
@@ -80,9 +83,18 @@ class Reader:
         """Returns the examples of who reads: to him an error may say what is in them."""
         self.demand(terms, path)
         found = self.read(terms, path)
-        if len(found.readable()) == 0:
+        readable = len(found.readable())
+        if readable == 0:
             first = next(iter(self.check(terms, path)), f"{path} is empty")
             raise UsageError(f"{path} has no example that can be read: {first}")
+        if unread := len(found) - readable:
+            logger.warning(
+                "%s: %d of %d examples cannot be read and add nothing: correct them or take them "
+                "out",
+                path,
+                unread,
+                len(found),
+            )
         return found
 
     def _cut(self, terms: DataTerms, path: Path) -> Splits:

@@ -248,6 +248,8 @@ def check(terms: DataTerms, path: Path) -> list[str]:
     encoder = Encoder(_table(terms))
     header, rows = _header_and_rows(path)
     places = _places(encoder, header)
+    if places is None and (fault := _other_form(header)):
+        return [f"{path}, row 1: {fault}"]
     problems = [
         f"{path}, row 1, column {name}: {'missing' if count == 0 else 'there twice'}"
         for name in [*encoder.names, *([encoder.table.group] if encoder.table.group else [])]
@@ -271,6 +273,15 @@ def _table(terms: DataTerms) -> Table:
 def _header_and_rows(path: Path) -> tuple[list[str], list[Line]]:
     header, *rows = lines(path) or [Line(1, None)]
     return [cell.strip() for cell in header.cells or ()], rows
+
+
+def _other_form(header: Sequence[str]) -> str | None:
+    """Returns why a file whose columns are not found is no CSV file of ours, None where it is."""
+    if any(_not_text(cell) or "\0" in cell for cell in header):
+        return "not UTF-8: save the file as CSV in UTF-8"
+    if len(header) == 1 and any(letter in header[0] for letter in ";\t|"):
+        return "one column alone: save the file with commas between columns"
+    return None
 
 
 def _several_rows(table: Table, header: Sequence[str], rows: Sequence[Line]) -> str | None:

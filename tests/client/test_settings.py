@@ -137,17 +137,18 @@ def inline(value: Any) -> str:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no port": ({"server": "127.0.0.1"}, "server: "),
-    "a URL": ({"server": "https://127.0.0.1:8443"}, "server: "),
+    "no port": ({"server": "127.0.0.1"}, "server: must be HOST:PORT, as in 127.0.0.1:8443 (got"),
+    "a URL": ({"server": "https://127.0.0.1:8443"}, "server: must be HOST:PORT"),
+    "a port too high": ({"server": "localhost:65536"}, "server: must be HOST:PORT"),
     "no coordinator": ({"coordinators": []}, "coordinators: "),
-    "half a key": ({"coordinators": ["ab"]}, "coordinators.0: "),
+    "half a key": ({"coordinators": ["ab"]}, "coordinators.0: must be 64 hexadecimal digits"),
     "no model": ({"models": []}, "models: "),
     "no noise": ({"mechanisms": ["none"]}, "mechanisms.0: "),
     "sigma 0": ({"min_noise_multiplier": 0.0}, "greater than 0 (got 0.0)"),
     "q over 1": ({"max_sampling_rate": 1.5}, "less than or equal to 1 (got 1.5)"),
     "batch 0": ({"physical_batch": 0}, "greater than or equal to 1 (got 0)"),
     "stop before now": ({"stop_seconds": -1.0}, "greater than or equal to 0 (got -1.0)"),
-    "an odd name": ({"site": "alpha beta"}, "got 'alpha beta'"),
+    "an odd name": ({"site": "alpha beta"}, "@ = + - alone, up to 200 in all (got 'alpha beta')"),
     "another device": ({"device": "tpu"}, "unknown device 'tpu'"),
     "epsilon 0": ({"domain": {"epsilon": 0.0}}, "domains.ward.epsilon: "),
     "epsilon infinite": ({"domain": {"epsilon": float("inf")}}, "finite number"),

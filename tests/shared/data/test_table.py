@@ -125,6 +125,34 @@ def test_columns_are_found_by_name_and_a_mark_of_byte_order_is_no_part_of_one(
     assert data.check_part(terms(), tmp_path, "1/1", 1) == []
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("age,ward,ill\n50,a,no\n".encode("utf-16"), "not UTF-8: save the file as CSV in UTF-8"),
+        ("age,ward,ill\n50,a,no\n".encode("utf-16-le"), "not UTF-8: save the file as CSV in UTF-8"),
+        (b"age;ward;ill\n50;a;no\n", "one column alone: save the file with commas between columns"),
+        (b"age\tward\till\n", "one column alone: save the file with commas between columns"),
+    ],
+)
+def test_file_of_another_form_is_told_as_such(tmp_path: Path, content: bytes, fault: str) -> None:
+    (tmp_path / "train.csv").write_bytes(content)
+    found = data.check_part(terms(), tmp_path, "1/1", 0)
+    assert found == [f"{tmp_path / 'train.csv'}, row 1: {fault}"]
+
+
+def test_public_examples_that_cannot_be_read_are_told_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for part in ("validation", "test"):
+        (tmp_path / f"{part}.csv").write_text("age,ward,ill\n50,a,no\n60,b,maybe\n")
+    found = data.load_public(terms(), tmp_path)
+    assert [len(examples) for examples in found] == [1, 1]
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.partition(": ")[2] for line in told] == [
+        "1 of 2 examples cannot be read and add nothing: correct them or take them out"
+    ] * 2
+
+
 def test_missing_column_is_named_and_a_joined_site_goes_on_without_effect(tmp_path: Path) -> None:
     written(tmp_path, "50,no", "60,yes", header="age,ill")
     assert data.load_part(terms(), tmp_path, "1/1").targets.tolist() == [-1, -1]
