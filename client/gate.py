@@ -6,6 +6,7 @@ commit the charge → train → one durable write of update and release hash →
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ from bract.shared.privacy.ledger import Ledger, Transaction
 from bract.shared.privacy.receipts import Receipt
 from bract.shared.privacy.witness import Witness
 from bract.shared.updates import KINDS, ProtectedScore, Update
+
+logger = logging.getLogger("bract.client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,27 @@ class Gate:
         """
         terms, weights = self.check(order), arrays.digest(order.weights)
         with as_refusals(), self.ledger.transaction() as transaction:
-            return self.decide(transaction, terms, order, weights)
+            answer = self.decide(transaction, terms, order, weights)
+            chain = transaction.chain(self.policy.site, terms.domain, key=self.key.public)
+        if isinstance(answer, Permit) and logger.isEnabledFor(logging.INFO):
+            self._tell(answer, chain)
+        return answer
+
+    def _tell(self, permit: Permit, chain: Chain) -> None:
+        """Notes a durable charge in the site's own log."""
+        limits = self.policy.domains[chain.domain]
+        spent = budget.filtered(chain, limits.delta)
+        counted = "by a menu" if spent is None else f"epsilon {spent:.4f} by its filter"
+        logger.info(
+            "charged attempt %d at round %d of run %r to domain %r: %s, of %s",
+            permit.attempt,
+            permit.round,
+            permit.contract.run,
+            chain.domain,
+            counted,
+            limits.epsilon,
+            extra={"event": "charged", "site": self.policy.site, "round": permit.round},
+        )
 
     def check_ledger(self) -> None:
         """Returns where the ledger holds everything that was seen of it before.

@@ -125,11 +125,12 @@ class Journal:
 
 def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
     # Two, so that the one late answer after a long outage does not wait as long as the outage.
-    lost, refused, unsent = BackOff(), BackOff(), None
+    lost, refused, unsent, told = BackOff(), BackOff(), None, ""
     while True:
         try:
             connection.open()
             logger.info("connected", extra={"event": "connected"})
+            told = ""
             journal.write("waiting")
             while True:
                 try:
@@ -161,7 +162,10 @@ def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
             if answers.patience.asked:
                 raise Stopped from None
             journal.write("connecting")
-            logger.info("%s; trying again", error, extra={"event": "disconnected"})
+            # A server that is away between runs is told of once, not every quarter of a minute.
+            level = logging.DEBUG if str(error) == told else logging.INFO
+            logger.log(level, "%s; trying again", error, extra={"event": "disconnected"})
+            told = str(error)
             lost.wait()
 
 

@@ -24,6 +24,7 @@ from bract.shared.policy import DomainPolicy, Menu, MenuClass
 from bract.shared.privacy import accounting, ledger, verification
 from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.privacy.ledger import Ledger
+from bract.shared.privacy.orders import best_order
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 
 
@@ -328,6 +329,27 @@ def test_a_round_that_comes_again_with_other_weights_is_refused_uncharged(world:
         order = world.order(signed, number, fill=0.5)
         assert refused(gate, order) is Reason.WEIGHTS_CHANGED
     assert written(world) == before
+
+
+def test_a_charge_is_noted_in_the_sites_own_log_once_it_is_durable(
+    world: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    signed = world.sign(world.contract())
+    with caplog.at_level(logging.INFO, logger="bract.client"):
+        world.gate().admit(world.order(signed))  # and then the site crashed
+        world.serve(world.gate(), world.order(signed))
+        assert isinstance(world.gate().admit(world.order(signed)), TrainReply)  # free: no charge
+    told = [record.getMessage() for record in caplog.records if "charged" in record.getMessage()]
+    spent = [
+        accounting.filter_epsilon([PoissonGaussian(0.1, 1.5, 2)] * count, 1e-5, best_order(8, 1e-5))
+        for count in (1, 2)
+    ]
+    assert told == [
+        f"charged attempt {attempt} at round 1 of run 'trial' to domain 'ward': epsilon "
+        f"{epsilon:.4f} by its filter, of 8.0"
+        for attempt, epsilon in enumerate(spent, 1)
+    ]
+    assert {record.event for record in caplog.records} == {"charged"}
 
 
 def test_a_crashed_round_is_another_attempt_and_charged_again(world: Any) -> None:

@@ -1,12 +1,18 @@
-"""What the process of a site does with its memory from round to round."""
+"""What the process of a site does with its memory from round to round, and with its log."""
 
 from __future__ import annotations
 
+import json
 import platform
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from bract.shared import cli
+from bract.simulations.federations.loopback import Layout
 
 MIB = 1 << 20
 PROGRAM = """
@@ -52,3 +58,21 @@ def test_memory_is_kept_from_step_to_step_and_goes_back_before_the_wait() -> Non
     training, waiting = map(int, done.stdout.split())
     assert training > 30 * MIB
     assert waiting < 10 * MIB
+
+
+def test_a_server_that_stays_away_is_told_of_once(layout: Layout, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as away, (tmp_path / "log").open("wb") as log:
+        port = away.getsockname()[1]
+        text = layout.site("alpha").read_text()
+        layout.site("alpha").write_text(text.replace("127.0.0.1:1", f"127.0.0.1:{port}"))
+        client = subprocess.Popen(
+            [*cli.PROGRAM, "client", str(layout.site("alpha")), "--log-format", "json"], stderr=log
+        )
+        try:
+            for _ in range(4):
+                away.accept()[0].close()
+        finally:
+            client.terminate()
+            assert client.wait() == 0
+    told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["event"] for line in told] == ["disconnected", "stopped"]
