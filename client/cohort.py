@@ -12,9 +12,9 @@ from typing import TypeVar
 from bract.client.gate import Permit, as_refusals
 from bract.client.site import Site
 from bract.shared import arrays
-from bract.shared.contract import SiteTerms
 from bract.shared.messages import CloseOrder, RefusalReply, SignedReceipt, TrainOrder, TrainReply
 from bract.shared.privacy.ledger import Ledger, Transaction
+from bract.shared.terms import SiteTerms
 from bract.shared.updates import ProtectedScore
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from bract.client.training.randomness import Kind
 from bract.client.updates import Updates
 from bract.shared import arrays, canonical, versions
 from bract.shared.configuration import parse
-from bract.shared.contract import ADJACENCY, Contract, SignedContract, SiteTerms, Unit
+from bract.shared.contract import Contract, SignedContract
 from bract.shared.data import Examples
 from bract.shared.errors import (
     LedgerError,
@@ -45,6 +45,7 @@ from bract.shared.privacy.entries import (
 from bract.shared.privacy.ledger import Ledger, Transaction
 from bract.shared.privacy.receipts import Receipt
 from bract.shared.privacy.witness import Witness
+from bract.shared.terms import ADJACENCY, SiteTerms, Unit
 from bract.shared.updates import KINDS, ProtectedScore, Update
 
 logger = logging.getLogger("bract.client")

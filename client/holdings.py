@@ -10,11 +10,11 @@ from typing import Protocol
 from bract.client.settings import DataRoot
 from bract.shared import canonical
 from bract.shared.configuration import parse
-from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, check_part, dataset, load_part
 from bract.shared.data.shares import may_meet
 from bract.shared.errors import BractError, Reason, Refusal, UsageError
 from bract.shared.policy import Policy
+from bract.shared.terms import DataTerms
 
 
 class Holdings(Protocol):

@@ -9,10 +9,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from bract.client.training import devices
 from bract.shared.configuration import Frozen, HostPort, first_fault, parse, read_toml
-from bract.shared.contract import Hex32, Name
 from bract.shared.data import dataset
 from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, Policy
+from bract.shared.terms import Hex32, Name
 
 
 class Keys(Frozen):

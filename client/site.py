@@ -12,10 +12,11 @@ from bract.client.training.randomness import Randomness
 from bract.client.training.together import Job
 from bract.client.training.trainer import Execution, Trainer
 from bract.shared.arrays import Arrays
-from bract.shared.contract import Contract, SiteTerms
+from bract.shared.contract import Contract
 from bract.shared.data import Examples
 from bract.shared.errors import BractError, Reason, Refusal
 from bract.shared.messages import RefusalReply, TrainOrder, TrainReply
+from bract.shared.terms import SiteTerms
 from bract.shared.updates import ProtectedScore, Update
 
 logger = logging.getLogger("bract.client")

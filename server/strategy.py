@@ -15,7 +15,7 @@ from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays as named
 from bract.shared import canonical, packing, wire
 from bract.shared.arrays import Array, Arrays
-from bract.shared.contract import Contract, SignedContract, SiteTerms
+from bract.shared.contract import Contract, SignedContract
 from bract.shared.errors import BractError, Reason, RolledBack, VerificationFailed
 from bract.shared.messages import (
     CloseOrder,
@@ -29,6 +29,7 @@ from bract.shared.models import Shape
 from bract.shared.privacy import entries
 from bract.shared.privacy.receipts import Receipt, Received
 from bract.shared.privacy.witness import NOTHING, Extension
+from bract.shared.terms import SiteTerms
 from bract.shared.updates import KINDS, Update
 
 logger = logging.getLogger("bract.server")

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bract.shared.contract import Contract, SiteTerms
+from bract.shared.contract import Contract
 from bract.shared.errors import VerificationFailed
 from bract.shared.privacy import entries, receipts, witness
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.witness import Extension, Witness
+from bract.shared.terms import SiteTerms
 
 
 @dataclass(frozen=True, slots=True)

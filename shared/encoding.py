@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from bract.shared import canonical
-from bract.shared.contract import DataTerms
 from bract.shared.data import tokens
 from bract.shared.data.images import decoded
 from bract.shared.data.table import Encoder
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Table, Text
+from bract.shared.terms import DataTerms
 
 if TYPE_CHECKING:
     from bract.shared.prediction import Answers

@@ -18,11 +18,11 @@ from torch import nn
 
 from bract.shared import tasks
 from bract.shared.arrays import Arrays
-from bract.shared.contract import DataTerms
 from bract.shared.data import Examples, Groups
 from bract.shared.models import released_parameters
 from bract.shared.models.frozen import Features, FrozenFront
 from bract.shared.models.layout import Layout
+from bract.shared.terms import DataTerms
 
 BATCH = 512
 _WORTH_THREADS = 0.02  # seconds of a pass; to start threads takes two milliseconds

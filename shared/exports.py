@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from bract.shared import arrays, tasks
-from bract.shared.contract import DataTerms
 from bract.shared.errors import BractError, UnknownName, UsageError
+from bract.shared.terms import DataTerms
 from bract.shared.trained import RawModel, Trained
 
 TOLERANCE: Final = 1e-4

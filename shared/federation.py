@@ -10,18 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from bract.shared import contract as contracts
 from bract.shared import keys, node_keys
 from bract.shared.configuration import Frozen, HostPort, host_and_port, parse, read_toml
-from bract.shared.contract import (
-    Contract,
-    DataTerms,
-    EvaluationTerms,
-    Hex32,
-    ModelTerms,
-    Name,
-    PrivacyTerms,
-    SignedContract,
-    SiteTerms,
-    TrainingTerms,
-)
+from bract.shared.contract import Contract, SignedContract
 from bract.shared.data import public
 from bract.shared.data.choice import DataChoice
 from bract.shared.data.locations import folder_of
@@ -30,6 +19,17 @@ from bract.shared.policy import check_delta
 from bract.shared.privacy import entries
 from bract.shared.privacy.calibration import check_budget, noise_within, rate_of
 from bract.shared.privacy.orders import best_order
+from bract.shared.terms import (
+    DataTerms,
+    EvaluationTerms,
+    Hex32,
+    ModelTerms,
+    Name,
+    PrivacyTerms,
+    SiteTerms,
+    TrainingTerms,
+    check_evaluation,
+)
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -154,7 +154,7 @@ class Federation(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Federation:
-        contracts.check_evaluation(self.evaluation, self.rounds)
+        check_evaluation(self.evaluation, self.rounds)
         if self.minimum_cohort > len(self.sites):
             raise ValueError(
                 f"minimum_cohort {self.minimum_cohort} is over the {len(self.sites)} sites listed"

@@ -9,15 +9,9 @@ from pydantic import Field, field_validator
 
 from bract.shared import canonical
 from bract.shared.configuration import Frozen
-from bract.shared.contract import (
-    Contract,
-    EvaluationTerms,
-    Hex32,
-    Mechanism,
-    Name,
-    SiteTerms,
-)
+from bract.shared.contract import Contract
 from bract.shared.errors import Reason, Refusal, UsageError
+from bract.shared.terms import EvaluationTerms, Hex32, Mechanism, Name, SiteTerms
 
 # Above this standard error a noised accuracy says nothing, and would be paid for all the same.
 GREATEST_EVALUATION_ERROR = 0.1

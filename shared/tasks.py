@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bract.shared.contract import DataTerms, Task
 from bract.shared.preparation import Table
+from bract.shared.terms import DataTerms, Task
 
 NO_CLASS = -100
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from bract.shared import arrays, contract, models, tasks
 from bract.shared.arrays import Arrays
 from bract.shared.configuration import parse
-from bract.shared.contract import Contract, DataTerms
+from bract.shared.contract import Contract
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.reports.runs import ServerSummary, Summary
+from bract.shared.terms import DataTerms
 
 
 class RawModel(nn.Module):

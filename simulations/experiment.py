@@ -11,19 +11,19 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from bract.shared.configuration import Frozen, parse, read_toml
-from bract.shared.contract import (
-    EvaluationTerms,
-    Mechanism,
-    ModelTerms,
-    TrainingTerms,
-    check_evaluation,
-)
 from bract.shared.data.choice import DataChoice
 from bract.shared.data.images import schema_of
 from bract.shared.data.partitions import Partition
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.policy import Filter, Menu
 from bract.shared.preparation import Preparation, Table
+from bract.shared.terms import (
+    EvaluationTerms,
+    Mechanism,
+    ModelTerms,
+    TrainingTerms,
+    check_evaluation,
+)
 
 PACKAGE = "bract.simulations.experiments"
 

@@ -14,13 +14,7 @@ import numpy as np
 from bract.client.training import admission, devices
 from bract.shared import canonical, contract, keys, models, tracking
 from bract.shared.configuration import Frozen, parse
-from bract.shared.contract import (
-    Contract,
-    DataTerms,
-    PrivacyTerms,
-    SignedContract,
-    SiteTerms,
-)
+from bract.shared.contract import Contract, SignedContract
 from bract.shared.data import Splits, load
 from bract.shared.data.locations import folder_of
 from bract.shared.data.partitions import group_names, nominal_size, split
@@ -30,6 +24,7 @@ from bract.shared.privacy import entries
 from bract.shared.privacy.budget import fixed_rule
 from bract.shared.privacy.calibration import check_budget, noise_within, rate_of
 from bract.shared.reports.runs import Summary
+from bract.shared.terms import DataTerms, PrivacyTerms, SiteTerms
 from bract.simulations import summary
 from bract.simulations.engines import Engine
 from bract.simulations.experiment import Experiment

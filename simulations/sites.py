@@ -19,11 +19,11 @@ from bract.client.updates import UpdateStore
 from bract.shared import arrays
 from bract.shared.arrays import Arrays
 from bract.shared.configuration import Frozen
-from bract.shared.contract import DataTerms, Mechanism
 from bract.shared.data import Examples, load
 from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy.ledger import Ledger
+from bract.shared.terms import DataTerms, Mechanism
 from bract.simulations import state
 from bract.simulations.experiment import ExecutionSettings, PolicySettings
 from bract.simulations.randomness import SeededRandomness

@@ -22,19 +22,12 @@ from bract.client.training.randomness import SecureRandomness
 from bract.client.updates import UpdateStore
 from bract.shared import contract as contracts
 from bract.shared import keys, models
-from bract.shared.contract import (
-    Contract,
-    DataTerms,
-    ModelTerms,
-    PrivacyTerms,
-    SignedContract,
-    SiteTerms,
-    TrainingTerms,
-)
+from bract.shared.contract import Contract, SignedContract
 from bract.shared.data import Examples
 from bract.shared.messages import TrainOrder, TrainReply
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy.ledger import Ledger
+from bract.shared.terms import DataTerms, ModelTerms, PrivacyTerms, SiteTerms, TrainingTerms
 from bract.shared.updates import ProtectedScore, ProtectedUpdate
 from bract.simulations.federations.loopback import Layout, SitePlan, lay_out
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from bract.client.training.bookkeeping import Loss
 from bract.client.training.gradients import expected_warnings
 from bract.shared import canonical, models, tasks
-from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.errors import ModelRejected
 from bract.shared.models import released_parameters
+from bract.shared.terms import DataTerms, ModelTerms
 
 _KEPT = 16
 _ADMITTED: dict[tuple[models.Factory, bytes, DataTerms], None] = {}

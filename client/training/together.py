@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from bract.client.training.noise import drawn, noised
 from bract.client.training.randomness import RandomStream
 from bract.shared.arrays import Array, Arrays
-from bract.shared.contract import Contract, SiteTerms
+from bract.shared.contract import Contract
 from bract.shared.data import Examples
+from bract.shared.terms import SiteTerms
 
 _GREATEST = 1 << 24  # numbers in the sums of all sites: 128 MiB
 

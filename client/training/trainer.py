@@ -26,10 +26,11 @@ from bract.client.training.together import Job, SharedStep
 from bract.client.training.views import Moves
 from bract.shared import arrays, models, tasks
 from bract.shared.arrays import Array, Arrays
-from bract.shared.contract import Contract, SiteTerms
+from bract.shared.contract import Contract
 from bract.shared.data import Examples
 from bract.shared.errors import ModelRejected, Reason, Refusal
 from bract.shared.models.frozen import Features, FrozenFront
+from bract.shared.terms import SiteTerms
 from bract.shared.updates import KINDS, ProtectedScore, Update
 
 # Above this, weights that a server chose to cancel could make the rounding of one example's

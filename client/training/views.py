@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bract.client.training.bookkeeping import Loss
 from bract.client.training.randomness import RandomStream
-from bract.shared.contract import TrainingTerms
+from bract.shared.terms import TrainingTerms
 
 REACH = 8  # shifts go up to a side's eighth
 

@@ -11,8 +11,9 @@ import click
 from bract.shared import garbage
 from bract.shared.cli import AS_JSON, print_json, shown
 from bract.shared.commands.ledgers import LEDGERS, Evidence, pinned, verified
-from bract.shared.contract import ADJACENCY, Contract
+from bract.shared.contract import Contract
 from bract.shared.reports.audits import Budget, DomainBudget, RunCost
+from bract.shared.terms import ADJACENCY
 
 if TYPE_CHECKING:
     from bract.shared.privacy.chain import Chain

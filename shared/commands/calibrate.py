@@ -6,9 +6,9 @@ import click
 
 from bract.shared import garbage
 from bract.shared.cli import AS_JSON, print_json, shown
-from bract.shared.contract import ADJACENCY
 from bract.shared.errors import UsageError
 from bract.shared.reports import Calibration
+from bract.shared.terms import ADJACENCY
 
 
 @click.command(

@@ -11,10 +11,11 @@ from typing import Any
 import click
 
 from bract.shared.cli import AS_JSON, print_json
-from bract.shared.contract import ADJACENCY, Contract, DataTerms
+from bract.shared.contract import Contract
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Numeric, Table, Text
 from bract.shared.reports.services import ContractShown
+from bract.shared.terms import ADJACENCY, DataTerms
 
 _SHOWN = 6  # labels or categories of a line
 

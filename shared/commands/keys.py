@@ -20,7 +20,6 @@ from pydantic import TypeAdapter, ValidationError
 from bract.shared import keyfiles, node_keys, pki
 from bract.shared import keys as signing
 from bract.shared.cli import AS_JSON, print_json
-from bract.shared.contract import Name
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.keyfiles import NewFile, private, public
 from bract.shared.reports.keys import (
@@ -32,6 +31,7 @@ from bract.shared.reports.keys import (
     ShownKeys,
     SiteKeys,
 )
+from bract.shared.terms import Name
 
 OUT = click.option(
     "--out",

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data import arrays, heart_disease, hub, images, shakespeare, sst2, table, text
 from bract.shared.data.dataset import Dataset, Describe
 from bract.shared.data.digits import load_digits
@@ -23,6 +22,7 @@ from bract.shared.data.parts import Reader
 from bract.shared.data.shares import faults, share
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Preparation, Text
+from bract.shared.terms import DataTerms, Scalar
 
 __all__ = [
     "DATASETS",

@@ -8,11 +8,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data.examples import UNREADABLE, Examples
 from bract.shared.data.options import Options
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Preparation
+from bract.shared.terms import DataTerms, Scalar
 
 
 def describe(options: Mapping[str, Scalar], preparation: Preparation | None) -> DataTerms:

@@ -7,10 +7,10 @@ from pathlib import Path
 from pydantic import Field
 
 from bract.shared.configuration import Frozen, parse, read_toml
-from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data import describe
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Preparation, Table, Text
+from bract.shared.terms import DataTerms, Scalar
 
 
 class DataChoice(Frozen):

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data.examples import Examples, Splits
 from bract.shared.errors import BractError
 from bract.shared.preparation import Preparation
+from bract.shared.terms import DataTerms, Scalar
 
 Describe = Callable[[Mapping[str, Scalar], Preparation | None], DataTerms]
 Prepare = Callable[[Mapping[str, Scalar], Preparation | None, Path | None], Preparation]

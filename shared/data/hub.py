@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data.examples import UNREADABLE, Examples, Splits
 from bract.shared.data.images import FORMATS, fitted
 from bract.shared.data.options import Options
@@ -22,6 +21,7 @@ from bract.shared.data.parts import Reader, whole
 from bract.shared.data.shares import share
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Preparation
+from bract.shared.terms import DataTerms, Scalar
 
 KINDS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json"}
 _KNOWN: dict[str, Scalar] = {

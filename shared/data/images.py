@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data.examples import UNREADABLE, Examples
 from bract.shared.data.options import Options
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Preparation
+from bract.shared.terms import DataTerms, Scalar
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, get_args
 
 from bract.shared.configuration import parse
-from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data import pretrained, tokens
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Text
+from bract.shared.terms import DataTerms, Scalar
 
 OPTIONS: Final = ("length", "merges", "source", "tokens")
 _MERGES: Final = 2_000  # learned where the option says nothing

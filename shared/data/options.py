@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bract.shared.contract import Scalar
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Preparation
+from bract.shared.terms import Scalar
 
 GREATEST_SIZE = 100_000_000
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from bract.shared import factories
-from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data.dataset import Dataset
 from bract.shared.data.examples import Examples, Splits
 from bract.shared.data.shares import faults
 from bract.shared.errors import BractError, UsageError
 from bract.shared.preparation import Preparation
+from bract.shared.terms import DataTerms, Scalar
 
 Result = TypeVar("Result")
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bract.shared.contract import DataTerms
 from bract.shared.data.examples import Examples, Splits
 from bract.shared.data.persons import rows_of
 from bract.shared.data.shares import share
 from bract.shared.errors import UsageError
+from bract.shared.terms import DataTerms
 
 logger = logging.getLogger("bract.data")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bract.shared.contract import DataTerms
 from bract.shared.data import load_public
+from bract.shared.terms import DataTerms
 
 
 def sha256(terms: DataTerms, where: Path | None) -> str:

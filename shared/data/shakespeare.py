@@ -15,10 +15,10 @@ from typing import Final
 
 import numpy as np
 
-from bract.shared.contract import DataTerms
 from bract.shared.data.examples import Examples, Groups, Splits
 from bract.shared.data.locations import Source, content, located
 from bract.shared.errors import UnknownName, UsageError
+from bract.shared.terms import DataTerms
 
 LENGTH: Final = 128  # bytes of an example
 SHORTEST: Final = 16  # a block with fewer is left out

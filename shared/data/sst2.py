@@ -11,7 +11,6 @@ from typing import Final
 
 import numpy as np
 
-from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data import labelled, tokens
 from bract.shared.data.examples import Examples, Splits
 from bract.shared.data.locations import SYSTEM_ROOT, Source, content
@@ -19,6 +18,7 @@ from bract.shared.data.pretrained import PACKAGED
 from bract.shared.data.shares import faults, rows_of_share
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Preparation, Text
+from bract.shared.terms import DataTerms, Scalar
 
 NAME: Final = "sst2"
 LABELS: Final = ("0", "1")  # blames, praises

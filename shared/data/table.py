@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data.examples import UNREADABLE, Examples
 from bract.shared.data.persons import first_rows
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Categorical, Column, Numeric, Preparation, Table
+from bract.shared.terms import DataTerms, Scalar
 
 FORM = (
     'kind = "table", columns = [{kind = "numeric", name = "age", low = 0, high = 100}, '

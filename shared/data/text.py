@@ -14,13 +14,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from bract.shared.contract import DataTerms, Scalar
 from bract.shared.data import labelled, tokens
 from bract.shared.data.examples import Examples, Splits
 from bract.shared.data.pretrained import PACKAGED
 from bract.shared.data.shares import rows_of_share
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Preparation, Text
+from bract.shared.terms import DataTerms, Scalar
 
 NAME: Final = "text"
 UNREADABLE: Final = -1  # no class: such an example adds nothing

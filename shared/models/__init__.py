@@ -9,7 +9,6 @@ from typing import Any, Final
 from torch import nn
 
 from bract.shared import factories
-from bract.shared.contract import DataTerms, ModelTerms, Scalar, Task
 from bract.shared.errors import UnknownName, UsageError, VerificationFailed
 from bract.shared.models import frozen
 from bract.shared.models.cnn import cnn
@@ -19,6 +18,7 @@ from bract.shared.models.mlp import mlp
 from bract.shared.models.pretrained import hf
 from bract.shared.models.resnet import resnet
 from bract.shared.models.transformer import transformer
+from bract.shared.terms import DataTerms, ModelTerms, Scalar, Task
 
 Shape = tuple[int, ...]
 Factory = Callable[..., nn.Module]

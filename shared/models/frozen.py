@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bract.shared import canonical, tasks
-from bract.shared.contract import DataTerms
 from bract.shared.data.examples import Examples
+from bract.shared.terms import DataTerms
 
 TOGETHER = 64
 GREATEST_BYTES = 2**31

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bract.shared.contract import Task
 from bract.shared.models import pooling
+from bract.shared.terms import Task
 
 ENDED = 0
 

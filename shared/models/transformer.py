@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bract.shared.contract import Task
 from bract.shared.errors import UnknownName
 from bract.shared.models import pooling
+from bract.shared.terms import Task
 
 ENDED = 0
 POSITIONS = ("learned", "rope")

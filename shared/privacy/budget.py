@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bract.shared.contract import ADJACENCY, Contract
+from bract.shared.contract import Contract
 from bract.shared.errors import Reason, Refusal
 from bract.shared.policy import DomainPolicy, Filter, Policy
 from bract.shared.privacy import accounting, entries
@@ -16,6 +16,7 @@ from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import NO_PREVIOUS, Genesis
 from bract.shared.privacy.events import Event, PoissonGaussian, merge
 from bract.shared.privacy.orders import best_order
+from bract.shared.terms import ADJACENCY
 
 
 def fixed_rule(domain: DomainPolicy) -> dict[str, Any]:

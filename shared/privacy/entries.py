@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bract.shared import canonical, keys
-from bract.shared.contract import Contract, EvaluationTerms, Hex32, Mechanism, Name, Unit
+from bract.shared.contract import Contract
 from bract.shared.errors import VerificationFailed
 from bract.shared.privacy import events
+from bract.shared.terms import EvaluationTerms, Hex32, Mechanism, Name, Unit
 
 SCHEMA_VERSION = 1
 NO_PREVIOUS = "0" * 64

@@ -15,11 +15,11 @@ from pydantic import Field
 
 from bract.shared import canonical, keys
 from bract.shared.configuration import Frozen, parse
-from bract.shared.contract import Hex32, Name
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.privacy import witness
 from bract.shared.privacy.entries import Charge, Evaluation, Head, Release
 from bract.shared.privacy.witness import Extension, Link, Witness
+from bract.shared.terms import Hex32, Name
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ from pydantic import Field
 
 from bract.shared import canonical, keys
 from bract.shared.configuration import Frozen, parse
-from bract.shared.contract import Hex32, Name
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.privacy import entries
 from bract.shared.privacy.entries import NO_PREVIOUS, Body, Head
+from bract.shared.terms import Hex32, Name
 
 
 class Witness(Frozen):

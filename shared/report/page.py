@@ -11,12 +11,12 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from bract.shared import versions
-from bract.shared.contract import PrivacyTerms
 from bract.shared.report import checks as checking
 from bract.shared.report import figures, wording
 from bract.shared.report.checks import Check
 from bract.shared.report.evidence import Evidence
 from bract.shared.reports.runs import Summary
+from bract.shared.terms import PrivacyTerms
 
 _RANDOMNESS: Final = {
     "csprng": "of a cryptographic source, keyed by the operating system",

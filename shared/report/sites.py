@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bract.shared import canonical
-from bract.shared.contract import Contract, SiteTerms
+from bract.shared.contract import Contract
 from bract.shared.errors import BractError
 from bract.shared.privacy import accounting, budget, verification
 from bract.shared.privacy.chain import Chain
@@ -17,6 +17,7 @@ from bract.shared.privacy.verification import Verified
 from bract.shared.privacy.witness import Witness
 from bract.shared.report import folder
 from bract.shared.report.folder import LedgerFile
+from bract.shared.terms import SiteTerms
 
 CURVE_POINTS = 60
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bract.shared.contract import DataTerms
+from bract.shared.terms import DataTerms
 
 
 class _Attached(torch.autograd.Function):

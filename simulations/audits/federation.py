@@ -14,9 +14,10 @@ from pathlib import Path
 from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
 from bract.shared import federation, keys
-from bract.shared.contract import SignedContract, SiteTerms
+from bract.shared.contract import SignedContract
 from bract.shared.errors import BractError
 from bract.shared.federation import Federation
+from bract.shared.terms import SiteTerms
 from bract.simulations.audits import mechanism, proposal, register, trial
 from bract.simulations.audits.mechanism import Findings
 from bract.simulations.audits.proposal import Subject

@@ -15,9 +15,9 @@ from torch import Tensor
 from bract.client.training.clipping import SLACK
 from bract.shared import models, tasks
 from bract.shared.arrays import Array, Arrays
-from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.data import Examples
 from bract.shared.models.frozen import Features, FrozenFront
+from bract.shared.terms import DataTerms, ModelTerms
 
 Sums = dict[str, npt.NDArray[np.float64]]
 

@@ -8,16 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from bract.shared import contract, models
-from bract.shared.contract import (
-    Contract,
-    DataTerms,
-    ModelTerms,
-    PrivacyTerms,
-    SignedContract,
-    SiteTerms,
-    TrainingTerms,
-)
+from bract.shared.contract import Contract, SignedContract
 from bract.shared.keys import SigningKey
+from bract.shared.terms import DataTerms, ModelTerms, PrivacyTerms, SiteTerms, TrainingTerms
 from bract.simulations.audits import gradients, register
 from bract.simulations.audits.settings import Setting
 

@@ -22,11 +22,11 @@ from torch import nn
 from bract.shared import models, tasks
 from bract.shared.arrays import Arrays
 from bract.shared.configuration import parse
-from bract.shared.contract import DataTerms, ModelTerms, Scalar, Task
 from bract.shared.data import Examples, dataset, load, load_public
 from bract.shared.data.examples import UNREADABLE
 from bract.shared.errors import UsageError
 from bract.shared.models.frozen import FrozenFront
+from bract.shared.terms import DataTerms, ModelTerms, Scalar, Task
 from bract.simulations.audits import beside
 
 MODEL = "bract.simulations.audits.register:model"

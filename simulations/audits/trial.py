@@ -19,12 +19,13 @@ from flwr.serverapp import Grid
 from bract.client.app import app as client_app
 from bract.shared import arrays, canonical, keys, packing, wire
 from bract.shared.arrays import Arrays
-from bract.shared.contract import Contract, SignedContract, SiteTerms
+from bract.shared.contract import Contract, SignedContract
 from bract.shared.data import load_part
 from bract.shared.errors import VerificationFailed
 from bract.shared.messages import RefusalReply, TrainOrder
 from bract.shared.privacy.events import Event, PoissonGaussian
 from bract.shared.privacy.ledger import Ledger
+from bract.shared.terms import SiteTerms
 from bract.simulations.audits import gradients, proposal, register
 from bract.simulations.audits.proposal import Subject
 from bract.simulations.audits.settings import DELTA, Setting

@@ -15,21 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from bract.shared import contract, keys, versions
-from bract.shared.contract import (
-    ADJACENCY,
-    Contract,
-    DataTerms,
-    ModelTerms,
-    PrivacyTerms,
-    SignedContract,
-    SiteTerms,
-    TrainingTerms,
-)
+from bract.shared.contract import Contract, SignedContract
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy import accounting, budget, entries, prv, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import NO_PREVIOUS, Charge, Genesis
 from bract.shared.privacy.ledger import Ledger, Transaction
+from bract.shared.terms import (
+    ADJACENCY,
+    DataTerms,
+    ModelTerms,
+    PrivacyTerms,
+    SiteTerms,
+    TrainingTerms,
+)
 
 RUNS, CHARGES = 50, 10_000
 SITE, DOMAIN, DELTA = "alpha", "ward", 1e-6

@@ -32,7 +32,7 @@ from bract.client.training.trainer import Execution, Trainer
 from bract.server.checkpoint import RoundState
 from bract.server.rounds import RoundLoop
 from bract.shared import cli, malloc, models
-from bract.shared.contract import Mechanism
+from bract.shared.terms import Mechanism
 from bract.simulations import simulation
 from bract.simulations.benchmarks import made_up
 from bract.simulations.engines import LocalEngine

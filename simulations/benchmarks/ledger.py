@@ -19,19 +19,13 @@ from bract.client.training.randomness import SecureRandomness
 from bract.client.training.trainer import Execution, Trainer
 from bract.client.updates import UpdateStore
 from bract.shared import contract, keys
-from bract.shared.contract import (
-    Contract,
-    DataTerms,
-    ModelTerms,
-    PrivacyTerms,
-    SiteTerms,
-    TrainingTerms,
-)
+from bract.shared.contract import Contract
 from bract.shared.data import Examples
 from bract.shared.messages import TrainOrder
 from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy import verification, witness
 from bract.shared.privacy.ledger import Ledger
+from bract.shared.terms import DataTerms, ModelTerms, PrivacyTerms, SiteTerms, TrainingTerms
 
 ROUNDS = 5_000
 

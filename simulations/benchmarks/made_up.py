@@ -14,8 +14,8 @@ from typing import cast
 import numpy as np
 from torch import nn
 
-from bract.shared.contract import DataTerms
 from bract.shared.data.examples import Examples
+from bract.shared.terms import DataTerms
 from bract.simulations.benchmarks.rivals import networks
 
 DATA = "bract.simulations.benchmarks.made_up:images"

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from bract.shared.contract import ModelTerms
 from bract.shared.data import describe
+from bract.shared.terms import ModelTerms
 from bract.simulations.audits import bounds, faults, mechanism
 from bract.simulations.audits.proposal import Subject
 from bract.simulations.audits.settings import CONFIDENCES, suite

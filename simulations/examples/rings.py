@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from bract.shared.contract import DataTerms
 from bract.shared.data import Examples
 from bract.shared.data.shares import share
+from bract.shared.terms import DataTerms
 
 
 @dataclass(frozen=True)

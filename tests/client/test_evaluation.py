@@ -15,13 +15,14 @@ from bract.client.site import Site, Trainers
 from bract.client.training.randomness import SecureRandomness
 from bract.client.training.trainer import Execution
 from bract.shared import wire
-from bract.shared.contract import EvaluationTerms, SignedContract
+from bract.shared.contract import SignedContract
 from bract.shared.data import Examples
 from bract.shared.errors import Reason, Refusal, VerificationFailed
 from bract.shared.messages import RefusalReply, TrainReply
 from bract.shared.policy import DomainPolicy, Menu, MenuClass
 from bract.shared.privacy import accounting, budget, entries, ledger, verification
 from bract.shared.privacy.events import PoissonGaussian, merge
+from bract.shared.terms import EvaluationTerms
 from bract.shared.updates import ProtectedScore, ProtectedUpdate
 
 SIGMA = 4.0

@@ -17,7 +17,7 @@ from bract.client.training.randomness import SecureRandomness
 from bract.client.training.trainer import Execution
 from bract.client.updates import UpdateStore
 from bract.shared import arrays, keys, wire
-from bract.shared.contract import ModelTerms, PrivacyTerms, SignedContract, TrainingTerms
+from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, Refusal, VerificationFailed
 from bract.shared.messages import RefusalReply, TrainOrder, TrainReply
 from bract.shared.policy import DomainPolicy, Menu, MenuClass
@@ -25,6 +25,7 @@ from bract.shared.privacy import accounting, ledger, verification
 from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.privacy.orders import best_order
+from bract.shared.terms import ModelTerms, PrivacyTerms, TrainingTerms
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 
 

@@ -15,12 +15,13 @@ from bract.client.gate import Gate, Permit
 from bract.client.installed import SiteState
 from bract.shared import canonical, keys, locks
 from bract.shared import contract as contracts
-from bract.shared.contract import Contract, SignedContract, TrainingTerms
+from bract.shared.contract import Contract, SignedContract
 from bract.shared.data.heart_disease import split_files
 from bract.shared.errors import Refusal, UsageError, VerificationFailed
 from bract.shared.privacy import accounting
 from bract.shared.reports import schema
 from bract.shared.reports.services import ContractCheck
+from bract.shared.terms import TrainingTerms
 from bract.simulations.federations.loopback import Layout, SitePlan, lay_out
 
 Bract = Callable[..., Any]

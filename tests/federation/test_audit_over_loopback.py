@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bract.shared.contract import ModelTerms
 from bract.shared.data import describe
+from bract.shared.terms import ModelTerms
 from bract.simulations.audits import federation, mechanism
 from bract.simulations.audits.proposal import Subject
 from bract.simulations.audits.settings import suite

@@ -15,12 +15,13 @@ from bract.server import fairness
 from bract.server.strategy import INVALID_UPDATE, PublicFedAvg
 from bract.server.witnesses import WitnessDesk
 from bract.shared import keys, wire
-from bract.shared.contract import Contract, EvaluationTerms, SignedContract, SiteTerms
+from bract.shared.contract import Contract, SignedContract
 from bract.shared.errors import VerificationFailed
 from bract.shared.messages import TrainReply
 from bract.shared.privacy import entries
 from bract.shared.privacy.receipts import Receipt
 from bract.shared.reports.runs import LocalAccuracy
+from bract.shared.terms import EvaluationTerms, SiteTerms
 from bract.simulations.grid import LocalGrid
 
 WITNESS = keys.generate()

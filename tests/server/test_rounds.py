@@ -17,11 +17,11 @@ from bract.server.rounds import CohortTooSmall, Patience, RoundLoop, initial_sta
 from bract.server.strategy import PublicFedAvg
 from bract.server.witnesses import WitnessDesk
 from bract.shared import keys, models, wire
-from bract.shared.contract import SiteTerms, TrainingTerms
 from bract.shared.evaluation import Evaluator
 from bract.shared.privacy import accounting, entries, ledger
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.witness import Witness
+from bract.shared.terms import SiteTerms, TrainingTerms
 from bract.shared.updates import ProtectedUpdate
 from bract.simulations.grid import LocalGrid
 

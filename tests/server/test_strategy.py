@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from bract.server.strategy import INVALID_UPDATE, PublicFedAvg
 from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays, contract, keys, packing, wire
-from bract.shared.contract import SignedContract, SiteTerms, TrainingTerms
+from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason
 from bract.shared.messages import (
     CloseOrder,
@@ -25,6 +25,7 @@ from bract.shared.messages import (
     TrainReply,
 )
 from bract.shared.privacy.receipts import Receipt
+from bract.shared.terms import SiteTerms, TrainingTerms
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 from bract.simulations.grid import LocalGrid
 

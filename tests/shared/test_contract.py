@@ -11,18 +11,17 @@ from pydantic import ValidationError
 
 from bract.shared import canonical, keys
 from bract.shared import contract as contracts
-from bract.shared.contract import (
-    Contract,
+from bract.shared.contract import Contract, SignedContract
+from bract.shared.errors import UsageError, VerificationFailed
+from bract.shared.preparation import Categorical, Numeric, Table, Target, Text
+from bract.shared.terms import (
     DataTerms,
     EvaluationTerms,
     ModelTerms,
     PrivacyTerms,
-    SignedContract,
     SiteTerms,
     TrainingTerms,
 )
-from bract.shared.errors import UsageError, VerificationFailed
-from bract.shared.preparation import Categorical, Numeric, Table, Target, Text
 
 KEY, OTHER = keys.generate(), keys.generate()
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,9}", fullmatch=True)

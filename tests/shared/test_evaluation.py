@@ -12,11 +12,11 @@ from sklearn import metrics
 from torch import nn
 
 from bract.shared import evaluation, models, tasks
-from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.data import Examples, Groups
 from bract.shared.evaluation import Evaluator
 from bract.shared.preparation import Numeric, Table, Target
 from bract.shared.reports.runs import Scores
+from bract.shared.terms import DataTerms, ModelTerms
 
 PICTURES = DataTerms(name="made-up", shape=(3, 8, 8), classes=3)
 NAMES = ("large", "small", "empty")

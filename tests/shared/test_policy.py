@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from bract.shared import canonical
 from bract.shared.configuration import parse
-from bract.shared.contract import EvaluationTerms
 from bract.shared.errors import Reason, Refusal, UsageError
 from bract.shared.policy import (
     DomainPolicy,
@@ -21,6 +20,7 @@ from bract.shared.policy import (
     check_delta,
     evaluation_error,
 )
+from bract.shared.terms import EvaluationTerms
 
 KEY = "ab" * 32
 

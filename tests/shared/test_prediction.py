@@ -14,11 +14,11 @@ from PIL import Image
 from torch import nn
 
 from bract.shared import exports, models, prediction, trained
-from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.data import Examples
 from bract.shared.errors import UsageError
 from bract.shared.evaluation import Evaluator
 from bract.shared.preparation import Categorical, Images, Numeric, Table, Target, Text
+from bract.shared.terms import DataTerms, ModelTerms
 from bract.shared.trained import Trained
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bract.shared import tasks
-from bract.shared.contract import DataTerms
+from bract.shared.terms import DataTerms
 
 DATA = {
     "classes": DataTerms(name="d", shape=(3,), classes=4, offset=1.0, scale=2.0),

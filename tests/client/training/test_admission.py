@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from bract.client.training.admission import admit
 from bract.shared import models
-from bract.shared.contract import DataTerms
 from bract.shared.errors import ModelRejected
+from bract.shared.terms import DataTerms
 
 SHAPE = (1, 8, 8)
 

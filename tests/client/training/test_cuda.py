@@ -22,8 +22,8 @@ from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream
 from bract.client.training.trainer import Execution, Trainer
 from bract.shared import models, tasks
-from bract.shared.contract import DataTerms, ModelTerms, TrainingTerms
 from bract.shared.data import Examples
+from bract.shared.terms import DataTerms, ModelTerms, TrainingTerms
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing"),

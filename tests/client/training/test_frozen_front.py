@@ -13,10 +13,11 @@ import pytest
 from bract.client.training.randomness import RandomStream
 from bract.client.training.trainer import Execution, Trainer
 from bract.shared import models
-from bract.shared.contract import Contract, DataTerms, EvaluationTerms, ModelTerms, TrainingTerms
+from bract.shared.contract import Contract
 from bract.shared.data import Examples
 from bract.shared.errors import VerificationFailed
 from bract.shared.evaluation import Evaluator
+from bract.shared.terms import DataTerms, EvaluationTerms, ModelTerms, TrainingTerms
 
 MODES = ("book-keeping", "opacus-hooks", "opacus-ghost")
 DATA = DataTerms(name="digits", shape=(1, 8, 8), classes=10, scale=16.0)

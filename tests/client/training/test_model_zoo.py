@@ -17,8 +17,8 @@ from bract.client.training.gradients import clipped_sum
 from bract.client.training.randomness import RandomStream
 from bract.client.training.trainer import Execution, Trainer
 from bract.shared import models, tasks
-from bract.shared.contract import DataTerms, EvaluationTerms, ModelTerms, TrainingTerms
 from bract.shared.data import Examples
+from bract.shared.terms import DataTerms, EvaluationTerms, ModelTerms, TrainingTerms
 from bract.shared.updates import ProtectedUpdate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")

@@ -17,8 +17,8 @@ from bract.client.training import scoring
 from bract.client.training.noise import GRID_BITS
 from bract.client.training.randomness import RandomStream, SecureRandomness
 from bract.client.training.trainer import Execution, Trainer
-from bract.shared.contract import EvaluationTerms
 from bract.shared.data import Examples
+from bract.shared.terms import EvaluationTerms
 from bract.shared.updates import ProtectedScore
 
 SIGMA = 3.0

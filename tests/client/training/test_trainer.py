@@ -20,9 +20,10 @@ from bract.client.training.graphs import ReplayedSum
 from bract.client.training.randomness import RandomStream, SecureRandomness
 from bract.client.training.trainer import Execution, Trainer
 from bract.shared import models
-from bract.shared.contract import Contract, DataTerms, ModelTerms, TrainingTerms
+from bract.shared.contract import Contract
 from bract.shared.data import Examples
 from bract.shared.errors import ModelRejected
+from bract.shared.terms import DataTerms, ModelTerms, TrainingTerms
 from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 
 ROOT = Path(__file__).parents[3]

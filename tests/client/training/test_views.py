@@ -20,8 +20,8 @@ from bract.client.training.randomness import RandomStream
 from bract.client.training.trainer import Execution, Trainer
 from bract.client.training.views import Moves, Viewed, draw, mean_loss, moved
 from bract.shared import models, tasks
-from bract.shared.contract import DataTerms, ModelTerms, TrainingTerms
 from bract.shared.errors import ModelRejected
+from bract.shared.terms import DataTerms, ModelTerms, TrainingTerms
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 LOSS = mean_loss(partial(tasks.losses, task="classes"))

@@ -12,11 +12,11 @@ import pytest
 
 from bract.shared import keys
 from bract.shared.commands import budget
-from bract.shared.contract import EvaluationTerms
 from bract.shared.privacy import accounting, anchors, entries, receipts, witness
 from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.privacy.receipts import Received
 from bract.shared.reports import schema
+from bract.shared.terms import EvaluationTerms
 
 Bract = Callable[..., Any]
 STEP = PoissonGaussian(0.1, 1.5, 1)

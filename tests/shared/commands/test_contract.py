@@ -13,10 +13,10 @@ import pytest
 from bract.shared import canonical, keys
 from bract.shared import contract as contracts
 from bract.shared.commands import contract as command
-from bract.shared.contract import DataTerms
 from bract.shared.preparation import Categorical, Images, Numeric, Table, Target, Text
 from bract.shared.privacy import accounting, entries, events
 from bract.shared.reports import schema
+from bract.shared.terms import DataTerms
 from bract.simulations.federations.loopback import Layout
 
 Bract = Callable[..., Any]

@@ -13,8 +13,8 @@ import jsonschema
 import pytest
 
 from bract.shared import canonical, keyfiles, keys, node_keys, pki
-from bract.shared.contract import SiteTerms
 from bract.shared.reports import schema
+from bract.shared.terms import SiteTerms
 
 Bract = Callable[..., Any]
 

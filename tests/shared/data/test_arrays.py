@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bract.shared import data
-from bract.shared.contract import DataTerms
 from bract.shared.errors import UnknownName, UsageError
+from bract.shared.terms import DataTerms
 
 INPUTS = np.arange(24, dtype=np.uint8).reshape(4, 2, 3)
 

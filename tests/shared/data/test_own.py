@@ -14,9 +14,9 @@ import pytest
 from bract.client.holdings import Roots
 from bract.client.settings import DataRoot
 from bract.shared import data
-from bract.shared.contract import DataTerms
 from bract.shared.data import Examples
 from bract.shared.errors import Refusal, UsageError
+from bract.shared.terms import DataTerms
 
 RINGS = "bract.simulations.examples.rings:data"
 MODEL = "bract.simulations.examples.rings:model"

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from bract.shared import data
-from bract.shared.contract import Name
 from bract.shared.data import Examples
 from bract.shared.data.partitions import nominal_size
 from bract.shared.data.shakespeare import (
@@ -26,6 +25,7 @@ from bract.shared.data.shakespeare import (
     site_name,
 )
 from bract.shared.errors import UnknownName, UsageError
+from bract.shared.terms import Name
 from bract.simulations import simulation
 from bract.simulations.benchmarks import shakespeare_baselines
 from bract.simulations.experiment import load

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bract.shared import data
-from bract.shared.contract import DataTerms
 from bract.shared.data import Examples
 from bract.shared.data.choice import read_schema
 from bract.shared.data.partitions import Partition, split
 from bract.shared.data.table import Encoder, lines
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Categorical, Numeric, Table, Target
+from bract.shared.terms import DataTerms
 
 HEADER = "age,note,ward,ill"
 

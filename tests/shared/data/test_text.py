@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from bract.server import service
 from bract.shared import contract as contracts
 from bract.shared import data, federation
-from bract.shared.contract import DataTerms
 from bract.shared.data import text as user_text
 from bract.shared.data import tokens
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Images, Text
+from bract.shared.terms import DataTerms
 from bract.simulations.federations.loopback import SitePlan, lay_out
 
 PRIVATE = "pancreatitis"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bract.shared import models
-from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.data import Examples
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.models import frozen
 from bract.shared.models.frozen import TOGETHER, Features, FrozenFront
+from bract.shared.terms import DataTerms, ModelTerms
 
 DATA = DataTerms(name="made-up", shape=(6,), classes=3, scale=2.0)
 TEXT = DataTerms(name="made-up", shape=(40,), classes=3, vocabulary=50)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bract.shared import models
-from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.errors import UnknownName, UsageError, VerificationFailed
 from bract.shared.models import frozen
+from bract.shared.terms import DataTerms, ModelTerms
 
 VOCABULARY, LENGTH = 200, 10
 SIZES: dict[str, dict[str, Any]] = {

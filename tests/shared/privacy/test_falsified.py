@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from bract.shared import canonical, keys
-from bract.shared.contract import EvaluationTerms
 from bract.shared.errors import BractError
 from bract.shared.privacy import entries, export, ledger, verification, witness
 from bract.shared.privacy.entries import NO_PREVIOUS, Head
 from bract.shared.privacy.ledger import Contents
+from bract.shared.terms import EvaluationTerms
 
 CASES = int(os.environ.get("BRACT_CASES", "100"))
 NAME = ("alpha", "ward")

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from bract.shared import canonical, keys
 from bract.shared import contract as contracts
 from bract.shared.cli import bract as command
-from bract.shared.contract import EvaluationTerms
 from bract.shared.errors import BractError, UsageError, VerificationFailed
 from bract.shared.policy import DomainPolicy, Menu, MenuClass, Policy
 from bract.shared.privacy import accounting, entries, events, ledger, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import NO_PREVIOUS, Body, Charge, Genesis, Head, Release
+from bract.shared.terms import EvaluationTerms
 
 WARD, CLINIC = ("alpha", "ward"), ("alpha", "clinic")
 Edit = Callable[[dict[str, Any]], dict[str, Any] | None]

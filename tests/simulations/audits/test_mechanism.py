@@ -13,10 +13,10 @@ from torch import nn
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.shared import models
 from bract.shared.commands.audit import audit
-from bract.shared.contract import ModelTerms
 from bract.shared.data import describe
 from bract.shared.errors import ModelRejected, UnknownName, UsageError
 from bract.shared.reports import schema
+from bract.shared.terms import ModelTerms
 from bract.simulations.audits import experiment_command, faults, mechanism
 from bract.simulations.audits.mechanism import Findings
 from bract.simulations.audits.proposal import Subject

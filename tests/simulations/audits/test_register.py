@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from bract.client.training import admission
 from bract.client.training.gradients import clipped_sum
 from bract.shared import models, tasks
-from bract.shared.contract import DataTerms, ModelTerms
 from bract.shared.data import describe, load, load_part
 from bract.shared.errors import UsageError
 from bract.shared.models.frozen import FrozenFront
+from bract.shared.terms import DataTerms, ModelTerms
 from bract.simulations.audits import beside, gradients, register
 
 VALUES = DataTerms(name="made-up", shape=(3,), classes=1, task="value")
