@@ -85,6 +85,7 @@ def _check_independence(model: nn.Module, *, data: DataTerms, name: str) -> None
         # float64, where that is not to be expected. What cannot be asked so stays refused.
         with contextlib.suppress(Exception):
             mixes = _mixes(copy.deepcopy(model).double(), _wide(inputs), _wide(targets), data)
+    _check_weights_stay(model, inputs, targets, data=data, name=name)
     _check_answers(model.eval(), inputs, name=name)
     if mixes:
         raise ModelRejected(
@@ -92,6 +93,29 @@ def _check_independence(model: nn.Module, *, data: DataTerms, name: str) -> None
             "the gradient of one example is another in a batch than alone; remove what runs over "
             "the batch axis, and call layers rather than their weights"
         )
+
+
+def _check_weights_stay(
+    model: nn.Module, inputs: Tensor, targets: Tensor, *, data: DataTerms, name: str
+) -> None:
+    """Returns where no pass writes into a weight, as an embedding with max_norm does.
+
+    What was written would leave with the update: without noise, and uncharged.
+    """
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e3)  # so large that what keeps them small would act
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for training in (True, False):
+        loss = tasks.losses(model.train(training)(inputs), targets, task=data.task).sum()
+        torch.autograd.grad(loss, list(released_parameters(model).values()), allow_unused=True)
+        for kept, (path, parameter) in zip(before, model.named_parameters(), strict=True):
+            if not torch.equal(kept, parameter):
+                raise ModelRejected(
+                    f"model {name!r} changes its weight {path!r} while it answers, which tells "
+                    "its input without noise: remove what does (max_norm of an embedding)"
+                )
 
 
 def _mixes(model: nn.Module, inputs: Tensor, targets: Tensor, data: DataTerms) -> bool:

@@ -28,8 +28,17 @@ Precision = Literal["float32", "bfloat16"]
 class ClippedSum(Protocol):
     """Adds the clipped gradients of one physical batch to per-parameter sums."""
 
-    def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
-        """Adds in place; `inputs` has its examples on the first axis, at least one."""
+    def add_(
+        self,
+        sums: dict[str, Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        counted: Tensor | None = None,
+    ) -> None:
+        """Adds in place; `inputs` has its examples on the first axis, at least one.
+
+        `counted` tells, in booleans, which of them add anything; None: all.
+        """
 
 
 @contextmanager
@@ -57,13 +66,21 @@ class HooksSum:
         self._parameters = _released(model)
         self._loss, self._clip_norm = loss, clip_norm
 
-    def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
+    def add_(
+        self,
+        sums: dict[str, Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        counted: Tensor | None = None,
+    ) -> None:
         """Adds the clipped gradients of a physical batch."""
         _reset(self._module)
         torch.autograd.backward([self._loss(self._module(inputs), targets).sum()])
         samples = {name: _samples(name, p) for name, p in self._parameters.items()}
         norms = joint_norms([row_norms(gradients) for gradients in samples.values()])
         factors = clip_factors(norms, self._clip_norm)
+        if counted is not None:
+            factors = torch.where(counted, factors, 0.0)
         for name, gradients in samples.items():
             sums[name] += weighted_sum(factors, gradients)
         _reset(self._module)

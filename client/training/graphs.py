@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bract.client.training.bookkeeping import BookKeepingSum
 from bract.client.training.gradients import ClippedSum, zeros
+from bract.client.training.sizes import filled
 from bract.shared import models
 
 logger = logging.getLogger("bract.client")
@@ -41,17 +42,9 @@ class Shape:
 
 
 def shape_of(inputs: Tensor, targets: Tensor, most: int) -> Shape:
-    """Returns the shape that holds a batch: of eight sizes between a power of two and the next.
-
-    Args:
-        inputs: of the batch.
-        targets: of the batch.
-        most: how many examples are in memory at once, which no shape is larger than.
-    """
-    count = len(inputs)
-    step = max(4, 1 << max(0, (count - 1).bit_length() - 4))
+    """Returns the shape that holds a batch, of a size that memory holds."""
     return Shape(
-        max(count, min(most, -(-count // step) * step)),
+        max(len(inputs), filled(len(inputs), most)),
         (tuple(inputs.shape[1:]), inputs.dtype),
         (tuple(targets.shape[1:]), targets.dtype),
     )
@@ -90,10 +83,16 @@ class Recorded:
                 torch.cuda.set_stream(now)  # a recording that failed may leave another
                 now.wait_stream(apart)  # and work, on memory that is given back
 
-    def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
+    def add_(
+        self,
+        sums: dict[str, Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        counted: Tensor | None = None,
+    ) -> None:
         """Adds the clipped gradients of a batch that the shape holds."""
         with torch.cuda.device(self._device):
-            self._batch.fill(inputs, targets)
+            self._batch.fill(inputs, targets, counted)
             self._graph.replay()
             self._batch.add_to(sums)
 
@@ -124,11 +123,13 @@ class Batch:
         torch._foreach_zero_(list(self._sums.values()))
         summer.add_(self._sums, self._inputs, self._targets, self._counted)
 
-    def fill(self, inputs: Tensor, targets: Tensor) -> None:
+    def fill(self, inputs: Tensor, targets: Tensor, counted: Tensor | None = None) -> None:
         """Takes a batch; those that fill it up are of an earlier one, or zeros."""
         self._inputs[: len(inputs)] = inputs
         self._targets[: len(inputs)] = targets
         torch.lt(self._places, len(inputs), out=self._counted)
+        if counted is not None:
+            self._counted[: len(inputs)] = counted
 
     def add_to(self, sums: dict[str, Tensor]) -> None:
         """Adds what the pass left."""
@@ -151,14 +152,20 @@ class ReplayedSum:
         self._pool: Any = None
         self._records = True
 
-    def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
+    def add_(
+        self,
+        sums: dict[str, Tensor],
+        inputs: Tensor,
+        targets: Tensor,
+        counted: Tensor | None = None,
+    ) -> None:
         """Adds the clipped gradients of a physical batch."""
         shape = shape_of(inputs, targets, self._most)
         if self._records and shape not in self._graphs:
             self._seen[shape] += 1
             if self._seen[shape] > _BEFORE:
                 self._record(shape)
-        self._graphs.get(shape, self._summer).add_(sums, inputs, targets)
+        self._graphs.get(shape, self._summer).add_(sums, inputs, targets, counted)
 
     def _record(self, shape: Shape) -> None:
         if self._pool is None:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -16,12 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bract.client.training import admission, gradients, graphs, scoring, views
+from bract.client.training import admission, gradients, graphs, scoring, sizes, views
 from bract.client.training.bookkeeping import BookKeepingSum, Loss
 from bract.client.training.clipping import SLACK
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum, Precision
 from bract.client.training.optimizer import PlainOptimizer, PrivateOptimizer, Sgd
 from bract.client.training.randomness import RandomStream, check_turning
+from bract.client.training.sizes import Sizes
 from bract.client.training.together import Job, SharedStep
 from bract.client.training.views import Moves
 from bract.shared import arrays, models, tasks
@@ -33,9 +35,7 @@ from bract.shared.models.frozen import Features, FrozenFront
 from bract.shared.terms import SiteTerms
 from bract.shared.updates import KINDS, ProtectedScore, Update
 
-# Above this, weights that a server chose to cancel could make the rounding of one example's
-# gradient, which varies with the size of the batch, as large as the clip norm. Public, so that
-# refusing tells nothing; trained weights stay far below it.
+# Trained weights stay far below it. Public, so that refusing tells nothing.
 GREATEST_WEIGHT = 1e3
 
 
@@ -100,8 +100,12 @@ class Trainer:
         self.parameters = models.released_parameters(self._model)
         self.shapes = models.released_shapes(self._model)
         self._summer, self._summed = _summer(contract, execution, self._model)
-        self._adder = graphs.replayed(self._summer, self._summed, contract.model.name, self._pieces)
+        self._adder: ClippedSum | PlainSum = self._summer
+        if not isinstance(self._summer, PlainSum):
+            name = contract.model.name
+            self._adder = graphs.replayed(self._summer, self._summed, name, self._pieces)
         self._shared = SharedStep(contract, self._summed, self.parameters)
+        self._sizes = Sizes(self._probed)
         if self._device.type == "cuda":  # before any charge, by the name that noise knows it by
             check_turning(next(iter(self.parameters.values())).device)
         self._rehearse()
@@ -131,14 +135,14 @@ class Trainer:
         """
         self._load(weights)
         optimizer = self._optimizer(terms, stream)
-        rate = self._contract.privacy.sampling_rate
+        rate, expected = self._contract.privacy.sampling_rate, self._contract.normaliser(terms)
         with gradients.expected_warnings():
             for _ in range(self._contract.training.local_steps):
                 batch = stream.poisson_sample(len(examples), rate)
                 moves = self._moves(len(batch), stream)
                 if self._noise_ahead and isinstance(optimizer, PrivateOptimizer):
                     optimizer.draw_ahead(_drawing(os.getpid()))
-                optimizer.put(list(self._sums(examples, batch, moves).values()))
+                optimizer.put(list(self._sums(examples, batch, moves, expected).values()))
                 optimizer.step()
                 optimizer.zero_grad()
         return self._update(weights)
@@ -180,10 +184,12 @@ class Trainer:
         summer = self._summer
         assert isinstance(summer, BookKeepingSum)  # noqa: S101  the caller asked
         bounds = np.cumsum([0, *map(len, batches)])
+        expected = sum(self._contract.normaliser(job.terms) for job in jobs)
 
         def run(size: int) -> Tensor:
             rows, totals = self._shared.rows(len(jobs))
-            for piece in _parts(int(bounds[-1]), size):
+            pieces = self._sizes.pieces(int(bounds[-1]), expected=expected, most=size)
+            for piece, full in pieces:
                 cuts = np.clip(bounds, piece.start, piece.stop)
                 pairs = [
                     self._batch(job.examples, batch[start - begin : stop - begin])
@@ -194,7 +200,9 @@ class Trainer:
                 ]
                 inputs, targets = (torch.cat(side) for side in zip(*pairs, strict=True))
                 parts = [slice(start, stop) for start, stop in pairwise(cuts - piece.start)]
-                summer.add_parts_(totals, parts, inputs, targets)
+                given = _filled(inputs, targets, full)
+                with self._weights_stay():
+                    summer.add_parts_(totals, parts, *given)
             return rows
 
         return self._in_pieces(run)
@@ -213,6 +221,16 @@ class Trainer:
                 self._pieces //= 2
                 if isinstance(self._adder, graphs.ReplayedSum):
                     self._adder.forget()
+
+    @contextmanager
+    def _weights_stay(self) -> Iterator[None]:
+        """Raises where a pass writes into a weight: what it wrote would leave without noise."""
+        before = [parameter._version for parameter in self._summed.values()]
+        yield
+        if [parameter._version for parameter in self._summed.values()] != before:
+            raise ModelRejected(
+                f"model {self._contract.model.name!r} changes its weights while it answers"
+            )
 
     def _zeros(self) -> dict[str, Tensor]:
         return gradients.zeros(self._summed)
@@ -242,7 +260,7 @@ class Trainer:
         try:
             with gradients.expected_warnings():
                 moves = self._moves(2, RandomStream(bytes(32)))  # no secret: of zeros
-                self._sums(blank, np.arange(2), moves)
+                self._sums(blank, np.arange(2), moves, 2.0)
         except NotImplementedError as error:
             raise ModelRejected(f"model {self._contract.model.name!r}: {error}") from error
 
@@ -251,20 +269,69 @@ class Trainer:
         return views.draw(self._contract.training, self._contract.data.shape, count, stream)
 
     def _sums(
-        self, examples: Examples, batch: npt.NDArray[np.int64], moves: Moves | None
+        self,
+        examples: Examples,
+        batch: npt.NDArray[np.int64],
+        moves: Moves | None,
+        expected: float,
     ) -> dict[str, Tensor]:
-        """Returns the summed (clipped) gradients of a logical batch, piece by piece."""
+        """Returns the summed (clipped) gradients of a logical batch, piece by piece.
 
-        def run(size: int) -> dict[str, Tensor]:
-            if isinstance(self._summer, PlainSum) and 0 < len(batch) <= size:
-                return self._summer.gradients(*self._batch(examples, batch, moves))
-            sums = self._zeros()
-            for part in _parts(len(batch), size):
+        Args:
+            examples: of the site.
+            batch: which of them were drawn.
+            moves: their views, if there are any.
+            expected: how many are drawn on the mean at a site of the contract's nominal size.
+        """
+
+        def run(most: int) -> dict[str, Tensor]:
+            adder, sums = self._adder, self._zeros()
+            if isinstance(adder, PlainSum):
+                return self._plain_sums(adder, examples, batch, moves, most)
+            for part, size in self._sizes.pieces(len(batch), expected=expected, most=most):
                 seen = None if moves is None else moves.take(part)
-                self._adder.add_(sums, *self._batch(examples, batch[part], seen))
+                given = _filled(*self._batch(examples, batch[part], seen), size)
+                with self._weights_stay():
+                    adder.add_(sums, *given)
             return sums
 
         return self._in_pieces(run)
+
+    def _plain_sums(
+        self,
+        summer: PlainSum,
+        examples: Examples,
+        batch: npt.NDArray[np.int64],
+        moves: Moves | None,
+        most: int,
+    ) -> dict[str, Tensor]:
+        if 0 < len(batch) <= most:
+            return summer.gradients(*self._batch(examples, batch, moves))
+        sums = self._zeros()
+        for start in range(0, len(batch), most):
+            part = slice(start, start + most)
+            seen = None if moves is None else moves.take(part)
+            summer.add_(sums, *self._batch(examples, batch[part], seen))
+        return sums
+
+    def _probed(self, size: int) -> list[Tensor]:
+        """Returns the mean clipped gradient of so many equal, made-up examples.
+
+        At made-up weights: a server's may be such that every kernel gives the same.
+        """
+        data, made = self._contract.data, torch.Generator().manual_seed(3)  # no secret
+        inputs, targets = (side.numpy() for side in tasks.made_up(data, 1, made))
+        if data.vocabulary is None:
+            inputs = (inputs * data.scale + data.offset).astype(np.float32)
+        rows, moves = np.zeros(size, np.int64), self._moves(1, RandomStream(bytes(32)))
+        seen = None if moves is None else moves.take(rows)
+        sums, kept = self._zeros(), [p.detach().clone() for p in self.parameters.values()]
+        try:
+            self._set([sizes.made_up(p, made) for p in self.parameters.values()])
+            self._summer.add_(sums, *self._batch(Examples(inputs, targets), rows, seen))
+        finally:
+            self._set(kept)
+        return [total / size for total in sums.values()]
 
     def _batch(
         self, examples: Examples, piece: npt.NDArray[np.int64], moves: Moves | None = None
@@ -298,9 +365,13 @@ class Trainer:
         )
 
     def _load(self, weights: Arrays) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))
+        found = (np.array(weights[name], dtype=np.float32) for name in self.parameters)
+        self._set([torch.from_numpy(value) for value in found])
+
+    @torch.no_grad()
+    def _set(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters.values(), values, strict=True):
+            parameter.copy_(value)
 
     def _update(self, weights: Arrays) -> Update:
         values: dict[str, Array] = {
@@ -333,7 +404,7 @@ def _drawing(process: int) -> ThreadPoolExecutor:
 
 def _summer(
     contract: Contract, execution: Execution, model: nn.Module
-) -> tuple[ClippedSum, dict[str, nn.Parameter]]:
+) -> tuple[ClippedSum | PlainSum, dict[str, nn.Parameter]]:
     """Returns the way to sum, and the parameters by the names that it gives them, in one order."""
     losses: Loss = partial(tasks.losses, task=contract.data.task)
     if contract.training.augmentation != "none":
@@ -354,5 +425,13 @@ def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
-def _parts(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
+def _filled(inputs: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns a batch filled up with zeros, and which of its examples are counted."""
+    count = len(inputs)
+    counted = torch.arange(size, device=inputs.device) < count
+    if count < size:
+        inputs, targets = (
+            torch.cat([side, side.new_zeros((size - count, *side.shape[1:]))])
+            for side in (inputs, targets)
+        )
+    return inputs, targets, counted

@@ -29,7 +29,7 @@ class Moves:
     right: npt.NDArray[np.int64]
     mirrored: npt.NDArray[np.bool_]
 
-    def take(self, part: slice) -> Moves:
+    def take(self, part: slice | npt.NDArray[np.int64]) -> Moves:
         """Returns the moves of some examples."""
         return Moves(self.down[part], self.right[part], self.mirrored[part])
 

@@ -124,9 +124,9 @@ def _empty_skipped() -> Iterator[None]:
     """A step whose batch is empty is left out, noise and all."""
     sums, pre_step, empty = Trainer._sums, PrivateOptimizer.pre_step, [False]
 
-    def noting(trainer: Trainer, examples: Any, batch: np.ndarray, moves: Any) -> Any:
+    def noting(trainer: Trainer, examples: Any, batch: np.ndarray, *more: Any) -> Any:
         empty[0] = not len(batch)
-        return sums(trainer, examples, batch, moves)
+        return sums(trainer, examples, batch, *more)
 
     def skipping(optimizer: PrivateOptimizer, closure: Any = None) -> bool:
         return not empty[0] and pre_step(optimizer, closure)

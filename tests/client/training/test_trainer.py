@@ -408,12 +408,12 @@ class Scarce:
     def __init__(self, inner: Any, limit: int) -> None:
         self.inner, self.limit, self.failed = inner, limit, 0
 
-    def add_(self, sums: dict[str, torch.Tensor], inputs: Any, targets: Any) -> None:
+    def add_(self, sums: dict[str, torch.Tensor], inputs: Any, targets: Any, counted: Any) -> None:
         if len(inputs) > self.limit:
             self.failed += 1
-            self.inner.add_(sums, inputs[:1], targets[:1])
+            self.inner.add_(sums, inputs[:1], targets[:1], counted[:1])
             raise torch.OutOfMemoryError("made up")
-        self.inner.add_(sums, inputs, targets)
+        self.inner.add_(sums, inputs, targets, counted)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -438,10 +438,10 @@ def test_graphs_go_where_memory_is_short(world: Any) -> None:
     class Holding(ReplayedSum):
         forgotten = 0
 
-        def add_(self, sums: dict[str, torch.Tensor], inputs: Any, targets: Any) -> None:
+        def add_(self, sums: dict[str, torch.Tensor], inputs: Any, *more: Any) -> None:
             if len(inputs) > 3:
                 raise torch.OutOfMemoryError("made up")
-            super().add_(sums, inputs, targets)
+            super().add_(sums, inputs, *more)
 
         def forget(self) -> None:
             self.forgotten += 1

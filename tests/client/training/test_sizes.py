@@ -1,0 +1,226 @@
+"""A batch has a public size, whatever is in it: else one example would move all others' rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bract.client.training import admission
+from bract.client.training.randomness import RandomStream
+from bract.client.training.sizes import LEAST, Sizes, filled, made_up, planned
+from bract.client.training.together import Job
+from bract.client.training.trainer import Execution, Trainer
+from bract.shared.data import Examples
+from bract.shared.errors import ModelRejected
+from bract.shared.terms import DataTerms, ModelTerms, TrainingTerms
+
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+IMAGES = DataTerms(name="made-up", shape=(1, 28, 28), classes=10, offset=72.9, scale=90.0)
+MODES = ("book-keeping", "opacus-hooks", "opacus-ghost")
+
+
+@pytest.mark.parametrize("most", [1, 7, 16, 60, 256])
+def test_size_holds_its_batch_and_is_not_over_what_memory_holds(most: int) -> None:
+    for count in range(1, most + 1):
+        size = filled(count, most)
+        assert count <= size <= most
+        assert size <= max(LEAST, count + 3, 1.125 * count)
+        assert filled(size, most) == size
+
+
+def test_plan_holds_nearly_every_batch_that_may_be_drawn() -> None:
+    generator = np.random.default_rng(1)
+    for expected in (1.0, 20.0, 64.0, 150.0):
+        drawn = generator.binomial(int(100 * expected), 0.01, 1000)
+        assert (drawn <= planned(expected, 1000)).mean() > 0.97
+
+
+class Kernels:
+    """Gives sizes from `switch` on other numbers than those below."""
+
+    def __init__(self, switch: int, factor: float = 1 + 2**-23) -> None:
+        self.switch, self.factor, self.asked = switch, factor, list[int]()
+
+    def probe(self, size: int) -> list[Tensor]:
+        self.asked.append(size)
+        found = torch.linspace(0.5, 1.0, 40, dtype=torch.float64)
+        return [found * (self.factor if size >= self.switch else 1.0)]
+
+
+@pytest.mark.parametrize("switch", [1, 24, 70, 97, 10_000])
+@pytest.mark.parametrize("most", [1, 16, 60, 256])
+def test_no_piece_has_another_kernel_than_the_planned_size(switch: int, most: int) -> None:
+    kernels = Kernels(switch)
+    sizes = Sizes(kernels.probe)
+    plan = planned(64.0, most)
+    for count in range(3 * most + 70):
+        pieces = list(sizes.pieces(count, expected=64.0, most=most))
+        rows = [row for part, _ in pieces for row in range(part.start, part.stop)]
+        assert rows == list(range(count))
+        for part, size in pieces:
+            assert part.stop - part.start <= size <= most
+            assert (size >= switch) == (plan >= switch)
+    assert len(kernels.asked) <= 1 + len({filled(n, most) for n in range(1, most + 1)})
+
+
+@pytest.mark.parametrize("factor", [0.0, np.nan, np.inf])
+def test_numbers_that_prove_nothing_leave_the_planned_size_alone(factor: float) -> None:
+    sizes = Sizes(Kernels(1, factor).probe)
+    assert {size for _, size in sizes.pieces(500, expected=64.0, most=256)} == {planned(64.0, 256)}
+
+
+def contract_of(world: Any, name: str, data: DataTerms = IMAGES, **more: Any) -> Any:
+    return world.contract(
+        model=ModelTerms(name=name, options=more.pop("options", {})),
+        data=data,
+        training=TrainingTerms(local_steps=3, learning_rate=0.1),
+        privacy={"sampling_rate": 1.0, "noise_multiplier": 1.5, "clip_norm": 1.0, **more},
+    )
+
+
+def kernel_of(trainer: Trainer, count: int) -> Tensor:
+    layer = next(layer for layer in trainer._model.modules() if isinstance(layer, nn.Linear))
+    blank = torch.full((count, layer.in_features), float(np.float32(-IMAGES.offset / IMAGES.scale)))
+    with torch.no_grad():
+        return layer(blank)[0].double()
+
+
+def hostile(trainer: Trainer) -> tuple[dict[str, np.ndarray], int]:
+    """Returns weights by which a blank image's class says how many lie beside it, and that number.
+
+    What a hidden unit is given cancels to rounding, which is another from some size on.
+    """
+    generator = np.random.default_rng(0)
+    weights = {name: np.zeros(shape, np.float32) for name, shape in trainer.shapes.items()}
+    into, _, out, bias = weights
+    for row in weights[into]:
+        places = generator.permutation(784)
+        row[places[:392]] = generator.random(392) * 1000
+        row[places[392:]] = -row[places[:392]]
+    trainer._load(weights)
+    below = {count: kernel_of(trainer, count) for count in range(8, 150)}
+    found = [n for n in range(9, 150) if not torch.equal(below[n], below[n - 1])]
+    if not found:
+        pytest.skip("every size has the same kernel here")
+    first, second = (below[count].numpy() for count in (found[0] - 1, found[0]))
+    turned = 1000 * np.sign(second - first)
+    middle = float((turned * (np.tanh(first) + np.tanh(second)) / 2).sum())
+    weights[out][0], weights[out][1] = turned, -turned
+    weights[bias][:] = -1000
+    weights[bias][0], weights[bias][1] = -middle, middle
+    return weights, found[0]
+
+
+def sums(trainer: Trainer, examples: Examples, count: int) -> Tensor:
+    found = trainer._sums(examples, np.arange(count), None, 64.0)
+    return torch.cat([value.flatten() for value in found.values()])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_that_turn_rounding_into_classes_move_one_example_and_no_other(
+    world: Any, mode: Any
+) -> None:
+    contract = contract_of(world, "mlp", options={"hidden": 128, "activation": "tanh"})
+    trainer = Trainer(contract, Execution(mode=mode))
+    weights, switch = hostile(trainer)
+    trainer.check(weights)
+    blank = Examples(np.zeros((switch, *IMAGES.shape), np.uint8), np.zeros(switch, np.int64))
+    trainer._load(weights)
+    moved = sums(trainer, blank, switch) - sums(trainer, blank, switch - 1)
+    assert float(moved.norm()) <= 1.0
+
+    # That is what the attack would do to a batch of its own size.
+    found = []
+    for count in (switch, switch - 1):
+        totals = trainer._zeros()
+        trainer._summer.add_(totals, *trainer._batch(blank, np.arange(count)))
+        found.append(torch.cat([value.flatten() for value in totals.values()]))
+    assert float((found[0] - found[1]).norm()) > 2.0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_passes_have_public_sizes_and_count_what_was_drawn(world: Any, mode: Any) -> None:
+    contract = contract_of(world, "linear", sampling_rate=0.4)
+    trainer = Trainer(contract, Execution(mode=mode, physical_batch=64))
+    generator = np.random.default_rng(2)
+    inputs = generator.integers(0, 256, (200, *IMAGES.shape)).astype(np.uint8)
+    data, inner, seen = Examples(inputs, generator.integers(0, 10, 200)), trainer._adder, []
+
+    class Noting:
+        def add_(self, totals: Any, inputs: Tensor, targets: Tensor, counted: Tensor) -> None:
+            seen.append((len(inputs), int(counted.sum())))
+            assert not inputs[~counted].any()
+            inner.add_(totals, inputs, targets, counted)
+
+    trainer._adder = Noting()
+    drawn = [len(RandomStream(bytes(32)).poisson_sample(200, 0.4))]
+    weights = {name: np.zeros(shape, np.float32) for name, shape in trainer.shapes.items()}
+    terms, stream = contract.cohort[0], RandomStream(bytes(32))
+    trainer.train(terms=terms, examples=data, weights=weights, stream=stream)
+    assert sum(counted for _, counted in seen[:2]) == drawn[0]
+    assert all(size == filled(counted, 64) for size, counted in seen)
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_what_tries_a_size_leaves_the_weights_as_they_were(world: Any, name: str) -> None:
+    contract = contract_of(world, name, sampling_rate=0.3)
+    generator = np.random.default_rng(2)
+    inputs = generator.integers(0, 256, (120, *IMAGES.shape)).astype(np.uint8)
+    data = Examples(inputs, generator.integers(0, 10, 120))
+    trainer, updates = Trainer(contract, Execution()), []
+    shapes = trainer.shapes.items()
+    weights = {n: generator.normal(0, 0.1, s).astype(np.float32) for n, s in shapes}
+    for _ in range(2):  # the second tries no size any more
+        job = Job(contract.cohort[0], data, RandomStream(bytes(32)))
+        updates.append(
+            trainer.train(terms=job.terms, examples=data, weights=weights, stream=job.stream).arrays
+        )
+    assert trainer._sizes._alike
+    for value in updates[0]:
+        np.testing.assert_array_equal(updates[0][value], updates[1][value])
+
+
+@pytest.mark.parametrize("model", [nn.Linear(30, 7), nn.Embedding(20, 5), nn.LayerNorm(12)])
+def test_made_up_weights_are_of_their_layers_size(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        found = made_up(parameter, torch.Generator().manual_seed(1))
+        assert found.shape == parameter.shape
+        assert 0.01 < float(found.norm()) / len(parameter) ** 0.5 < 3.0
+
+
+FACTORY = """
+from torch import nn
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.out = nn.Embedding(50, 8, max_norm=1.0), nn.Linear(8, 2)
+
+    def forward(self, rows):
+        return self.out(self.tokens(rows).mean(1))
+
+def tokens(shape, classes, *, vocabulary):
+    return Tokens()
+"""
+
+
+def test_weight_that_a_pass_writes_into_is_never_released(
+    world: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An embedding that shortens the rows it is asked for would tell which ones those are."""
+    (tmp_path / "shortening.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = DataTerms(name="made-up", shape=(6,), classes=2, vocabulary=50)
+    contract = contract_of(world, "shortening:tokens", data)
+    with pytest.raises(ModelRejected, match=r"'tokens\.weight' while it answers.*max_norm"):
+        Trainer(contract, Execution())
+
+    admitted: Callable[..., None] = lambda *_, **__: None  # noqa: E731
+    monkeypatch.setattr(admission, "admit_once", admitted)
+    with pytest.raises(ModelRejected, match="changes its weights while it answers"):
+        Trainer(contract, Execution())
