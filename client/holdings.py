@@ -40,19 +40,9 @@ class Roots:
 
     def __init__(self, roots: Mapping[str, DataRoot]) -> None:
         self._roots = dict(roots)
-        self._unreadable: set[str] = set()
 
     def check(self, domain: str, data: DataTerms) -> None:
-        """Returns where a domain holds the contract's data set in the contract's shape.
-
-        What could not be read for one charge is not charged again by this process.
-        """
-        if domain in self._unreadable:
-            raise Refusal(
-                Reason.SITE_FAILED,
-                f"the data of domain {domain!r} could not be read: mend what --check names, and "
-                "start the client again",
-            )
+        """Returns where a domain holds the contract's data set in the contract's shape."""
         root = self._roots.get(domain)
         if root is None or root.name != data.name:
             raise Refusal(Reason.POLICY_DOMAIN, f"domain {domain!r} holds no {data.name!r} data")
@@ -64,11 +54,7 @@ class Roots:
     def open(self, domain: str, data: DataTerms) -> Examples:
         """Returns the examples of a domain, read once in a process."""
         root = self._roots[domain]
-        try:
-            return _open(data, root.folder, root.part)
-        except Exception:
-            self._unreadable.add(domain)
-            raise
+        return _open(data, root.folder, root.part)
 
     def problems(self, domain: str, data: DataTerms, nominal_size: int) -> list[str]:
         """Returns what an operator should mend, by file, row and column and never by value.

@@ -85,9 +85,15 @@ class Learner:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Site(Learner):
-    """What answers a train order."""
+    """What answers a train order.
+
+    Attributes:
+        failed: domains of which a charge was followed by a failure. This process charges them no
+            more: what the data or the model make fail would fail at every round.
+    """
 
     gate: Gate
+    failed: set[str] = field(default_factory=set)
 
     def train(self, order: TrainOrder) -> TrainReply | RefusalReply:
         """Returns an update, or a refusal whose only content is a reason of the closed list.
@@ -108,15 +114,25 @@ class Site(Learner):
         """
         # Trust before construction: a model's factory is run only for a contract the gate takes.
         terms = self.gate.check(order)
+        if terms.domain in self.failed:
+            raise Refusal(
+                Reason.SITE_FAILED,
+                f"a round on domain {terms.domain!r} was charged and failed: mend what the line "
+                "before or --check names, and start the client again",
+            )
         self.trainers.of(order.contract.contract).check(order.weights)
         return terms
 
     def _train(self, order: TrainOrder) -> TrainReply:
-        self.check(order)
+        terms = self.check(order)
         admitted = self.gate.admit(order)
         if not isinstance(admitted, Permit):
             return admitted
-        update, score = self._trained(admitted, admitted.open_examples(), order.weights)
+        try:
+            update, score = self._trained(admitted, admitted.open_examples(), order.weights)
+        except Exception:
+            self.failed.add(terms.domain)
+            raise
         return self.gate.release(admitted, update, score)
 
     def _trained(

@@ -26,7 +26,6 @@ from bract.shared.messages import (
     TrainReply,
 )
 from bract.shared.models import Shape
-from bract.shared.privacy import entries
 from bract.shared.privacy.receipts import Receipt, Received
 from bract.shared.privacy.witness import NOTHING, Extension
 from bract.shared.terms import SiteTerms
@@ -313,7 +312,7 @@ class PublicFedAvg(FedAvg):
             raise VerificationFailed("a second one from the same site")
         if self._registered.get(node, receipt.site) != receipt.site:
             raise VerificationFailed("of another site than the node's")
-        self.desk.check(reply, terms.domain, cost=entries.event_for(contract))
+        self.desk.check(reply, terms.domain, contract)
         self.replied[receipt.site] = receipt
         self.proofs[receipt.site] = (reply.signature, reply.ledger)
         self._names[node] = receipt.site

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bract.shared.contract import Contract
 from bract.shared.errors import RolledBack, VerificationFailed
 from bract.shared.keys import SigningKey
 from bract.shared.messages import SignedReceipt
@@ -42,19 +43,13 @@ class WitnessDesk:
             return None
         return witness.sign(site, *seen, self._key)
 
-    def check(
-        self,
-        reply: SignedReceipt,
-        domain: str,
-        *,
-        cost: Mapping[str, Any],
-    ) -> None:
+    def check(self, reply: SignedReceipt, domain: str, agreed: Contract) -> None:
         """Returns where an update's ledger extends what was seen and holds a charge before it.
 
         Args:
             reply: the update.
             domain: whose ledger the contract names.
-            cost: the event that a round of the contract costs.
+            agreed: says what a round costs, and an evaluation.
 
         Raises:
             RolledBack: where entries that were seen are gone.
@@ -70,7 +65,7 @@ class WitnessDesk:
             since.verify(self._key.public)
             if (since.site, since.domain) != (receipt.site, domain):
                 raise VerificationFailed("a witness of another ledger")
-        found = receipts.trace(receipt, reply.ledger, cost=cost)
+        found = receipts.trace(receipt, reply.ledger, agreed)
         _, seen = self._seen.get(receipt.site, (domain, None))
         if seen is not None and found.heads.get(seen.sequence) != seen.hash:
             raise RolledBack(f"the ledger of {receipt.site!r} does not extend what was witnessed")

@@ -134,7 +134,7 @@ def _check_update(
         check_witness(since, agreed)
         if since.site != terms.name:
             raise VerificationFailed(f"{which} came with another site's links")
-    if not receipts.trace(receipt, one.ledger, cost=entries.event_for(agreed)).paid:
+    if not receipts.trace(receipt, one.ledger, agreed).paid:
         raise VerificationFailed(f"{which} stands behind no charge")
     # A void round's may go on beyond the head that was witnessed.
     if one.counted and heads.get(receipt.head_sequence, receipt.head_hash) != receipt.head_hash:

@@ -21,6 +21,7 @@ from bract.shared.privacy.calibration import check_budget, noise_within, rate_of
 from bract.shared.privacy.orders import best_order
 from bract.shared.terms import (
     DataTerms,
+    Delta,
     EvaluationTerms,
     Hex32,
     ModelTerms,
@@ -84,7 +85,7 @@ class FederatedPrivacy(Frozen):
     """
 
     epsilon: float = Field(gt=0)
-    delta: float = Field(gt=0, lt=1)
+    delta: Delta
     clip_norm: float = Field(gt=0)
     batch: float = Field(gt=0)
     noise_multiplier: float | None = Field(default=None, ge=0.1)

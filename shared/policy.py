@@ -11,7 +11,7 @@ from bract.shared import canonical
 from bract.shared.configuration import Frozen
 from bract.shared.contract import Contract
 from bract.shared.errors import Reason, Refusal, UsageError
-from bract.shared.terms import EvaluationTerms, Hex32, Mechanism, Name, SiteTerms
+from bract.shared.terms import Delta, EvaluationTerms, Hex32, Mechanism, Name, SiteTerms
 
 # Above this standard error a noised accuracy says nothing, and would be paid for all the same.
 GREATEST_EVALUATION_ERROR = 0.1
@@ -57,7 +57,7 @@ class DomainPolicy(Frozen):
     """The budget of one body of data, and the domains that share examples with it."""
 
     epsilon: float = Field(gt=0)
-    delta: float = Field(gt=0, lt=1)
+    delta: Delta
     composition: Filter | Menu = Field(default=Filter(), discriminator="rule")
     overlaps: tuple[Name, ...] = ()
 

@@ -18,6 +18,7 @@ from bract.shared.errors import UnknownName, UsageError
 from bract.shared.policy import Filter, Menu
 from bract.shared.preparation import Preparation, Table
 from bract.shared.terms import (
+    Delta,
     EvaluationTerms,
     Mechanism,
     ModelTerms,
@@ -68,7 +69,7 @@ class PrivacySettings(Frozen):
 
     mechanism: Mechanism = "dp-sgd"
     epsilon: float = Field(gt=0)
-    delta: float = Field(gt=0, lt=1)
+    delta: Delta
     clip_norm: float = Field(gt=0)
     batch: float = Field(gt=0)
     noise_multiplier: float | None = Field(default=None, gt=0)

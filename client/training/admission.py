@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from bract.client.training.bookkeeping import Loss
 from bract.client.training.gradients import expected_warnings
 from bract.shared import canonical, models, tasks
+from bract.shared.data import Examples
 from bract.shared.errors import ModelRejected
 from bract.shared.models import released_parameters
 from bract.shared.terms import DataTerms, ModelTerms
@@ -66,6 +70,23 @@ def admit(model: nn.Module, *, data: DataTerms, name: str) -> None:
     if not released_parameters(model):
         raise ModelRejected(f"model {name!r} has no trainable parameter: unfreeze some")
     _check_independence(model, data=data, name=name)
+
+
+def trial(parameters: Iterable[Tensor], data: DataTerms) -> tuple[list[Tensor], Examples]:
+    """Returns made-up weights, and one made-up example as it would be read.
+
+    By such weights a layer's answers are about as large as what it is given.
+    """
+    made = torch.Generator().manual_seed(3)  # no secret
+    inputs, targets = (side.numpy() for side in tasks.made_up(data, 1, made))
+    if data.vocabulary is None:
+        inputs = (inputs * data.scale + data.offset).astype(np.float32)
+    weights = []
+    for parameter in parameters:
+        found = torch.randn(parameter.shape, generator=made)
+        width = found.numel() // len(found) if found.dim() > 1 and len(found) else 1
+        weights.append(found / math.sqrt(max(width, 1)))
+    return weights, Examples(inputs=inputs, targets=targets)
 
 
 def _check_independence(model: nn.Module, *, data: DataTerms, name: str) -> None:

@@ -42,13 +42,6 @@ def planned(expected: float, most: int) -> int:
     return filled(math.ceil(expected + 2.5 * math.sqrt(expected)), most)
 
 
-def made_up(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns random weights by which a layer's answers are about as large as what it is given."""
-    found = torch.randn(parameter.shape, generator=generator)
-    width = found.numel() // len(found) if found.dim() > 1 and len(found) else 1
-    return found / math.sqrt(max(width, 1))
-
-
 class Sizes:
     """Cuts batches into pieces of public sizes.
 

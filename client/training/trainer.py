@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bract.client.training import admission, gradients, graphs, scoring, sizes, views
+from bract.client.training import admission, gradients, graphs, scoring, views
 from bract.client.training.bookkeeping import BookKeepingSum, Loss
 from bract.client.training.clipping import SLACK
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum, Precision
@@ -319,16 +319,13 @@ class Trainer:
 
         At made-up weights: a server's may be such that every kernel gives the same.
         """
-        data, made = self._contract.data, torch.Generator().manual_seed(3)  # no secret
-        inputs, targets = (side.numpy() for side in tasks.made_up(data, 1, made))
-        if data.vocabulary is None:
-            inputs = (inputs * data.scale + data.offset).astype(np.float32)
+        weights, one = admission.trial(self.parameters.values(), self._contract.data)
         rows, moves = np.zeros(size, np.int64), self._moves(1, RandomStream(bytes(32)))
         seen = None if moves is None else moves.take(rows)
         sums, kept = self._zeros(), [p.detach().clone() for p in self.parameters.values()]
         try:
-            self._set([sizes.made_up(p, made) for p in self.parameters.values()])
-            self._summer.add_(sums, *self._batch(Examples(inputs, targets), rows, seen))
+            self._set(weights)
+            self._summer.add_(sums, *self._batch(one, rows, seen))
         finally:
             self._set(kept)
         return [total / size for total in sums.values()]

@@ -16,7 +16,7 @@ import numpy as np
 
 from bract.shared.data.examples import Examples, Splits
 from bract.shared.data.persons import rows_of
-from bract.shared.data.shares import share
+from bract.shared.data.shares import dealt
 from bract.shared.errors import UsageError
 from bract.shared.terms import DataTerms
 
@@ -73,7 +73,7 @@ class Reader:
     def load_part(self, terms: DataTerms, where: Path | None, part: str) -> Examples:
         """Returns a site's `train`, or the i-th of n shares of it."""
         train = self.read(terms, self._part(self._folder(terms, where), "train"))
-        return train if part == "1/1" else share(train, part)
+        return train if part == "1/1" else dealt(train, part)
 
     def check_part(self, terms: DataTerms, where: Path | None, part: str) -> list[str]:
         """Returns what is wrong with a site's `train`."""

@@ -1,9 +1,17 @@
-"""Shares of a data set that has no sites of its own, so that a real federation can try it."""
+"""Shares of a data set that has no sites of its own, so that a real federation can try it.
+
+A published data set, whose size is known, is shuffled and cut. A user's own file is dealt row by
+row, by what stands in each: one row more must move no other, neither in the sum that a site
+releases nor from a domain that counted it to another.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +55,48 @@ def rows_of_share(count: int, part: str) -> npt.NDArray[np.int64]:
     return np.sort(order[cut[0] - 1 :: cut[1]])
 
 
+def dealt(examples: Examples, part: str) -> Examples:
+    """Returns the i-th of n shares of a user's own examples, `part` being "i/n", maybe empty.
+
+    Whether an example is in it depends on that example alone, or on whose it is. How many a site
+    holds is its secret: to fail on it would tell.
+
+    Raises:
+        UsageError: where `part` is no share.
+    """
+    if examples.persons is not None:
+        people = (int(person).to_bytes(16, "big", signed=True) for person in examples.persons)
+        return examples.take(_dealt(people, part))
+    pairs = zip(examples.inputs, examples.targets, strict=True)
+    return examples.take(dealt_rows((x.tobytes() + y.tobytes() for x, y in pairs), part))
+
+
+def dealt_rows(contents: Iterable[bytes], part: str) -> npt.NDArray[np.int64]:
+    """Returns the places of the rows that are dealt to a share by what stands in them.
+
+    Equal rows are told apart by how many of them came before: one less is the last one less.
+    """
+    return _dealt(_told_apart(contents), part)
+
+
+def _told_apart(contents: Iterable[bytes]) -> Iterator[bytes]:
+    seen: Counter[bytes] = Counter()
+    for content in contents:
+        digest = hashlib.sha256(content).digest()
+        yield digest + seen[digest].to_bytes(8, "big")
+        seen[digest] += 1
+
+
+def _dealt(keys: Iterable[bytes], part: str) -> npt.NDArray[np.int64]:
+    cut = _cut(part)
+    if cut is None:
+        raise _no_share(part, "; 1/1 is the whole")
+    place, count = cut
+    numbers = (hashlib.sha256(b"bract/share/1" + key).digest()[:8] for key in keys)
+    chosen = [int.from_bytes(number, "big") % count == place - 1 for number in numbers]
+    return np.flatnonzero(np.array(chosen, dtype=bool))
+
+
 def _no_share(part: str, more: str) -> UsageError:
     return UsageError(
         f"part {part!r} must be i/n, the i-th of n shares, as in 2/5: i from 1 to n{more}"
@@ -56,7 +106,8 @@ def _no_share(part: str, more: str) -> UsageError:
 def may_meet(part: str, other: str) -> bool:
     """Returns whether two parts of one data set may hold the same examples.
 
-    A share takes every n-th example, so 1/2 and 1/4 meet and 1/2 and 2/4 do not.
+    A share takes every n-th example, or those whose hash is i - 1 modulo n: so 1/2 and 1/4 meet,
+    and 1/2 and 2/4 do not.
 
     Example:
         >>> may_meet("1/2", "3/4"), may_meet("1/2", "2/4"), may_meet("1/2", "01/2")

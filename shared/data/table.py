@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bract.shared.data.examples import UNREADABLE, Examples
-from bract.shared.data.persons import first_rows
+from bract.shared.data.persons import first_rows, numbered
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Categorical, Column, Numeric, Preparation, Table
 from bract.shared.terms import DataTerms, Scalar
@@ -298,19 +298,18 @@ def _several_rows(table: Table, header: Sequence[str], rows: Sequence[Line]) -> 
 
 
 def _persons(group: str, header: Sequence[str], rows: Sequence[Line]) -> npt.NDArray[np.int64]:
-    """Returns a number for each row, equal where the cells of the column are.
+    """Returns a number for each row, equal where the cells of the column are, and made of them.
 
     A row without that cell, which cannot be read either, is a person of its own.
     """
     place = header.index(group) if group in header else None
-    known: dict[object, int] = {}
-    cells: list[object] = [
-        row.number
+    cells = (
+        f"row {row.number}"
         if place is None or row.cells is None or len(row.cells) != len(header)
-        else row.cells[place].strip()
+        else f"cell {row.cells[place].strip()}"
         for row in rows
-    ]
-    return np.array([known.setdefault(cell, len(known)) for cell in cells], dtype=np.int64)
+    )
+    return np.array([numbered(cell) for cell in cells], dtype=np.int64)
 
 
 def _places(encoder: Encoder, header: Sequence[str]) -> list[int] | None:

@@ -17,7 +17,7 @@ import numpy as np
 from bract.shared.data import labelled, tokens
 from bract.shared.data.examples import Examples, Splits
 from bract.shared.data.pretrained import PACKAGED
-from bract.shared.data.shares import rows_of_share
+from bract.shared.data.shares import dealt_rows
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Preparation, Text
 from bract.shared.terms import DataTerms, Scalar
@@ -114,7 +114,8 @@ def _own(folder: Path | None, part: str) -> tuple[Path, list[Row]]:
     path = _somewhere(folder)
     path = path / "train.jsonl" if path.is_dir() else path
     rows = _rows(path)
-    return path, [rows[place] for place in rows_of_share(len(rows), part)]
+    keys = (f"{row.label}\0{row.text}".encode(errors="surrogatepass") for row in rows)
+    return path, [rows[place] for place in dealt_rows(keys, part)]
 
 
 def _parts(where: Path | None) -> tuple[list[Row], list[Row], list[Row]]:

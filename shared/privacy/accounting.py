@@ -15,10 +15,12 @@ from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant
 
 from bract.shared.privacy.events import Event, PoissonGaussian, Spent, Unbounded, merge
+from bract.shared.terms import LEAST_DELTA
 
 ONLINE_INTERVAL = 1e-3
 THOROUGH_INTERVAL = 1e-4
 
+_ORDERS = (*range(2, 33), *range(36, 129, 4), 160, 192, 224, 256)
 _GREATEST_EXPONENT = 600.0  # e to it is still a float
 _ADD_OR_REMOVE_ONE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 _REPLACE_ONE = dp_accounting.NeighboringRelation.REPLACE_ONE
@@ -83,11 +85,18 @@ def _epsilon_of_group(events: tuple[Event, ...], delta: float, rows: int) -> flo
     """
     asked = epsilon(events, delta)
     while 0 < rows * asked < _GREATEST_EXPONENT:
-        found = epsilon(events, delta * math.expm1(asked) / math.expm1(rows * asked))
+        found = _surely(events, delta * math.expm1(asked) / math.expm1(rows * asked))
         if found <= asked:
             return rows * asked
         asked = found * (1 + 1e-3)
     return 0.0 if asked == 0 else math.inf
+
+
+def _surely(events: tuple[Event, ...], delta: float) -> float:
+    """Returns ε at δ, by Rényi divergence where δ is too small for PLD's float64."""
+    if delta >= LEAST_DELTA:
+        return epsilon(events, delta)
+    return min(_filter_epsilon(events, delta, order) for order in _ORDERS)
 
 
 def filter_epsilon(events: Iterable[Event], delta: float, order: int) -> float:

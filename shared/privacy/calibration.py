@@ -12,17 +12,18 @@ from bract.shared.errors import UsageError
 from bract.shared.privacy.accounting import epsilon, filter_epsilon, fits
 from bract.shared.privacy.events import Event, PoissonGaussian
 from bract.shared.privacy.orders import best_order
+from bract.shared.terms import LEAST_DELTA
 
 GREATEST_NOISE = 1e5
 DIGITS = 4
 
 
 def check_budget(epsilon_target: float, delta: float) -> None:
-    """Returns for 0 < ε < ∞ and 0 < δ < 1; raises `UsageError` otherwise, NaN included."""
+    """Returns for 0 < ε < ∞ and 1e-9 ≤ δ < 1; raises `UsageError` otherwise, NaN included."""
     if not 0 < epsilon_target < math.inf:
         raise UsageError(f"epsilon {epsilon_target} must be a finite number above 0")
-    if not 0 < delta < 1:
-        raise UsageError(f"delta {delta} must be above 0 and below 1")
+    if not LEAST_DELTA <= delta < 1:
+        raise UsageError(f"delta {delta} must be {LEAST_DELTA:g} or more, and below 1")
 
 
 def noise_multiplier(

@@ -15,8 +15,9 @@ from pydantic import Field
 
 from bract.shared import canonical, keys
 from bract.shared.configuration import Frozen, parse
+from bract.shared.contract import Contract
 from bract.shared.errors import UsageError, VerificationFailed
-from bract.shared.privacy import witness
+from bract.shared.privacy import entries, witness
 from bract.shared.privacy.entries import Charge, Evaluation, Head, Release
 from bract.shared.privacy.witness import Extension, Link, Witness
 from bract.shared.terms import Hex32, Name
@@ -111,25 +112,28 @@ class Trace:
     paid: bool
 
 
-def trace(receipt: Receipt, ledger: Extension, *, cost: Mapping[str, Any]) -> Trace:
+def trace(receipt: Receipt, ledger: Extension, agreed: Contract) -> Trace:
     """Returns where the links that came with an update lead.
 
     Args:
         receipt: of the update.
         ledger: the links since the last witness; its signature is not looked at.
-        cost: the event that a round of the contract costs.
+        agreed: says what a round costs, and an evaluation.
 
     Raises:
         VerificationFailed: where the links do not lead to the receipt's head.
     """
     since = ledger.since
     heads = {since.sequence: since.hash} if since else {}
+    cost, asked = entries.event_for(agreed), agreed.evaluation
+    cost_of_evaluation = None if asked is None else entries.evaluation_for(asked)
     charged = evaluated = released = False
     last = since.head if since else None
     for head, body in witness.follow(ledger):
         heads[head.sequence], last = head.hash, head
         charged |= isinstance(body, Charge) and _is_paid(body, receipt, cost)
-        evaluated |= charged and isinstance(body, Evaluation) and _is_paid(body, receipt)
+        if isinstance(body, Evaluation):
+            evaluated |= charged and _is_paid(body, receipt, cost_of_evaluation)
         # A release counts only after all that it costs.
         paid = charged and evaluated == (receipt.evaluation is not None)
         released |= paid and isinstance(body, Release) and is_release(body, receipt)
@@ -238,14 +242,12 @@ def _link(hashed: str, body: dict[str, Any] | None) -> Link:
     return Link(bytes.fromhex(hashed), canonical.encode(body) if body is not None else b"")
 
 
-def _is_paid(
-    body: Charge | Evaluation, receipt: Receipt, cost: Mapping[str, Any] | None = None
-) -> bool:
+def _is_paid(body: Charge | Evaluation, receipt: Receipt, cost: Mapping[str, Any] | None) -> bool:
     return (body.contract, body.site, body.domain, body.round, body.attempt, body.event) == (
         receipt.contract,
         receipt.site,
         receipt.head_domain,
         receipt.round,
         receipt.attempt,
-        body.event if cost is None else cost,
+        cost,
     )

@@ -32,7 +32,6 @@ from bract.simulations.audits import beside
 MODEL = "bract.simulations.audits.register:model"
 DATA = "bract.simulations.audits.register:data"
 _BANKS = ("bank.weight", "back.bank.weight")
-GREATEST_NUMBER = 2**24  # float32 tells whole numbers apart up to here
 
 
 def model(

@@ -15,8 +15,8 @@ from bract.client.holdings import Roots, bind, bindings
 from bract.client.settings import DataRoot
 from bract.shared import canonical
 from bract.shared.data import Examples, describe, load_part
-from bract.shared.data.shares import may_meet, share
-from bract.shared.errors import BractError, Reason, Refusal, UsageError
+from bract.shared.data.shares import dealt, may_meet, share
+from bract.shared.errors import Reason, Refusal, UsageError
 from bract.shared.policy import DomainPolicy, Policy
 
 KEY = "a" * 64
@@ -191,12 +191,43 @@ def test_shares_that_hold_a_common_example_are_said_to_meet(data: Any) -> None:
     for _ in range(2):
         count = data.draw(st.integers(1, 60))
         parts.append(f"{data.draw(st.integers(1, count))}/{count}")
+    for shared in (share, dealt):
+        one, other = (set(shared(numbered, part).targets.tolist()) for part in parts)
+        assert may_meet(*parts) == may_meet(*reversed(parts))
+        if one & other:
+            assert may_meet(*parts)
     one, other = (set(share(numbered, part).targets.tolist()) for part in parts)
-    assert may_meet(*parts) == may_meet(*reversed(parts))
-    if one & other:
-        assert may_meet(*parts)
-    elif parts[0].partition("/")[2] == parts[1].partition("/")[2]:
+    if not one & other and parts[0].partition("/")[2] == parts[1].partition("/")[2]:
         assert not may_meet(*parts)  # the shares of one cut are apart
+
+
+@given(st.data())
+def test_an_example_more_deals_no_other_to_another_share(data: Any) -> None:
+    """Else it would move a whole sum, and take examples that a domain counted to another."""
+    count, size = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 40))
+    rows = np.arange(size + 1)
+    persons = data.draw(st.sampled_from([None, rows // 3 + 2**62]))
+    grown = Examples(inputs=rows[:, None] * 0.5, targets=rows % 3, persons=persons)
+    gone = data.draw(st.integers(0, size))
+    fewer = grown.take(np.delete(rows, gone))
+    shares = [dealt(grown, f"{place}/{count}").inputs[:, 0] * 2 for place in range(1, count + 1)]
+    assert sorted(np.concatenate(shares)) == list(rows)
+    for place, held in enumerate(shares, 1):
+        assert (dealt(fewer, f"{place}/{count}").inputs[:, 0] * 2).tolist() == [
+            row for row in held if row != gone
+        ]
+    if persons is not None:
+        whose = [{row // 3 for row in held} for held in shares]
+        assert sum(map(len, whose)) == len(set().union(*whose))
+
+
+def test_equal_examples_are_dealt_evenly_and_one_less_moves_none() -> None:
+    alike = Examples(inputs=np.ones((300, 2)), targets=np.zeros(300, int))
+    before = [len(dealt(alike, f"{place}/3")) for place in (1, 2, 3)]
+    assert sum(before) == 300
+    assert min(before) > 70
+    after = [len(dealt(alike.take(np.arange(299)), f"{place}/3")) for place in (1, 2, 3)]
+    assert sorted(one - two for one, two in zip(before, after, strict=True)) == [0, 0, 1]
 
 
 def test_parts_by_name_meet_themselves_alone() -> None:
@@ -229,18 +260,6 @@ def test_a_contract_for_data_that_the_domain_does_not_hold_is_refused_and_none_r
         with pytest.raises(Refusal) as refused:
             roots.check(domain, data)
         assert refused.value.reason is Reason.POLICY_DOMAIN
-
-
-def test_data_that_could_not_be_read_once_are_not_asked_for_again() -> None:
-    """A charge for what is not there buys nothing, round after round."""
-    roots = Roots({"ward": root("/nowhere"), "clinic": root(None, "2/3", "digits")})
-    roots.check("ward", describe("heart-disease"))
-    with pytest.raises(BractError):
-        roots.open("ward", describe("heart-disease"))
-    with pytest.raises(Refusal, match=r"could not be read.*start the client again") as refused:
-        roots.check("ward", describe("heart-disease"))
-    assert refused.value.reason is Reason.SITE_FAILED
-    roots.check("clinic", describe("digits"))  # another domain's are there
 
 
 def test_the_data_of_a_domain_are_its_own_part() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from bract.client.site import Site, Trainers
 from bract.client.training.randomness import SecureRandomness
-from bract.client.training.trainer import GREATEST_WEIGHT, Execution
+from bract.client.training.trainer import GREATEST_WEIGHT, Execution, Trainer
 from bract.shared.errors import Reason
 from bract.shared.messages import RefusalReply, TrainReply
 from bract.shared.privacy.ledger import Ledger
@@ -57,3 +57,30 @@ def test_weights_that_are_not_the_models_or_are_hostile_are_refused_uncharged(
     assert world.opened == 0
     assert isinstance(site.train(order), TrainReply)
     assert world.opened == 1
+
+
+@pytest.mark.parametrize("where", ["opened", "trained"])
+def test_a_charge_that_a_failure_followed_is_the_last_of_this_process(
+    world: Any, site: Site, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A charge for what fails buys nothing, round after round."""
+    order, gate = world.order(world.sign(world.contract())), site.gate
+    with monkeypatch.context() as broken:
+        if where == "opened":
+            site.gate = replace(gate, holdings=world.shelf(lambda: 1 / 0))
+        else:
+            broken.setattr(Trainer, "train", lambda self, **given: 1 / 0)
+        for _ in range(3):
+            reply = site.train(order)
+            assert isinstance(reply, RefusalReply)
+            assert reply.reason is Reason.SITE_FAILED
+    site.gate = gate
+    assert isinstance(site.train(order), RefusalReply)  # what is mended is asked for anew
+    with site.gate.ledger.transaction() as transaction:
+        chain = transaction.chain("alpha", "ward", key=world.key.public)
+    assert len(chain.events) == 1
+
+    again = replace(site, failed=set())  # started again
+    reply = again.train(order)
+    assert isinstance(reply, TrainReply)
+    assert reply.receipt.attempt == 2

@@ -18,7 +18,6 @@ from bract.shared import keys, wire
 from bract.shared.contract import Contract, SignedContract
 from bract.shared.errors import VerificationFailed
 from bract.shared.messages import TrainReply
-from bract.shared.privacy import entries
 from bract.shared.privacy.receipts import Receipt
 from bract.shared.reports.runs import LocalAccuracy
 from bract.shared.terms import EvaluationTerms, SiteTerms
@@ -128,14 +127,19 @@ def test_a_release_counts_only_where_its_evaluation_was_charged(
     world: Any, signed: SignedContract, gate: Gate
 ) -> None:
     reply = world.serve(gate, world.order(signed, 2))
-    WitnessDesk(WITNESS).check(reply, "ward", cost=entries.event_for(signed.contract))
+    WitnessDesk(WITNESS).check(reply, "ward", signed.contract)
     # the evaluation's entry, behind its hash alone
     links = list(reply.ledger.links)
     (place,) = (i for i, link in enumerate(links) if b'"kind":"evaluation"' in link.body)
     links[place] = replace(links[place], body=b"")
     hidden = replace(reply, ledger=replace(reply.ledger, links=tuple(links)))
     with pytest.raises(VerificationFailed, match="no charge stands before"):
-        WitnessDesk(WITNESS).check(hidden, "ward", cost=entries.event_for(signed.contract))
+        WitnessDesk(WITNESS).check(hidden, "ward", signed.contract)
+    # an evaluation that was charged at another price than the contract's
+    dearer = signed.contract.evaluation.model_copy(update={"noise_multiplier": 0.5})
+    agreed = signed.contract.model_copy(update={"evaluation": dearer})
+    with pytest.raises(VerificationFailed, match="no charge stands before"):
+        WitnessDesk(WITNESS).check(reply, "ward", agreed)
 
 
 def receipts(*pairs: tuple[float, float] | None) -> dict[str, Receipt]:

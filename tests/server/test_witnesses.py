@@ -44,7 +44,7 @@ def asked(town: Any, number: int, *, gate: Gate | None = None) -> TrainReply:
 
 
 def check(town: Any, reply: TrainReply, desk: WitnessDesk | None = None) -> None:
-    (desk or town.desk).check(reply, "ward", cost=entries.event_for(town.agreed))
+    (desk or town.desk).check(reply, "ward", town.agreed)
 
 
 def heads(reply: TrainReply) -> dict[str, dict[str, Any]]:
@@ -289,16 +289,16 @@ def test_a_charge_in_a_chain_that_is_not_the_contracts_is_no_charge(world: Any) 
     agreed = world.contract(witness=server.public)
     gate = world.gate(policy=world.policy(domains=domains))
     reply = world.serve(gate, world.order(world.sign(agreed)))
-    desk, cost = WitnessDesk(server), entries.event_for(agreed)
-    desk.check(reply, "ward", cost=cost)
+    desk = WitnessDesk(server)
+    desk.check(reply, "ward", agreed)
     with pytest.raises(VerificationFailed, match="another domain"):
-        desk.check(reply, "clinic", cost=cost)
+        desk.check(reply, "clinic", agreed)
     with gate.ledger.transaction() as transaction:
         bodies = transaction.bodies_after("alpha", "clinic", -1)
     shown = witness.show(None, bodies, contract=agreed.sha256)
     forged = led(world, reply, list(shown.links), None)
     with pytest.raises(VerificationFailed, match="no charge"):
-        desk.check(forged, "ward", cost=cost)
+        desk.check(forged, "ward", agreed)
 
 
 def test_the_update_is_the_one_that_was_released(town: Any) -> None:

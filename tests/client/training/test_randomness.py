@@ -257,7 +257,7 @@ def test_client_has_no_seed_but_that_of_the_made_up_examples() -> None:
     }
     assert len(found) > 10
     used = {path: names for path, names in found.items() if names}
-    assert used == {"client/training/admission.py": 2 * ["Generator"] + 2 * ["manual_seed"]}
+    assert used == {"client/training/admission.py": 3 * ["Generator"] + 3 * ["manual_seed"]}
 
 
 def test_only_the_stream_draws_in_the_private_step() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bract.client.training import admission
 from bract.client.training.randomness import RandomStream
-from bract.client.training.sizes import LEAST, Sizes, filled, made_up, planned
+from bract.client.training.sizes import LEAST, Sizes, filled, planned
 from bract.client.training.together import Job
 from bract.client.training.trainer import Execution, Trainer
 from bract.shared.data import Examples
@@ -187,10 +187,12 @@ def test_what_tries_a_size_leaves_the_weights_as_they_were(world: Any, name: str
 
 @pytest.mark.parametrize("model", [nn.Linear(30, 7), nn.Embedding(20, 5), nn.LayerNorm(12)])
 def test_made_up_weights_are_of_their_layers_size(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        found = made_up(parameter, torch.Generator().manual_seed(1))
+    weights, one = admission.trial(model.parameters(), IMAGES)
+    for parameter, found in zip(model.parameters(), weights, strict=True):
         assert found.shape == parameter.shape
         assert 0.01 < float(found.norm()) / len(parameter) ** 0.5 < 3.0
+    assert (one.inputs.shape, one.targets.shape) == ((1, 1, 28, 28), (1,))
+    assert abs(one.inputs.mean() - 72.9) < 20  # as it is read, before it is normalised
 
 
 FACTORY = """

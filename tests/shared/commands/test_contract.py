@@ -143,7 +143,7 @@ def test_what_is_no_signed_contract_is_one_line(
 def test_a_delta_out_of_range_is_bad_usage(layout: Layout, bract: Bract, delta: str) -> None:
     done = bract("contract", "show", str(layout.contract), "--delta", delta, "--json")
     assert done.returncode == 2
-    assert "must be above 0 and below 1" in strict(done.stdout)["error"]["message"]
+    assert "must be 1e-09 or more, and below 1" in strict(done.stdout)["error"]["message"]
 
 
 @pytest.mark.parametrize(

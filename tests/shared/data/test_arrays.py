@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bract.shared import data
+from bract.shared import data, tasks
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.terms import DataTerms
 
@@ -31,6 +31,18 @@ def test_arrays_stay_as_they_are(tmp_path: Path) -> None:
     assert found.inputs.dtype == np.uint8
     assert found.targets.tolist() == [0, 1, 2, 1]
     assert data.check_part(terms(), tmp_path, "1/1", 4) == []
+
+
+@pytest.mark.parametrize("kind", [">f4", ">i2", ">u8", "<f2", np.longdouble, bool, np.uint16])
+def test_numbers_of_every_kind_are_such_as_training_takes(tmp_path: Path, kind: Any) -> None:
+    """What failed in a pass would have been charged, round after round."""
+    values = np.arange(24).reshape(4, 2, 3) % 2
+    saved(tmp_path, inputs=values.astype(kind), targets=np.array([0, 1, 2, 1], ">i8"))
+    assert data.check_part(terms(), tmp_path, "1/1", 4) == []
+    found = data.load_part(terms(), tmp_path, "1/1")
+    inputs = tasks.inputs_of(found.inputs, terms())
+    np.testing.assert_array_equal(inputs.numpy(), values)
+    assert tasks.targets_of(found.targets, terms()).tolist() == [0, 1, 2, 1]
 
 
 def test_one_class_is_a_number_to_learn(tmp_path: Path) -> None:

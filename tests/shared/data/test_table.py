@@ -242,7 +242,9 @@ def test_a_folder_of_parts_is_opened_by_those_who_may(tmp_path: Path) -> None:
 
 def test_a_site_may_hold_a_share(tmp_path: Path) -> None:
     written(tmp_path, *["50,,a,no"] * 7)
-    assert [len(data.load_part(terms(), tmp_path, f"{n}/2")) for n in (1, 2)] == [4, 3]
+    held = [len(data.load_part(terms(), tmp_path, f"{n}/2")) for n in (1, 2)]
+    assert sum(held) == 7
+    assert len(data.load_part(terms(), tmp_path, "100/100")) <= 7  # too few for all is no error
 
 
 def test_what_a_simulation_cannot_read_at_all_is_an_error_that_says_why(tmp_path: Path) -> None:
@@ -308,7 +310,9 @@ def test_of_each_person_the_first_rows_are_used_and_no_other_persons_matter(tmp_
     found = read(tmp_path, *VISITS, **PERSONS)
     assert ages(found) == [30, 31, 32, 34, 36]
     assert found.persons is not None
-    assert found.persons.tolist() == [0, 1, 0, 1, 2]
+    _, whose = np.unique(found.persons, return_inverse=True)
+    assert len({*whose[[0, 2]]}) == len({*whose[[1, 3]]}) == 1
+    assert len({*whose}) == 3
     without = read(tmp_path, *(row for row in VISITS if ",q," not in row), **PERSONS)
     assert ages(without) == [30, 32, 36]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bract.shared import canonical, keys
 from bract.shared.errors import UsageError, VerificationFailed
-from bract.shared.privacy import anchors, ledger, receipts, verification, witness
+from bract.shared.privacy import anchors, receipts, verification, witness
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.witness import NOTHING, Witness
 
@@ -185,11 +185,12 @@ def test_witnesses_are_read_back_as_they_were_written(served: Any) -> None:
 
 
 def test_what_leads_to_a_head_is_traced_without_the_ledger(served: Any) -> None:
-    cost = json.loads(ledger.contents(served.ledger_path).rows["alpha", "ward"][1][1])["event"]
     for one in served.received:
-        found = receipts.trace(one.receipt, one.ledger, cost=cost)
+        found = receipts.trace(one.receipt, one.ledger, served.agreed)
         assert found.paid
         assert found.heads[one.receipt.head_sequence] == one.receipt.head_hash
-        assert not receipts.trace(replace(one.receipt, update="0" * 64), one.ledger, cost=cost).paid
+        assert not receipts.trace(
+            replace(one.receipt, update="0" * 64), one.ledger, served.agreed
+        ).paid
         with pytest.raises(VerificationFailed, match="do not lead to the head"):
-            receipts.trace(replace(one.receipt, head_hash="0" * 64), one.ledger, cost=cost)
+            receipts.trace(replace(one.receipt, head_hash="0" * 64), one.ledger, served.agreed)
