@@ -130,10 +130,10 @@ class Site(Learner):
             return admitted
         try:
             update, score = self._trained(admitted, admitted.open_examples(), order.weights)
+            return self.gate.release(admitted, update, score)
         except Exception:
             self.failed.add(terms.domain)
             raise
-        return self.gate.release(admitted, update, score)
 
     def _trained(
         self, admitted: Permit, examples: Examples, weights: Arrays

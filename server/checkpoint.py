@@ -23,7 +23,8 @@ class RoundState:
     `round` is the last completed one; `attempts` counts rounds sent, void ones included; `charges`
     is the most that one site was charged, as receipts show, and `tries` what of it is for the
     round that comes next: more than were sent where a site was killed and took an order up anew;
-    `heads` are the ledger heads that sites last signed; `refused` lists {site, round, reason};
+    `paid` counts the charges that each site's links showed, up to an entry of its ledger; `heads`
+    are the ledger heads that sites last signed; `refused` lists {site, round, reason};
     `velocity` is the server's momentum; `seconds` is the time spent so far.
     """
 
@@ -36,6 +37,7 @@ class RoundState:
     tries: int = 0
     seconds: float = 0.0
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    paid: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     refused: tuple[Mapping[str, Any], ...] = ()
     metrics: tuple[Mapping[str, Any], ...] = ()
 
@@ -60,6 +62,7 @@ def save(state: RoundState, folder: Path) -> None:
         "tries": state.tries,
         "seconds": state.seconds,
         "heads": state.heads,
+        "paid": state.paid,
         "refused": state.refused,
         "metrics": state.metrics,
     }
@@ -80,7 +83,9 @@ def load(folder: Path, contract: str) -> RoundState | None:
         return None
     facts = canonical.decode(path.read_bytes())
     if facts["contract"] != contract:
-        raise VerificationFailed(f"{path} is the checkpoint of another contract")
+        raise VerificationFailed(
+            f"{path} is the checkpoint of another contract: name another folder as out"
+        )
     return RoundState(
         contract=contract,
         weights=_load(folder, facts, "weights"),
@@ -91,6 +96,7 @@ def load(folder: Path, contract: str) -> RoundState | None:
         tries=facts.get("tries", 0),
         seconds=facts["seconds"],
         heads=facts["heads"],
+        paid=facts.get("paid", {}),
         refused=tuple(facts["refused"]),
         metrics=tuple(facts["metrics"]),
     )

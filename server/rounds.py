@@ -123,13 +123,16 @@ class RoundLoop:
             {"site": site, "round": number, "reason": reason}
             for site, reason in sorted(self.strategy.refused)
         )
-        # A receipt counts its site's charges for the round.
+        # A receipt counts its site's charges for the round; its links show those of rounds that
+        # went on without it.
         seen = max((receipt.attempt for receipt in self.strategy.replied.values()), default=0)
-        tries = max(state.tries + 1, seen)
+        tries, paid = max(state.tries + 1, seen), self._paid(state)
+        shown = max((each["charges"] for each in paid.values()), default=0)
         state = replace(
             state,
             attempts=state.attempts + 1,
-            charges=min(state.charges + tries - state.tries, most),
+            charges=min(max(state.charges + tries - state.tries, shown), most),
+            paid=paid,
             tries=tries if average is None else 0,
             refused=(*state.refused, *refused),
         )
@@ -147,6 +150,17 @@ class RoundLoop:
                 file.write(_line(state.metrics[-1]))
         self._tell(state, completed=average is not None)
         return state
+
+    def _paid(self, state: RoundState) -> dict[str, dict[str, int]]:
+        """Returns how many charges each site's links have shown, those of a round ago but once."""
+        paid = {site: dict(each) for site, each in state.paid.items()}
+        for site in self.strategy.replied:
+            before = paid.get(site, {"sequence": -1, "charges": 0})
+            new = [n for n in self.strategy.charged.get(site, ()) if n > before["sequence"]]
+            if new:
+                charges = before["charges"] + len(new)
+                paid[site] = {"sequence": max(new), "charges": charges}
+        return paid
 
     def _gather(self, grid: Grid) -> None:
         """Waits for the whole cohort, and goes on with fewer when the time is over."""

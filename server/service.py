@@ -24,6 +24,7 @@ from bract.shared import canonical, contract, federation, keys, locks, tracking
 from bract.shared.contract import Contract
 from bract.shared.errors import UsageError
 from bract.shared.federation import Federation
+from bract.shared.policy import check_delta
 from bract.shared.privacy import accounting, entries
 from bract.shared.reports.runs import GUARANTEE_PRIVATE, ServerSummary, facts_of
 from bract.shared.reports.services import ServerStatus
@@ -59,6 +60,8 @@ def serve(path: Path, trackers: Sequence[str] = ()) -> ServerSummary:
     with locks.held(state / "lock", "one server carries a run; stop the other"):
         for folder in (state, out, out / "checkpoint"):
             canonical.remove_leftovers(folder)
+        # Before anything in it is replaced: an out of another run is not this one's.
+        checkpoint.load(out / "checkpoint", agreed.sha256)
         canonical.write_atomically(out / "contract.json", Path(chosen.contract).read_bytes())
         with tracking.following(out, trackers):
             return _serve(chosen, agreed, listener, door)
@@ -144,6 +147,7 @@ def read_contract(chosen: Federation) -> Contract:
         )
     if agreed.witness != keys.load(Path(chosen.server.witness_key)).public:
         raise UsageError(f"{path} names another witness than server.witness_key: make it anew")
+    check_delta(chosen.privacy.delta, max(site.nominal_size for site in agreed.cohort))
     name = _departure(chosen, agreed)
     if name is not None:
         raise UsageError(

@@ -65,6 +65,7 @@ class PublicFedAvg(FedAvg):
         self._retired: set[int] = set()
         self.replied: dict[str, Receipt] = {}
         self.proofs: dict[str, tuple[bytes, Extension]] = {}
+        self.charged: dict[str, tuple[int, ...]] = {}
         self.refused: list[tuple[str, str]] = []
         self.update_bytes: int | None = None
         self._adds_up = False
@@ -143,11 +144,12 @@ class PublicFedAvg(FedAvg):
         """Returns the mean of the valid updates by public weight, None where there is none.
 
         Flower's own average holds two more copies of every update. `replied` and `refused` then
-        say who answered what, `proofs` holds each receipt's signature and links, and `update_bytes`
-        how large the largest accepted update was.
+        say who answered what, `proofs` holds each receipt's signature and links, `charged` the
+        numbers of the charges that the links show, and `update_bytes` how large the largest
+        accepted update was.
         """
         self.replied, self.refused, self.update_bytes = {}, [], None
-        self.proofs = {}
+        self.proofs, self.charged = {}, {}
         updates: dict[str, Arrays] = {}
         sums: dict[int, Mapping[str, packing.Sum]] = {}
         for message in list(replies):
@@ -312,7 +314,7 @@ class PublicFedAvg(FedAvg):
             raise VerificationFailed("a second one from the same site")
         if self._registered.get(node, receipt.site) != receipt.site:
             raise VerificationFailed("of another site than the node's")
-        self.desk.check(reply, terms.domain, contract)
+        self.charged[receipt.site] = self.desk.check(reply, terms.domain, contract)
         self.replied[receipt.site] = receipt
         self.proofs[receipt.site] = (reply.signature, reply.ledger)
         self._names[node] = receipt.site

@@ -43,8 +43,10 @@ class WitnessDesk:
             return None
         return witness.sign(site, *seen, self._key)
 
-    def check(self, reply: SignedReceipt, domain: str, agreed: Contract) -> None:
-        """Returns where an update's ledger extends what was seen and holds a charge before it.
+    def check(self, reply: SignedReceipt, domain: str, agreed: Contract) -> tuple[int, ...]:
+        """Returns the numbers of the contract's charges that an update's links show.
+
+        Its ledger extends what was seen then, and holds a charge before the update.
 
         Args:
             reply: the update.
@@ -57,7 +59,7 @@ class WitnessDesk:
                 stands before the update's release.
         """
         if self._key is None:
-            return
+            return ()
         receipt, since = reply.receipt, reply.ledger.since
         if receipt.head_domain != domain:
             raise VerificationFailed("a head of another domain than the contract's")
@@ -71,3 +73,4 @@ class WitnessDesk:
             raise RolledBack(f"the ledger of {receipt.site!r} does not extend what was witnessed")
         if not found.paid:
             raise VerificationFailed("no charge stands before the update's release")
+        return found.charges

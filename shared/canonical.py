@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,16 @@ def tagged(tag: str, *parts: bytes | memoryview) -> bytes:
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Writes a file so that after a crash it holds the old bytes or the new, never a part."""
+    with replacing(path, data, mode=mode):
+        pass
+
+
+@contextmanager
+def replacing(path: Path, data: bytes, *, mode: int = 0o644) -> Iterator[None]:
+    """Has the new bytes of a file on the disk before a block, and in its place after it.
+
+    Where the block raises, the file stays as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
@@ -68,6 +80,7 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        yield
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

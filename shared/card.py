@@ -123,12 +123,13 @@ def claim(agreed: Contract, summary: Summary | ServerSummary) -> str:
             f"{claimed}; the noise came from a seed, and kept secret it would have cost each site "
             f"at most {cost}."
         )
-    counted = (
-        "the worst site's ledger" if isinstance(summary, Summary) else "every attempt of this run"
-    )
+    alone = not isinstance(summary, Summary)  # a server knows its own run
+    counted = "every attempt of this run that receipts show" if alone else "the worst site's ledger"
+    seen = "every update of this run" if alone else "every update that the site released"
+    more = "; what other runs on the same data cost, the site's ledger adds up" if alone else ""
     return (
         f"{claimed}: {cost}, counted over {counted}, for each site's examples against anyone who "
-        "sees every update that the site released and all other sites' data."
+        f"sees {seen} and all other sites' data{more}."
     )
 
 

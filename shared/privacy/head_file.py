@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,36 @@ class HeadFile:
                 "ledger that lost entries would not be noticed"
             ) from error
 
-    def write(self, seen: Mapping[tuple[str, str], Head]) -> None:
-        """Replaces the heads.
+    @contextmanager
+    def replaced(self, seen: Mapping[tuple[str, str], Head]) -> Iterator[None]:
+        """Replaces the heads after a block that commits what they name; before it they are ready.
+
+        A disk that is full or read-only so shows before anything is charged.
 
         Raises:
-            LedgerUnwritable: where the file cannot be written; what was charged stands.
+            LedgerUnwritable: where the file cannot be written.
         """
         by_site: dict[str, list[dict[str, Any]]] = {}
         for (site, domain), head in sorted(seen.items()):
             by_site.setdefault(site, []).append(
                 {"domain": domain, "sequence": head.sequence, "hash": head.hash}
             )
+        committed = False
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            canonical.write_atomically(self._path, canonical.encode({"heads": by_site}))
+            with canonical.replacing(self._path, canonical.encode({"heads": by_site})):
+                yield
+                committed = True
         except OSError as error:
+            kept = "the charge stands" if committed else "nothing was charged"
             raise LedgerUnwritable(
-                f"cannot write {self._path}: {error.strerror}; free some space. The charge stands"
+                f"cannot write {self._path}: {error.strerror}; make room or mend its rights; {kept}"
             ) from error
+
+    def write(self, seen: Mapping[tuple[str, str], Head]) -> None:
+        """Replaces the heads; raises as `replaced` does."""
+        with self.replaced(seen):
+            pass
 
 
 def heads(value: Any) -> dict[tuple[str, str], Head]:

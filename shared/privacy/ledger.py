@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -238,12 +238,10 @@ class Ledger:
             transaction = Transaction(self._connection, self._chains, self._seen, self._kept)
             try:
                 yield transaction
-                self._connection.execute("COMMIT")
-                for name in transaction.touched & self._chains.keys():
-                    if head := self._chains[name].head:
-                        self._seen[name] = head
-                if self._head_file and transaction.ahead:
-                    self._head_file.write(self._seen)
+                heads = self._heads_after(transaction)
+                with self._noting(heads if transaction.ahead else None):
+                    self._connection.execute("COMMIT")
+                    self._seen = heads
                 if len(self._kept) > CHAINS_IN_MEMORY:
                     self._kept.clear()
                 while len(self._chains) > CHAINS_IN_MEMORY:
@@ -257,6 +255,16 @@ class Ledger:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def _heads_after(self, transaction: Transaction) -> dict[tuple[str, str], Head]:
+        touched = transaction.touched & self._chains.keys()
+        found = {name: head for name in touched if (head := self._chains[name].head)}
+        return {**self._seen, **found}
+
+    def _noting(self, heads: Mapping[tuple[str, str], Head] | None) -> AbstractContextManager[None]:
+        if self._head_file is None or heads is None:
+            return nullcontext()
+        return self._head_file.replaced(heads)
 
     def copy_to(self, target: Path) -> None:
         """Writes a consistent copy of the file."""

@@ -105,11 +105,13 @@ class Received:
 class Trace:
     """Where links lead: the hash of each entry by its number, from `since` on.
 
-    `paid` says whether the update's release stands there after all that it costs.
+    `paid` says whether the update's release stands there after all that it costs, `charges` the
+    numbers of all charges of the contract there, those of other rounds too.
     """
 
     heads: Mapping[int, str]
     paid: bool
+    charges: tuple[int, ...]
 
 
 def trace(receipt: Receipt, ledger: Extension, agreed: Contract) -> Trace:
@@ -128,9 +130,11 @@ def trace(receipt: Receipt, ledger: Extension, agreed: Contract) -> Trace:
     cost, asked = entries.event_for(agreed), agreed.evaluation
     cost_of_evaluation = None if asked is None else entries.evaluation_for(asked)
     charged = evaluated = released = False
-    last = since.head if since else None
+    last, charges = since.head if since else None, list[int]()
     for head, body in witness.follow(ledger):
         heads[head.sequence], last = head.hash, head
+        if isinstance(body, Charge) and body.contract == receipt.contract:
+            charges.append(head.sequence)
         charged |= isinstance(body, Charge) and _is_paid(body, receipt, cost)
         if isinstance(body, Evaluation):
             evaluated |= charged and _is_paid(body, receipt, cost_of_evaluation)
@@ -139,7 +143,7 @@ def trace(receipt: Receipt, ledger: Extension, agreed: Contract) -> Trace:
         released |= paid and isinstance(body, Release) and is_release(body, receipt)
     if last != receipt.head:
         raise VerificationFailed("the links do not lead to the head that the site signed")
-    return Trace(heads=heads, paid=released)
+    return Trace(heads=heads, paid=released, charges=tuple(charges))
 
 
 def is_release(body: Release, receipt: Receipt) -> bool:

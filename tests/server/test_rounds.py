@@ -222,6 +222,24 @@ def test_a_site_killed_behind_its_charge_is_counted_as_its_ledger_counts(
     assert resumed.charges == state.charges
 
 
+def test_charges_of_a_round_that_went_on_without_a_site_count_once_it_answers(
+    world: Any, tmp_path: Path
+) -> None:
+    rounds, site, grid = witnessing(world, tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    state = rounds._round(grid, begun(world))
+    order = world.order(rounds.strategy._signed, 2)
+    for _ in range(2):  # killed twice, and away until the others have ended round 2
+        site.gate.admit(order)
+    state = replace(state, round=2, attempts=2, charges=2)
+    for number, charges in ((3, 4), (4, 5)):
+        state = rounds._round(grid, state)
+        assert (state.round, state.charges) == (number, charges)
+        bodies = [text for _, text, _ in ledger.contents(world.ledger_path).rows["alpha", "ward"]]
+        assert sum(b'"kind":"charge"' in text for text in bodies) == charges
+        state = checkpoint.load(tmp_path / "checkpoint", world.agreed.sha256)
+
+
 def test_no_receipt_makes_a_run_cost_more_than_its_contract(world: Any, tmp_path: Path) -> None:
     rounds, _, grid = witnessing(world, tmp_path)
     strategy = rounds.strategy
