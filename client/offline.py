@@ -119,13 +119,20 @@ def status(path: Path) -> SiteStatus:
     """Returns what the running process last said, and what the ledger says.
 
     Raises:
-        VerificationFailed: where the ledger does not hold.
+        UsageError: where data that a domain counts are offered under another.
+        VerificationFailed: where the ledger does not hold, or fixed other terms than the file has.
     """
     chosen = settings.read(path)
+    policy = chosen.policy()
+    roots = {name: domain.data for name, domain in chosen.domains.items()}
+    holdings.bindings(roots, policy, SiteState(Path(chosen.state)).bindings)
     state = SiteState(Path(chosen.state))
     said = json.loads(state.status.read_bytes()) if state.status.exists() else {}
     running = locks.is_held(state.lock)
     chains = _chains(chosen)
+    for domain in chains.keys() & chosen.domains.keys():
+        if fault := budget.genesis_fault(chains[domain], policy):
+            raise VerificationFailed(fault)  # by other terms another epsilon would seem to be left
     return SiteStatus(
         site=chosen.site,
         running=running,

@@ -21,7 +21,7 @@ from bract.client.app import app
 from bract.client.flower import Address, BackOff, Connection, Disconnected, NotTaken
 from bract.client.installed import SiteState
 from bract.client.settings import SiteSettings
-from bract.shared import canonical, malloc, node_keys
+from bract.shared import canonical, keyfiles, malloc, node_keys
 
 logger = logging.getLogger("bract.client")
 
@@ -47,6 +47,7 @@ def serve(path: Path) -> None:
         run_config={},
     )
     key = node_keys.load(Path(chosen.keys.node))
+    keyfiles.warn_if_open(Path(chosen.keys.node))
     address = Address(chosen.server, Path(chosen.keys.root_certificate))
     journal = Journal(SiteState(Path(chosen.state)), site.name)
     greatest = chosen.greatest_order_mib * 2**20

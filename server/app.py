@@ -4,8 +4,8 @@ Its run configuration names files on the server's own disk: `contract` (signed),
 folder), `data-dir` or `data-folder` (public examples; private ones beside them are not opened),
 `delta`, `init-seed`, `wait-seconds` (how long to wait for the whole cohort before the first round),
 `minimum-cohort`, `sites-seconds`, `round-seconds` and `close-seconds` (see `rounds.Patience`),
-`witness-key`, by which ledger heads are countersigned, and `device`, where public examples are
-scored.
+`witness-key`, by which ledger heads are countersigned, `head-file`, which keeps them over runs, and
+`device`, where public examples are scored.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from bract.shared.data import load_public, public
 from bract.shared.data.locations import folder_of
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.evaluation import Evaluator
+from bract.shared.privacy.head_file import HeadFile
 from bract.shared.reports.runs import Traffic
 
 _WAIT_SECONDS = 60.0
@@ -67,7 +68,10 @@ def main(grid: Grid, context: Context) -> None:
         strategy=PublicFedAvg(
             signed,
             models.released_shapes(model),
-            WitnessDesk(_witness_key(agreed, configured.get("witness-key"))),
+            WitnessDesk(
+                _witness_key(agreed, configured.get("witness-key")),
+                HeadFile(Path(str(heads))) if (heads := configured.get("head-file")) else None,
+            ),
             getattr(grid, "site_names", None),
         ),
         evaluator=evaluator,

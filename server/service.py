@@ -20,7 +20,7 @@ from bract.server.app import app
 from bract.server.checkpoint import RoundState
 from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
-from bract.shared import canonical, contract, federation, keys, locks, tracking
+from bract.shared import canonical, contract, federation, keyfiles, keys, locks, tracking
 from bract.shared.contract import Contract
 from bract.shared.errors import UsageError
 from bract.shared.federation import Federation
@@ -268,6 +268,7 @@ def _listener(chosen: Federation) -> Listener:
             f"{chosen.server.certificate}, or one of them cannot be read: name the two that bract "
             "keys server made together"
         ) from error
+    keyfiles.warn_if_open(Path(chosen.server.key))
     return Listener(
         host=chosen.server.host,
         port=chosen.server.port,
@@ -300,5 +301,6 @@ def _context(chosen: Federation, run: int) -> Context:
             "round-seconds": chosen.deadlines.round,
             "close-seconds": chosen.deadlines.close,
             "witness-key": chosen.server.witness_key,
+            "head-file": str(Path(chosen.server.state) / "heads.json"),
         },
     )

@@ -11,6 +11,7 @@ from bract.shared.keys import SigningKey
 from bract.shared.messages import SignedReceipt
 from bract.shared.privacy import receipts, witness
 from bract.shared.privacy.entries import Head
+from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.witness import Witness
 
 
@@ -19,11 +20,14 @@ class WitnessDesk:
 
     Args:
         key: countersigns; None where the contract names no witness.
+        kept: holds the heads over runs, so that a ledger that was put back between two of them is
+            noticed; None in a simulation, whose ledgers are at hand.
     """
 
-    def __init__(self, key: SigningKey | None) -> None:
-        self._key = key
+    def __init__(self, key: SigningKey | None, kept: HeadFile | None = None) -> None:
+        self._key, self._kept = key, kept
         self._seen: dict[str, tuple[str, Head]] = {}
+        self._earlier = kept.read() if kept else {}
 
     def remember(self, heads: Mapping[str, Mapping[str, Any]]) -> None:
         """Takes the heads of a saved checkpoint: only what is durable here is countersigned.
@@ -35,6 +39,10 @@ class WitnessDesk:
             site: (head["domain"], Head(sequence=head["sequence"], hash=head["hash"]))
             for site, head in heads.items()
         }
+        seen = {(site, domain): head for site, (domain, head) in self._seen.items()}
+        if self._kept is not None and not seen.items() <= self._earlier.items():
+            self._earlier = {**self._earlier, **seen}
+            self._kept.write(self._earlier)
 
     def witness(self, site: str | None) -> Witness | None:
         """Returns the countersignature of the newest head of a site."""
@@ -71,6 +79,13 @@ class WitnessDesk:
         _, seen = self._seen.get(receipt.site, (domain, None))
         if seen is not None and found.heads.get(seen.sequence) != seen.hash:
             raise RolledBack(f"the ledger of {receipt.site!r} does not extend what was witnessed")
+        earlier = self._earlier.get((receipt.site, domain))
+        # A newer witness is this server's own word, though it may have lost its file.
+        newer = since is not None and earlier is not None and since.sequence > earlier.sequence
+        if earlier and not newer and found.heads.get(earlier.sequence) != earlier.hash:
+            raise RolledBack(
+                f"the ledger of {receipt.site!r} lacks entries that an earlier run saw"
+            )
         if not found.paid:
             raise VerificationFailed("no charge stands before the update's release")
         return found.charges

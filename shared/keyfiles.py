@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from bract.shared import canonical
 from bract.shared.errors import UsageError
 
 PRIVATE, PUBLIC = 0o600, 0o644
+logger = logging.getLogger("bract.keys")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,22 @@ def private(path: Path, data: bytes) -> NewFile:
 def public(path: Path, data: bytes) -> NewFile:
     """Returns a file that anyone may read."""
     return NewFile(path, data, PUBLIC)
+
+
+def openness(path: Path) -> str | None:
+    """Returns why a private key's file is not private, None where its owner alone may use it."""
+    try:
+        mode = path.stat().st_mode & 0o777
+    except OSError:
+        return None  # whoever reads it says so
+    return f"mode {mode:04o} opens it to others: chmod 600 {path}" if mode & 0o077 else None
+
+
+@lru_cache(maxsize=64)  # once in a process
+def warn_if_open(path: Path) -> None:
+    """Notes in the log that others may read a private key."""
+    if fault := openness(path):
+        logger.warning("private key: %s", fault)
 
 
 def create(files: Sequence[NewFile]) -> None:

@@ -82,6 +82,7 @@ def load(path: Path) -> SigningKey:
         raise UsageError(f"{path} holds no readable private key") from error
     if not isinstance(private, Ed25519PrivateKey):
         raise UsageError(f"{path} holds another kind of key; an Ed25519 key is needed")
+    keyfiles.warn_if_open(path)
     return SigningKey(private)
 
 

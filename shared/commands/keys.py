@@ -301,8 +301,8 @@ def _certificate(path: Path, one: x509.Certificate, now: datetime) -> Certificat
 
 
 def _private(path: Path, data: bytes) -> KeyFile:
-    mode = path.stat().st_mode & 0o777
-    warnings = [f"mode {mode:04o} opens it to others: chmod 600 {path}"] if mode & 0o077 else []
+    fault = keyfiles.openness(path)
+    warnings = [] if fault is None else [fault]
     if b"-----BEGIN OPENSSH PRIVATE KEY-----" in data:
         line = node_keys.public_line(node_keys.load(path).public_key())
         return KeyFile(path=str(path), kind="node key", public=line, warnings=warnings)

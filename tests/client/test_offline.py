@@ -234,6 +234,8 @@ def test_what_genesis_fixed_and_the_file_changed_is_said_beforehand(
     report = checked(layout)
     assert "the ledger fixed" in (report.reason or "")
     assert not gate_accepts(world, layout, layout.contract)
+    with pytest.raises(VerificationFailed, match="the ledger fixed"):
+        offline.status(layout.site("alpha"))
 
 
 def test_data_that_another_domain_counted_are_said_beforehand(world: Any, layout: Layout) -> None:
@@ -243,6 +245,8 @@ def test_data_that_another_domain_counted_are_said_beforehand(world: Any, layout
     before = contents(layout.root)
     with pytest.raises(UsageError, match="count the same data"):
         offline.check(layout.site("alpha"), layout.contract)
+    with pytest.raises(UsageError, match="count the same data"):
+        offline.status(layout.site("alpha"))
     assert contents(layout.root) == before
 
 

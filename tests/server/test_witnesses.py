@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from bract.shared.messages import TrainReply
 from bract.shared.policy import DomainPolicy
 from bract.shared.privacy import entries, witness
 from bract.shared.privacy.entries import Head
+from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.privacy.receipts import Receipt
 from bract.shared.privacy.witness import Extension, Link, Witness
@@ -299,6 +301,37 @@ def test_a_charge_in_a_chain_that_is_not_the_contracts_is_no_charge(world: Any) 
     forged = led(world, reply, list(shown.links), None)
     with pytest.raises(VerificationFailed, match="no charge"):
         desk.check(forged, "ward", agreed)
+
+
+def test_a_ledger_that_was_put_back_between_two_runs_is_refused_in_the_second(
+    town: Any, tmp_path: Path
+) -> None:
+    kept = HeadFile(tmp_path / "heads.json")
+    first = WitnessDesk(town.server, kept)
+    backup = tmp_path / "backup.sqlite"
+    for number in (1, 2):
+        order = replace(town.order(town.signed, number), witness=first.witness("alpha"))
+        reply = town.serve(town.site, order)
+        check(town, reply, first)
+        first.remember(heads(reply))
+        if number == 1:
+            first_reply = reply
+            town.site.ledger.copy_to(backup)
+
+    def second_run(gate: Gate) -> None:
+        agreed = town.contract(witness=town.server.public)  # by another nonce
+        reply = town.serve(gate, town.order(town.sign(agreed)))
+        WitnessDesk(town.server, kept).check(reply, "ward", agreed)
+
+    restored = town.gate(ledger=Ledger(backup))
+    with pytest.raises(RolledBack, match="lacks entries that an earlier run saw"):
+        second_run(restored)
+    second_run(town.site)
+    # A file that is older than what this server countersigned starts no alarm.
+    kept.write({("alpha", "ward"): Head(2, heads(first_reply)["alpha"]["hash"])})
+    reply = asked(town, 3)
+    assert reply.ledger.since is None or reply.ledger.since.sequence >= 2
+    check(town, reply, WitnessDesk(town.server, kept))
 
 
 def test_the_update_is_the_one_that_was_released(town: Any) -> None:

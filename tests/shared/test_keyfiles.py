@@ -118,3 +118,19 @@ def test_a_saved_signing_key_is_private_and_never_overwritten(tmp_path: Path) ->
     with pytest.raises(UsageError, match="never overwritten"):
         keys.save(keys.generate(), tmp_path / "key.pem")
     assert keys.load(tmp_path / "key.pem").public == key.public
+
+
+def test_a_key_that_others_may_read_is_told_of_once_where_it_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keyfiles.warn_if_open.cache_clear()
+    path = tmp_path / "ledger.pem"
+    keys.save(keys.generate(), path)
+    keys.load(path)
+    assert caplog.records == []
+    keyfiles.warn_if_open.cache_clear()
+    path.chmod(0o640)
+    for _ in range(2):
+        keys.load(path)
+    (told,) = caplog.records
+    assert told.getMessage() == f"private key: mode 0640 opens it to others: chmod 600 {path}"
