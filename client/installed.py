@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,8 @@ from bract.shared.errors import UnknownName, UsageError
 from bract.shared.locks import hold
 from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.ledger import Ledger
+
+logger = logging.getLogger("bract.client")
 
 FACTORY = "bract.client.installed:open_site"
 
@@ -72,6 +75,13 @@ def opened(path: str) -> Site:
     """
     chosen = settings.read(Path(path))
     gate = _gate(chosen, head_file_of(chosen))
+    if chosen.head_file is None:
+        logger.warning(
+            "no head_file: a ledger that is put back from a backup between two runs would not be "
+            "noticed here; name one on another disk in %s",
+            path,
+            extra={"event": "started", "site": chosen.site},
+        )
     gate.check_ledger()
     return Site(
         name=chosen.site,

@@ -22,7 +22,7 @@ from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
 from bract.shared import canonical, contract, federation, keyfiles, keys, locks, tracking
 from bract.shared.contract import Contract
-from bract.shared.errors import UsageError
+from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.federation import Federation
 from bract.shared.policy import check_delta
 from bract.shared.privacy import accounting, entries
@@ -134,7 +134,10 @@ def read_contract(chosen: Federation) -> Contract:
             f"no contract at {path}: propose one with bract contract make FEDERATION.toml -o {path}"
         )
     signed = contract.read(path)
-    agreed = signed.verify(signed.contract.coordinator)
+    try:
+        agreed = signed.verify(signed.contract.coordinator)
+    except VerificationFailed as error:
+        raise VerificationFailed(f"{path}: {error}: put back what was signed") from error
     coordinator = Path(chosen.coordinator_key)
     # The key may be kept elsewhere: sites pin it, and check the signature for themselves.
     if coordinator.exists() and keys.load(coordinator).public != agreed.coordinator:
