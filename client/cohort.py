@@ -37,6 +37,7 @@ def admit(asked: Sequence[tuple[Site, TrainOrder]]) -> list[Permit | TrainReply 
     def check(place: int) -> SiteTerms:
         site, order = asked[place]
         found = site.gate.check(order)
+        site.check_failed(found)
         if id(order.weights) not in weights:
             site.trainers.of(order.contract.contract).check(order.weights)
             weights[id(order.weights)] = arrays.digest(order.weights)

@@ -114,14 +114,22 @@ class Site(Learner):
         """
         # Trust before construction: a model's factory is run only for a contract the gate takes.
         terms = self.gate.check(order)
+        self.check_failed(terms)
+        self.trainers.of(order.contract.contract).check(order.weights)
+        return terms
+
+    def check_failed(self, terms: SiteTerms) -> None:
+        """Returns where no charge of this process to the domain was followed by a failure.
+
+        Raises:
+            Refusal: otherwise.
+        """
         if terms.domain in self.failed:
             raise Refusal(
                 Reason.SITE_FAILED,
                 f"a round on domain {terms.domain!r} was charged and failed: mend what the line "
-                "before or --check names, and start the client again",
+                "before or --check names, and start again",
             )
-        self.trainers.of(order.contract.contract).check(order.weights)
-        return terms
 
     def _train(self, order: TrainOrder) -> TrainReply:
         terms = self.check(order)

@@ -73,6 +73,7 @@ def main(grid: Grid, context: Context) -> None:
                 HeadFile(Path(str(heads))) if (heads := configured.get("head-file")) else None,
             ),
             getattr(grid, "site_names", None),
+            seed=int(configured["init-seed"]) if agreed.simulation else None,
         ),
         evaluator=evaluator,
         validation=validation,

@@ -50,6 +50,7 @@ class PublicFedAvg(FedAvg):
         shapes: names and shapes that an update must have exactly.
         desk: countersigns the heads of the sites' ledgers.
         names: the site of each node, where the grid knows it; else learned from receipts.
+        seed: of a simulation, which repeats whom a round asks.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class PublicFedAvg(FedAvg):
         shapes: Mapping[str, Shape],
         desk: WitnessDesk,
         names: Mapping[int, str] | None = None,
+        *,
+        seed: int | None = None,
     ) -> None:
         super().__init__(fraction_evaluate=0.0, min_train_nodes=1)
-        self._signed, self._shapes, self.desk = signed, shapes, desk
+        self._signed, self._shapes, self.desk, self._seed = signed, shapes, desk, seed
         self._registered, self._names = dict(names or {}), dict(names or {})
         self._retired: set[int] = set()
         self.replied: dict[str, Receipt] = {}
@@ -107,16 +110,17 @@ class PublicFedAvg(FedAvg):
     def chosen(self, grid: Grid, server_round: int) -> list[int]:
         """Returns whom a round asks: all that are there, or as many as the contract says.
 
-        The choice follows from contract and round, so that a round which is run again asks the
-        same sites. It is no secret, and nobody's privacy rests on it.
+        The choice follows from contract and round, in a simulation from its seed and round, so
+        that a round which is run again asks the same sites. It is no secret, and nobody's privacy
+        rests on it.
         """
         nodes, wanted = self.available(grid), self._signed.contract.sites_per_round
         if wanted is None or len(nodes) <= wanted:
             return nodes
-        seed = canonical.tagged(
-            "chosen/1", bytes.fromhex(self._signed.contract.sha256), str(server_round).encode()
-        )
-        chosen = np.random.default_rng(list(seed)).choice(len(nodes), wanted, replace=False)
+        agreed = self._signed.contract
+        name = bytes.fromhex(agreed.sha256) if self._seed is None else str(self._seed).encode()
+        words = canonical.tagged("chosen/1", name, str(server_round).encode())
+        chosen = np.random.default_rng(list(words)).choice(len(nodes), wanted, replace=False)
         return sorted(nodes[place] for place in chosen)
 
     def configure_close(self, grid: Grid) -> list[Message]:

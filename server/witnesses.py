@@ -77,15 +77,13 @@ class WitnessDesk:
                 raise VerificationFailed("a witness of another ledger")
         found = receipts.trace(receipt, reply.ledger, agreed)
         _, seen = self._seen.get(receipt.site, (domain, None))
-        if seen is not None and found.heads.get(seen.sequence) != seen.hash:
-            raise RolledBack(f"the ledger of {receipt.site!r} does not extend what was witnessed")
-        earlier = self._earlier.get((receipt.site, domain))
-        # A newer witness is this server's own word, though it may have lost its file.
-        newer = since is not None and earlier is not None and since.sequence > earlier.sequence
-        if earlier and not newer and found.heads.get(earlier.sequence) != earlier.hash:
-            raise RolledBack(
-                f"the ledger of {receipt.site!r} lacks entries that an earlier run saw"
-            )
+        for known in (seen, self._earlier.get((receipt.site, domain))):
+            # A newer witness is this server's own word, given in another run that it carries.
+            newer = since is not None and known is not None and since.sequence > known.sequence
+            if known and not newer and found.heads.get(known.sequence) != known.hash:
+                raise RolledBack(
+                    f"the ledger of {receipt.site!r} does not extend what was witnessed"
+                )
         if not found.paid:
             raise VerificationFailed("no charge stands before the update's release")
         return found.charges

@@ -132,6 +132,8 @@ class CohortGrid(SimulatedGrid):
         for (place, _), outcome in zip(trained.shard.members, trained.outcomes, strict=True):
             (message, permit), site = permits[place], site_of(self._plan, place)
             if outcome.update is None:
+                if outcome.failed:  # it would fail, and be charged, at every round
+                    site.failed.add(permit.terms.domain)
                 yield failed(message)
                 continue
             signed = cohort.release(transaction, site, permit, outcome.update, outcome.score)

@@ -150,7 +150,8 @@ def simulate(
         reasons = sorted({refusal.reason for refusal in summary.refused})
         raise BractError(
             f"no round was completed: {len({r.site for r in summary.refused})} of {summary.sites} "
-            f"sites refused ({', '.join(reasons)}); see bract audit budget {run.out}/ledgers/*"
+            f"sites refused ({', '.join(reasons)}); see bract audit budget "
+            f"{run.out}/ledgers/*.sqlite"
         )
 
 

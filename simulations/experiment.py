@@ -106,8 +106,8 @@ class Experiment(Frozen):
     seed: int = Field(ge=0, lt=2**63)
     sites: int = Field(ge=1, le=1_000_000)
     sites_per_round: int | None = Field(default=None, ge=1)
-    rounds: int = Field(ge=1)
-    spare_attempts: int = Field(default=2, ge=0)
+    rounds: int = Field(ge=1, le=1_000_000)
+    spare_attempts: int = Field(default=2, ge=0, le=1_000_000)
     device: str = "cpu"
     data: DataSettings
     model: ModelTerms

@@ -48,12 +48,13 @@ class Shard:
 class Outcome:
     """What a site's training gave: the hash of its update, whether it is in the sum, its score.
 
-    Without a hash the site failed.
+    Without a hash there is none: the site failed, or its worker died.
     """
 
     update: str | None
     added: bool = False
     score: ProtectedScore | None = None
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,7 +174,7 @@ class ShardTrainer:
             score = learner.score(permit, job, weights)
         except Exception as error:
             learner.refusal(error, permit.round)
-            return Outcome(None)
+            return Outcome(None, failed=True)
         name = arrays.digest(update.arrays)
         try:
             check_update(update, self._contract, permit.terms, self._shapes)

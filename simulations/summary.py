@@ -9,7 +9,8 @@ from typing import Any
 
 from bract.shared import canonical
 from bract.shared.contract import Contract
-from bract.shared.privacy import accounting, prv, verification
+from bract.shared.errors import VerificationFailed
+from bract.shared.privacy import accounting, export, prv, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.events import Event
@@ -88,8 +89,12 @@ def proven(
     pinned = {site.name: site.key for site in agreed.cohort}
     chains: dict[tuple[str, str], Chain] = {}
     for path in ledgers:
+        if not export.contents(path).rows:
+            continue  # a site that refused all it was asked; heads of it are looked for below
         for found in verification.verify(path, site_keys=pinned, anchors=anchors):
             chains[found.chain.site, found.chain.domain] = found.chain
+    if gone := sorted(anchors.keys() - chains.keys()):
+        raise VerificationFailed(f"no ledger of {gone[0][0]!r}, domain {gone[0][1]!r}")
     used = {
         site.name: chains[site.name, site.domain]
         for site in agreed.cohort

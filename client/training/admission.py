@@ -65,11 +65,25 @@ def admit(model: nn.Module, *, data: DataTerms, name: str) -> None:
             f"model {name!r} cannot be trained privately: {' '.join(str(errors[0]).split())}; "
             "use GroupNorm or LayerNorm in place of batch statistics"
         )
+    _check_kinds(model, name=name)
     if any(True for _ in model.buffers()):
         raise ModelRejected(f"model {name!r} has buffers, which are not released: make them plain")
     if not released_parameters(model):
         raise ModelRejected(f"model {name!r} has no trainable parameter: unfreeze some")
     _check_independence(model, data=data, name=name)
+
+
+def _check_kinds(model: nn.Module, *, name: str) -> None:
+    for path, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelRejected(
+                f"model {name!r} has the lazy weight {path!r}: give its layer sizes"
+            )
+        if parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ModelRejected(
+                f"model {name!r} has the {kind} weight {path!r}: build it in float32"
+            )
 
 
 def trial(parameters: Iterable[Tensor], data: DataTerms) -> tuple[list[Tensor], Examples]:
@@ -107,7 +121,7 @@ def _check_independence(model: nn.Module, *, data: DataTerms, name: str) -> None
         with contextlib.suppress(Exception):
             mixes = _mixes(copy.deepcopy(model).double(), _wide(inputs), _wide(targets), data)
     _check_weights_stay(model, inputs, targets, data=data, name=name)
-    _check_answers(model.eval(), inputs, name=name)
+    _check_answers(model.eval(), inputs, data=data, name=name)
     if mixes:
         raise ModelRejected(
             f"model {name!r} mixes examples of one batch, or uses a parameter outside its layer: "
@@ -203,8 +217,12 @@ def _kind(layer: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _check_answers(model: nn.Module, inputs: Tensor, *, name: str) -> None:
+def _check_answers(model: nn.Module, inputs: Tensor, *, data: DataTerms, name: str) -> None:
     """Returns where an example's logits in a batch are what they are alone, as evaluation needs."""
+    needed = (*data.shape, data.classes) if data.task == "next-token" else (data.classes,)
+    given = tuple(model(inputs).shape[1:])
+    if given != needed:
+        raise ModelRejected(f"model {name!r} answers {given} for an example, and not {needed}")
     alone = torch.cat([model(example[None]) for example in inputs])
     if not _close(model(inputs), alone):
         raise ModelRejected(

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bract.shared.data.examples import UNREADABLE, Examples
+from bract.shared.data.examples import UNREADABLE, Examples, native
 from bract.shared.data.options import Options
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Preparation
@@ -87,17 +87,10 @@ def _array(file: BinaryIO, name: str) -> np.ndarray:
     file.seek(0)
     try:
         with np.load(file, allow_pickle=False) as stored:
-            return _native(np.atleast_1d(stored[name]))
+            return native(np.atleast_1d(stored[name]))
     except Exception:
         # No archive, no such array, or one of objects: a joined site does not fail on it.
         return np.zeros(0)
-
-
-def _native(values: np.ndarray) -> np.ndarray:
-    """Returns numbers as torch takes them: in this machine's order of bytes, in 64 bits at most."""
-    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
-        return values.astype(np.float64)
-    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def _fault_of_inputs(inputs: np.ndarray, terms: DataTerms) -> str | None:

@@ -10,6 +10,13 @@ import numpy.typing as npt
 UNREADABLE = -1  # a target that is no class
 
 
+def native(values: np.ndarray) -> np.ndarray:
+    """Returns numbers as torch takes them: in this machine's order of bytes, in 64 bits at most."""
+    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+        return values.astype(np.float64)
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
     """Where examples come from, for data sets that know: hospitals, speaking roles.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from bract.shared import factories
 from bract.shared.data.dataset import Dataset
-from bract.shared.data.examples import Examples, Splits
+from bract.shared.data.examples import Examples, Splits, native
 from bract.shared.data.shares import faults
 from bract.shared.errors import BractError, UsageError
 from bract.shared.preparation import Preparation
@@ -65,7 +68,7 @@ def own(name: str) -> Dataset:
     def load_public(terms: DataTerms, folder: Path | None) -> tuple[Examples, Examples]:
         made = _made(name, factory, terms.options)
         validation, test = _asked(terms, "public", partial(made.public, folder))
-        return _fitting(terms, validation), _fitting(terms, test)
+        return _some(terms, validation), _some(terms, test)
 
     def load_part(terms: DataTerms, folder: Path | None, part: str) -> Examples:
         made = _made(name, factory, terms.options)
@@ -114,9 +117,31 @@ def _asked(terms: DataTerms, method: str, call: Callable[[], Result]) -> Result:
 
 
 def _fitting(terms: DataTerms, found: Any) -> Examples:
-    if not isinstance(found, Examples) or found.inputs.shape != (len(found), *terms.shape):
+    """Returns examples as the terms say, in numbers that torch takes.
+
+    Raises:
+        UsageError: where they are others.
+    """
+    if not isinstance(found, Examples) or not _has(found.inputs, (len(found), *terms.shape)):
         raise UsageError(
             f"data set {terms.name!r} gives no Examples with inputs of (examples, "
             f"{', '.join(map(str, terms.shape))}), as its terms say"
         )
-    return found
+    places = terms.shape if terms.task == "next-token" else ()
+    if not _has(found.targets, (len(found), *places)):
+        raise UsageError(
+            f"data set {terms.name!r} gives targets of another shape than "
+            f"({', '.join(['examples', *map(str, places)])}), or no numbers"
+        )
+    return replace(found, inputs=native(found.inputs), targets=native(found.targets))
+
+
+def _has(values: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(values, np.ndarray) and values.dtype.kind in "buif" and values.shape == shape
+
+
+def _some(terms: DataTerms, found: Any) -> Examples:
+    fitting = _fitting(terms, found)
+    if not len(fitting):
+        raise UsageError(f"data set {terms.name!r} has no public examples to score a model by")
+    return fitting

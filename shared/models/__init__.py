@@ -9,7 +9,7 @@ from typing import Any, Final
 from torch import nn
 
 from bract.shared import factories
-from bract.shared.errors import UnknownName, UsageError, VerificationFailed
+from bract.shared.errors import BractError, UnknownName, UsageError, VerificationFailed
 from bract.shared.models import frozen
 from bract.shared.models.cnn import cnn
 from bract.shared.models.linear import linear
@@ -109,6 +109,11 @@ def build(
         model = make(shape, classes, **given, **options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"model {name!r}: {error}") from error
+    except BractError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"model {name!r}: its factory fails with {reason}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name!r}: the factory returned no torch module")
     return model

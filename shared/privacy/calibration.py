@@ -15,13 +15,17 @@ from bract.shared.privacy.orders import best_order
 from bract.shared.terms import LEAST_DELTA
 
 GREATEST_NOISE = 1e5
+# Beyond these ε is in the thousands: it protects nothing, and PLD takes gigabytes to tell it.
+LEAST_NOISE, GREATEST_EPSILON = 0.1, 1000.0
 DIGITS = 4
 
 
 def check_budget(epsilon_target: float, delta: float) -> None:
-    """Returns for 0 < ε < ∞ and 1e-9 ≤ δ < 1; raises `UsageError` otherwise, NaN included."""
-    if not 0 < epsilon_target < math.inf:
-        raise UsageError(f"epsilon {epsilon_target} must be a finite number above 0")
+    """Returns for 0 < ε ≤ 1000 and 1e-9 ≤ δ < 1; raises `UsageError` otherwise, NaN included."""
+    if not 0 < epsilon_target <= GREATEST_EPSILON:
+        raise UsageError(
+            f"epsilon {epsilon_target} must be a number above 0, and {GREATEST_EPSILON:g} or less"
+        )
     if not LEAST_DELTA <= delta < 1:
         raise UsageError(f"delta {delta} must be {LEAST_DELTA:g} or more, and below 1")
 
@@ -42,6 +46,8 @@ def noise_multiplier(
     Raises:
         UsageError: where ε or δ is out of range, or no σ up to 1e5 is enough.
 
+    No σ is under 0.1, though it might do.
+
     Example:
         >>> sigma = noise_multiplier(
         ...     epsilon_target=3.0, delta=1e-5, sampling_rate=0.1, steps=100)
@@ -57,8 +63,8 @@ def noise_multiplier(
     # The filter's ε costs little and is an upper bound, but for the rounding of PLD's grid, which
     # adds up over many steps: it brackets σ, or nearly, before PLD is asked.
     order = best_order(epsilon_target, delta)
-    high = math.log(
-        noise_for_filter(
+    try:
+        found = noise_for_filter(
             limit=epsilon_target,
             delta=delta,
             order=order,
@@ -66,10 +72,16 @@ def noise_multiplier(
             steps=steps,
             beside=beside,
         )
-    )
+    except UsageError:
+        found = GREATEST_NOISE  # no order up to 256 tells so small an ε: PLD may
+        if excess(math.log(found)) > 0:
+            raise
+    high = math.log(max(found, 1.5 * LEAST_NOISE))
     low = high - math.log(1.5)
     while excess(low) <= 0:
-        low -= math.log(2)
+        if low <= math.log(LEAST_NOISE):
+            return LEAST_NOISE
+        low = max(low - math.log(2), math.log(LEAST_NOISE))
     while excess(high) > 0:
         low, high = high, high + math.log(1.5)
         if high > math.log(GREATEST_NOISE):

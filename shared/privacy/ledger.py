@@ -241,7 +241,7 @@ class Ledger:
                 heads = self._heads_after(transaction)
                 with self._noting(heads if transaction.ahead else None):
                     self._connection.execute("COMMIT")
-                    self._seen = heads
+                    self._saw(heads)
                 if len(self._kept) > CHAINS_IN_MEMORY:
                     self._kept.clear()
                 while len(self._chains) > CHAINS_IN_MEMORY:
@@ -260,6 +260,9 @@ class Ledger:
         touched = transaction.touched & self._chains.keys()
         found = {name: head for name in touched if (head := self._chains[name].head)}
         return {**self._seen, **found}
+
+    def _saw(self, heads: dict[tuple[str, str], Head]) -> None:
+        self._seen = heads
 
     def _noting(self, heads: Mapping[tuple[str, str], Head] | None) -> AbstractContextManager[None]:
         if self._head_file is None or heads is None:

@@ -532,6 +532,8 @@ def words_of(log: str) -> str:
             lines.append(line)
             continue
         event.pop("time", None)
+        if event.get("event") == "charged":  # ε so far, from public terms and the ledger alone
+            event["message"] = re.sub(r"epsilon \d+\.\d{4} by", "", event["message"])
         lines.append(json.dumps(event))
     return "\n".join(lines)
 

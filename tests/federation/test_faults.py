@@ -41,7 +41,7 @@ CLIENT_KILLS = {
         ONCE,
     ),
     "after its charge, before the head file": (
-        "kill before bract.shared.privacy.head_file:HeadFile.write 3",
+        "kill before bract.shared.privacy.ledger:Ledger._saw 4",
         TWICE_IN_ROUND_2,
     ),
     "while it trains": (

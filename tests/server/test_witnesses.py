@@ -324,7 +324,7 @@ def test_a_ledger_that_was_put_back_between_two_runs_is_refused_in_the_second(
         WitnessDesk(town.server, kept).check(reply, "ward", agreed)
 
     restored = town.gate(ledger=Ledger(backup))
-    with pytest.raises(RolledBack, match="lacks entries that an earlier run saw"):
+    with pytest.raises(RolledBack, match="does not extend what was witnessed"):
         second_run(restored)
     second_run(town.site)
     # A file that is older than what this server countersigned starts no alarm.
@@ -332,6 +332,24 @@ def test_a_ledger_that_was_put_back_between_two_runs_is_refused_in_the_second(
     reply = asked(town, 3)
     assert reply.ledger.since is None or reply.ledger.since.sequence >= 2
     check(town, reply, WitnessDesk(town.server, kept))
+
+
+def test_a_run_goes_on_after_another_of_the_same_server_went_further(town: Any) -> None:
+    """Its desk knows an older head than the site can show links from."""
+    first = WitnessDesk(town.server)
+    reply = asked(town, 1)
+    check(town, reply, first)
+    first.remember(heads(reply))
+    between, other = WitnessDesk(town.server), town.contract(witness=town.server.public)
+    signed = town.sign(other)
+    for number in (1, 2):
+        order = replace(town.order(signed, number), witness=between.witness("alpha"))
+        served = town.serve(town.site, order)
+        between.check(served, "ward", other)
+        between.remember(heads(served))
+    town.site.keep_witness(signed, between.witness("alpha"))
+    order = replace(town.order(town.signed, 2), witness=first.witness("alpha"))
+    check(town, town.serve(town.site, order), first)
 
 
 def test_the_update_is_the_one_that_was_released(town: Any) -> None:

@@ -222,6 +222,34 @@ def test_an_update_that_the_server_would_not_take_is_released_and_left_out_of_th
     assert [json.loads(text)["kind"] for _, text, _ in chain].count("release") == 3
 
 
+@pytest.mark.parametrize("shared_file", [True, False], ids=["one file", "files apart"])
+def test_a_site_whose_training_failed_is_charged_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_file: bool
+) -> None:
+    monkeypatch.setattr(Plan, "many", shared_file)
+    run, inner = begun(tmp_path / "run"), Trainer.train
+
+    def fails(trainer: Trainer, *, terms: Any, **given: Any) -> Any:
+        if terms.name == "site-03":
+            raise ValueError("its data")
+        return inner(trainer, terms=terms, **given)
+
+    monkeypatch.setattr(Trainer, "train", fails)
+    monkeypatch.setattr(Trainer, "_shares_a_pass", lambda self, sites: False)
+    summary = run.complete(LocalEngine())
+    assert summary.rounds == 3
+    charges = {name: site.charges for name, site in summary.per_site.items()}
+    assert charges["site-03"] == 1
+    assert {refusal.site for refusal in summary.refused} <= {"site-03", "node 1003"}
+
+
+def test_a_seed_repeats_whom_a_round_asks(tmp_path: Path, shared: None) -> None:
+    for name in ("one", "two"):
+        completed(tmp_path / name, "sites_per_round=4")
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -135,6 +135,42 @@ def test_runs_over_one_state_compose_until_every_site_refuses(bract: Bract, tmp_
         assert bract("audit", "verify", *ledgers(tmp_path / run)).returncode == 0
 
 
+def test_a_run_that_every_site_refuses_from_the_start_says_why(
+    bract: Bract, tmp_path: Path
+) -> None:
+    done = bract(
+        "simulate", "digits", *QUICK, "--set", "privacy.noise_multiplier=0.2",
+        "--out", "run", "--json",
+    )  # fmt: skip
+    assert done.returncode == 1
+    message = strict(done.stdout)["error"]["message"]
+    assert message.startswith("no round was completed: ")
+    assert "policy-noise" in message
+
+
+def test_a_killed_run_goes_on_after_another_used_its_state(bract: Bract, tmp_path: Path) -> None:
+    """Its server remembers older heads than the sites can show links from."""
+    from bract.server.rounds import RoundLoop
+
+    common = ("simulate", "digits", *QUICK, "--state", "state", "--set", "policy.epsilon=60")
+    inner, done = RoundLoop._round, []
+
+    def killed(loop: RoundLoop, grid: Any, state: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return inner(loop, grid, state)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RoundLoop, "_round", killed)
+        assert bract(*common, "--out", "a").returncode == 130
+    assert bract(*common, "--out", "b").returncode == 0
+    resumed = bract("simulate", "--resume", "a", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    summary = strict(resumed.stdout)
+    assert summary["refused"] == []
+
+
 def test_another_partition_over_one_state_is_another_domain(bract: Bract, tmp_path: Path) -> None:
     common = ("simulate", "digits", *QUICK, "--state", "state")
     assert bract(*common, "--out", "a").returncode == 0

@@ -152,6 +152,13 @@ def test_admission_leaves_the_model_as_it_was() -> None:
         (frozen, "no trainable parameter"),
         (unused, "fails on made-up inputs"),
         (lambda: nn.Linear(9, 10), r"shape \(1, 8, 8\): RuntimeError"),
+        (lambda: Between(lambda x: x).double(), "the float64 weight 'layer.weight': build it in"),
+        (lambda: Between(lambda x: x).half(), "the float16 weight 'layer.weight'"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "lazy weight '1.weight'"),
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 12)),
+            r"answers \(12,\) for an example, and not \(10,\)",
+        ),
     ],
 )
 def test_model_that_cannot_keep_examples_apart_is_refused_in_one_line(

@@ -114,6 +114,35 @@ def test_examples_of_another_shape_are_an_error(made: str) -> None:
         data.load_public(data.describe(made), None)
 
 
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (
+            Examples(np.zeros((2, 2)), np.zeros((2, 1))),
+            r"targets of another shape than \(examples\)",
+        ),
+        (Examples(np.zeros((2, 2)), np.array([{}, {}])), "or no numbers"),
+        (Examples(np.full((2, 2), "x"), np.zeros(2)), r"inputs of \(examples, 2\)"),
+        (Examples([[1, 2]], [0]), r"inputs of \(examples, 2\)"),
+        (Examples(np.zeros((0, 2)), np.zeros(0)), "no public examples"),
+    ],
+)
+def test_examples_that_training_cannot_take_are_an_error(
+    made: str, monkeypatch: pytest.MonkeyPatch, found: Examples, words: str
+) -> None:
+    monkeypatch.setattr(Made, "public", lambda self, folder: (found, found))
+    with pytest.raises(UsageError, match=words):
+        data.load_public(data.describe(made), None)
+
+
+def test_numbers_come_in_this_machines_order(made: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    big = Examples(np.ones((2, 2), ">f4"), np.array([0, 1], ">i8"))
+    monkeypatch.setattr(Made, "public", lambda self, folder: (big, big))
+    found, _ = data.load_public(data.describe(made), None)
+    assert found.inputs.dtype.isnative
+    assert found.targets.tolist() == [0, 1]
+
+
 def test_without_a_check_of_its_own_rows_without_effect_are_named(
     made: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

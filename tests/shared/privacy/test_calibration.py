@@ -161,3 +161,19 @@ def test_evaluations_that_take_the_whole_budget_are_named_in_the_error() -> None
             steps=10,
             beside=[PoissonGaussian(1.0, 2.0, 50)],
         )
+
+
+@pytest.mark.parametrize("target", [0.01, 0.015])
+def test_a_small_epsilon_that_no_filter_tells_is_calibrated_by_pld(target: float) -> None:
+    terms = {"delta": 1e-5, "sampling_rate": 0.05, "steps": 100}
+    sigma = calibration.noise_multiplier(epsilon_target=target, **terms)
+    events = [PoissonGaussian(0.05, sigma, 100)]
+    assert 0.8 * target < accounting.epsilon(events, 1e-5) <= target
+
+
+def test_no_noise_under_the_least_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate so small that any noise will do: there is no least."""
+    terms = {"delta": 9e-4, "sampling_rate": 5e-4, "steps": 1}
+    assert calibration.noise_multiplier(epsilon_target=1.0, **terms) == calibration.LEAST_NOISE
+    with pytest.raises(UsageError, match=r"epsilon 1001 must be .* 1000 or less"):
+        calibration.noise_multiplier(epsilon_target=1001, **terms)
