@@ -141,6 +141,8 @@ def simulate(
         )
         _leave_gpus(chosen.device)
         folder = out or Path("runs") / f"{chosen.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+        if engine == "ray" and chosen.privacy.mechanism == "user-level":
+            raise UsageError("--engine ray carries no user-level noise: leave it out")
         run = simulation.begin(chosen, out=folder, state=state, data_dir=data_dir, workers=count)
     summary = run.complete(carrier, track)
     _table(summary)

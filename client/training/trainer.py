@@ -180,16 +180,18 @@ class Trainer:
         )
 
     def _sums_apart(self, jobs: Sequence[Job], batches: Sequence[npt.NDArray[np.int64]]) -> Tensor:
-        """Returns each site's sums over its own batch; a pass holds examples of several sites."""
+        """Returns each site's sums over its own batch; a pass holds examples of several sites.
+
+        Its size follows the batches: in a simulation no server is a stranger.
+        """
         summer = self._summer
         assert isinstance(summer, BookKeepingSum)  # noqa: S101  the caller asked
         bounds = np.cumsum([0, *map(len, batches)])
-        expected = sum(self._contract.normaliser(job.terms) for job in jobs)
 
         def run(size: int) -> Tensor:
             rows, totals = self._shared.rows(len(jobs))
-            pieces = self._sizes.pieces(int(bounds[-1]), expected=expected, most=size)
-            for piece, full in pieces:
+            for start in range(0, int(bounds[-1]), size):
+                piece = slice(start, start + size)
                 cuts = np.clip(bounds, piece.start, piece.stop)
                 pairs = [
                     self._batch(job.examples, batch[start - begin : stop - begin])
@@ -200,9 +202,8 @@ class Trainer:
                 ]
                 inputs, targets = (torch.cat(side) for side in zip(*pairs, strict=True))
                 parts = [slice(start, stop) for start, stop in pairwise(cuts - piece.start)]
-                given = _filled(inputs, targets, full)
                 with self._weights_stay():
-                    summer.add_parts_(totals, parts, *given)
+                    summer.add_parts_(totals, parts, inputs, targets)
             return rows
 
         return self._in_pieces(run)

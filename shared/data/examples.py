@@ -11,7 +11,12 @@ UNREADABLE = -1  # a target that is no class
 
 
 def native(values: np.ndarray) -> np.ndarray:
-    """Returns numbers as torch takes them: in this machine's order of bytes, in 64 bits at most."""
+    """Returns numbers as torch takes them: in this machine's order of bytes, in 64 bits at most.
+
+    What is no array, and gives its rows as arrays, stays as it is.
+    """
+    if not isinstance(values, np.ndarray):
+        return values
     if values.dtype.kind == "f" and values.dtype.itemsize > 8:
         return values.astype(np.float64)
     return values.astype(values.dtype.newbyteorder("="), copy=False)

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
 from bract.shared import factories
 from bract.shared.data.dataset import Dataset
 from bract.shared.data.examples import Examples, Splits, native
@@ -137,7 +135,9 @@ def _fitting(terms: DataTerms, found: Any) -> Examples:
 
 
 def _has(values: Any, shape: tuple[int, ...]) -> bool:
-    return isinstance(values, np.ndarray) and values.dtype.kind in "buif" and values.shape == shape
+    """Whether values are numbers of a shape: an array, or what gives its rows as arrays."""
+    kind = getattr(getattr(values, "dtype", None), "kind", "")
+    return kind in ("b", "u", "i", "f") and getattr(values, "shape", None) == shape
 
 
 def _some(terms: DataTerms, found: Any) -> Examples:

@@ -143,6 +143,18 @@ def test_numbers_come_in_this_machines_order(made: str, monkeypatch: pytest.Monk
     assert found.targets.tolist() == [0, 1]
 
 
+def test_what_gives_its_rows_as_arrays_is_not_read_beforehand(
+    made: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Rows:
+        shape, dtype, ndim = (2, 2), np.dtype("u1"), 2
+
+    lazy = Examples(Rows(), np.zeros(2, int))  # type: ignore[arg-type]
+    monkeypatch.setattr(Made, "public", lambda self, folder: (lazy, lazy))
+    found, _ = data.load_public(data.describe(made), None)
+    assert isinstance(found.inputs, Rows)
+
+
 def test_without_a_check_of_its_own_rows_without_effect_are_named(
     made: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
