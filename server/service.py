@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bract.server.app import app
 from bract.server.checkpoint import RoundState
 from bract.server.flower.grid import FleetGrid
 from bract.server.flower.host import Host, Listener
-from bract.shared import canonical, contract, federation, keyfiles, keys, locks, tracking
+from bract.shared import canonical, contract, federation, keyfiles, keys, locks, pki, tracking
 from bract.shared.contract import Contract
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.federation import Federation
@@ -271,6 +272,12 @@ def _listener(chosen: Federation) -> Listener:
             f"{chosen.server.certificate}, or one of them cannot be read: name the two that bract "
             "keys server made together"
         ) from error
+    until = pki.certificates(Path(chosen.server.certificate))[0].not_valid_after_utc
+    if until < datetime.now(UTC):
+        raise UsageError(
+            f"server.certificate {chosen.server.certificate} expired at {until:%Y-%m-%d %H:%M}: no "
+            "site will connect; make another with bract keys server"
+        )
     keyfiles.warn_if_open(Path(chosen.server.key))
     return Listener(
         host=chosen.server.host,

@@ -405,7 +405,9 @@ def _typed_errors(path: Path) -> Iterator[None]:
                 f"cannot write {path} ({code}): free some space or fix its rights; "
                 "nothing was charged"
             ) from error
-        raise LedgerError(f"{path} cannot be used as a ledger: {error}") from error
+        raise LedgerError(
+            f"{path} cannot be used as a ledger: {error}; put back its newest copy"
+        ) from error
 
 
 def _rolled_back(site: str, domain: str) -> str:

@@ -6,13 +6,14 @@ import fcntl
 import json
 import socket
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
-from bract.server import service
+from bract.server import checkpoint, service
 from bract.server.flower.host import Host
 from bract.shared import canonical, federation, keys, logs, pki
 from bract.shared import contract as contracts
@@ -125,6 +126,28 @@ def other_key(layout: Layout) -> None:
     (folder / "server-key.pem").write_bytes(served.key_pem())
 
 
+def expired(layout: Layout) -> None:
+    folder, then = layout.federation.parent, datetime.now(UTC) - timedelta(days=40)
+    authority = pki.new_authority(now=then)
+    served = pki.issue_server(authority, ["127.0.0.1"], days=30, now=then)
+    (folder / "server-key.pem").write_bytes(served.key_pem())
+    (folder / "server.pem").write_bytes(served.certificate_pem())
+
+
+def another_delta(layout: Layout) -> None:
+    text = layout.federation.read_text()
+    assert text.count("delta = 1e-05") == 1
+    layout.federation.write_text(text.replace("delta = 1e-05", "delta = 0.5"))
+
+
+def another_run(layout: Layout) -> None:
+    out = layout.federation.parent / "run"
+    (out / "checkpoint").mkdir(parents=True)
+    state = checkpoint.RoundState(contract="0" * 64, weights={}, velocity={})
+    checkpoint.save(state, out / "checkpoint")
+    (out / "contract.json").write_text("of another run")
+
+
 def no_text(layout: Layout) -> None:
     (layout.federation.parent / "server.pem").write_bytes(b"\x00\xff")
 
@@ -144,6 +167,8 @@ BAD: dict[str, tuple[Callable[[Layout], Any], str]] = {
     "no key": (without("server-key.pem"), "no server.key at"),
     "no witness": (without("witness.pem"), "no key at"),
     "a key of another certificate": (other_key, "does not fit server.certificate"),
+    "a certificate that is over": (expired, "no site will connect; make another with bract keys"),
+    "a delta over one over the sites' sizes": (another_delta, "delta 0.5 must be"),
     "no certificate in the file": (no_text, "does not fit server.certificate"),
     "a file for the state": (a_file_for_a_folder("state"), "correct server.state"),
     "a file for the run": (a_file_for_a_folder("run"), "correct server.out"),
@@ -163,6 +188,15 @@ def test_what_cannot_be_served_is_one_line_and_bad_usage(
     assert said in value["error"]["message"]
     assert done.stdout.count("\n") == done.stderr.count("\n") == 1
     assert "unexpected" not in done.stderr
+
+
+def test_a_run_folder_of_another_run_is_left_as_it_is(layout: Layout, bract: Bract) -> None:
+    another_run(layout)
+    done = bract("server", str(layout.federation))
+    assert done.returncode == 1
+    assert "the checkpoint of another contract: name another folder as out" in done.stderr
+    held = layout.federation.parent / "run/contract.json"
+    assert held.read_text() == "of another run"
 
 
 def test_a_key_behind_a_password_is_bad_usage_and_asks_nobody(layout: Layout, bract: Bract) -> None:
