@@ -145,6 +145,7 @@ def test_admission_leaves_the_model_as_it_was() -> None:
         (lambda: Between(lambda x: x + torch.arange(len(x))[:, None]), "mixes examples"),
         (lambda: Between(lambda x: functional.dropout(x, 0.5)), "random numbers"),
         (lambda: with_(nn.Dropout(0.5)), "dropout"),
+        (lambda: Between(lambda x: x - x.mean(0) if len(x) > 8 else x), "mixes examples"),
         (Borrowed, "outside its layer"),
         (Behind, "outside its layer"),
         (lambda: Positions(4), "mixes examples"),
