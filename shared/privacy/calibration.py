@@ -21,11 +21,9 @@ DIGITS = 4
 
 
 def check_budget(epsilon_target: float, delta: float) -> None:
-    """Returns for 0 < ε ≤ 1000 and 1e-9 ≤ δ < 1; raises `UsageError` otherwise, NaN included."""
-    if not 0 < epsilon_target <= GREATEST_EPSILON:
-        raise UsageError(
-            f"epsilon {epsilon_target} must be a number above 0, and {GREATEST_EPSILON:g} or less"
-        )
+    """Returns for 0 < ε < ∞ and 1e-9 ≤ δ < 1; raises `UsageError` otherwise, NaN included."""
+    if not 0 < epsilon_target < math.inf:
+        raise UsageError(f"epsilon {epsilon_target} must be a finite number above 0")
     if not LEAST_DELTA <= delta < 1:
         raise UsageError(f"delta {delta} must be {LEAST_DELTA:g} or more, and below 1")
 
@@ -55,6 +53,11 @@ def noise_multiplier(
         True
     """
     check_budget(epsilon_target, delta)
+    if epsilon_target > GREATEST_EPSILON:
+        raise UsageError(
+            f"epsilon {epsilon_target:g} must be {GREATEST_EPSILON:g} or less to find its noise: "
+            "lower it, or set noise_multiplier"
+        )
 
     def excess(log_sigma: float) -> float:
         event = PoissonGaussian(sampling_rate, math.exp(log_sigma), steps)
