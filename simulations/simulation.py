@@ -22,7 +22,7 @@ from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, check_delta
 from bract.shared.privacy import entries
 from bract.shared.privacy.budget import fixed_rule
-from bract.shared.privacy.calibration import check_budget, noise_within, rate_of
+from bract.shared.privacy.calibration import check_budget, check_target, noise_within, rate_of
 from bract.shared.reports.runs import Summary
 from bract.shared.terms import DataTerms, PrivacyTerms, SiteTerms
 from bract.simulations import summary
@@ -273,7 +273,10 @@ def where(experiment: Experiment, root: Path | None) -> Path | None:
 
 def _check(experiment: Experiment, data: DataTerms, folder: Path | None) -> None:
     """Fails early and cheaply on what would fail later."""
-    check_budget(experiment.privacy.epsilon, experiment.privacy.delta)
+    privacy = experiment.privacy
+    check_budget(privacy.epsilon, privacy.delta)
+    if privacy.noise_multiplier is None and privacy.mechanism != "none":
+        check_target(privacy.epsilon)
     devices.resolve(experiment.device)
     splits = load(data, folder)
     model = models.of(experiment.model, data)
@@ -282,8 +285,8 @@ def _check(experiment: Experiment, data: DataTerms, folder: Path | None) -> None
         sizes = [nominal_size(len(part)) for part in _parts(experiment, splits)]
     else:
         sizes = [max(nominal_size(len(splits.train) // experiment.sites), 1)]
-    check_delta(experiment.privacy.delta, _protected(experiment, sizes))
-    rate_of(experiment.privacy.batch, sizes)
+    check_delta(privacy.delta, _protected(experiment, sizes))
+    rate_of(privacy.batch, sizes)
 
 
 def _parts(experiment: Experiment, splits: Splits) -> list[np.ndarray]:

@@ -28,6 +28,15 @@ def check_budget(epsilon_target: float, delta: float) -> None:
         raise UsageError(f"delta {delta} must be {LEAST_DELTA:g} or more, and below 1")
 
 
+def check_target(epsilon_target: float) -> None:
+    """Returns for an ε whose noise can be found; raises `UsageError` otherwise."""
+    if epsilon_target > GREATEST_EPSILON:
+        raise UsageError(
+            f"epsilon {epsilon_target:g} must be {GREATEST_EPSILON:g} or less to find its noise: "
+            "lower it, or set noise_multiplier"
+        )
+
+
 def noise_multiplier(
     *,
     epsilon_target: float,
@@ -53,11 +62,7 @@ def noise_multiplier(
         True
     """
     check_budget(epsilon_target, delta)
-    if epsilon_target > GREATEST_EPSILON:
-        raise UsageError(
-            f"epsilon {epsilon_target:g} must be {GREATEST_EPSILON:g} or less to find its noise: "
-            "lower it, or set noise_multiplier"
-        )
+    check_target(epsilon_target)
 
     def excess(log_sigma: float) -> float:
         event = PoissonGaussian(sampling_rate, math.exp(log_sigma), steps)
