@@ -2,7 +2,7 @@
 
 A step of a small model takes a GPU less time than its host needs to start the kernels. A pass is
 recorded for sizes of batches that come again and again, and replayed; the host is then done in some
-microseconds. A batch is filled up to the next such size by examples that add nothing.
+microseconds. The sizes are few, since batches are filled up (see `sizes`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from bract.client.training.bookkeeping import BookKeepingSum
 from bract.client.training.gradients import ClippedSum, zeros
-from bract.client.training.sizes import filled
 from bract.shared import models
 
 logger = logging.getLogger("bract.client")
@@ -41,10 +40,10 @@ class Shape:
     targets: tuple[tuple[int, ...], torch.dtype]
 
 
-def shape_of(inputs: Tensor, targets: Tensor, most: int) -> Shape:
-    """Returns the shape that holds a batch, of a size that memory holds."""
+def shape_of(inputs: Tensor, targets: Tensor) -> Shape:
+    """Returns the shape of a batch."""
     return Shape(
-        max(len(inputs), filled(len(inputs), most)),
+        len(inputs),
         (tuple(inputs.shape[1:]), inputs.dtype),
         (tuple(targets.shape[1:]), targets.dtype),
     )
@@ -90,9 +89,9 @@ class Recorded:
         targets: Tensor,
         counted: Tensor | None = None,
     ) -> None:
-        """Adds the clipped gradients of a batch that the shape holds."""
+        """Adds the clipped gradients of a batch of the shape."""
         with torch.cuda.device(self._device):
-            self._batch.fill(inputs, targets, counted)
+            self._batch.take(inputs, targets, counted)
             self._graph.replay()
             self._batch.add_to(sums)
 
@@ -115,21 +114,21 @@ class Batch:
         (inputs, kind), (targets, label) = shape.inputs, shape.targets
         self._inputs = like.new_zeros((shape.examples, *inputs), dtype=kind)
         self._targets = like.new_zeros((shape.examples, *targets), dtype=label)
-        self._places = torch.arange(shape.examples, device=like.device)
-        self._counted = torch.ones_like(self._places, dtype=torch.bool)
+        self._counted = like.new_ones(shape.examples, dtype=torch.bool)
 
     def run(self, summer: BookKeepingSum) -> None:
         """Sums the examples that are counted."""
         torch._foreach_zero_(list(self._sums.values()))
         summer.add_(self._sums, self._inputs, self._targets, self._counted)
 
-    def fill(self, inputs: Tensor, targets: Tensor, counted: Tensor | None = None) -> None:
-        """Takes a batch; those that fill it up are of an earlier one, or zeros."""
-        self._inputs[: len(inputs)] = inputs
-        self._targets[: len(inputs)] = targets
-        torch.lt(self._places, len(inputs), out=self._counted)
-        if counted is not None:
-            self._counted[: len(inputs)] = counted
+    def take(self, inputs: Tensor, targets: Tensor, counted: Tensor | None) -> None:
+        """Takes a batch, and which of its examples are counted; None: all."""
+        self._inputs.copy_(inputs)
+        self._targets.copy_(targets)
+        if counted is None:
+            self._counted.fill_(True)
+        else:
+            self._counted.copy_(counted)
 
     def add_to(self, sums: dict[str, Tensor]) -> None:
         """Adds what the pass left."""
@@ -142,11 +141,10 @@ class ReplayedSum:
     Args:
         summer: who adds the rest.
         parameters: by the names of the sums; on a GPU, and never moved in memory.
-        most: how many examples are in memory at once.
     """
 
-    def __init__(self, summer: BookKeepingSum, parameters: Mapping[str, Tensor], most: int) -> None:
-        self._summer, self._parameters, self._most = summer, parameters, most
+    def __init__(self, summer: BookKeepingSum, parameters: Mapping[str, Tensor]) -> None:
+        self._summer, self._parameters = summer, parameters
         self._seen: Counter[Shape] = Counter()
         self._graphs: dict[Shape, Recorded] = {}
         self._pool: Any = None
@@ -160,7 +158,7 @@ class ReplayedSum:
         counted: Tensor | None = None,
     ) -> None:
         """Adds the clipped gradients of a physical batch."""
-        shape = shape_of(inputs, targets, self._most)
+        shape = shape_of(inputs, targets)
         if self._records and shape not in self._graphs:
             self._seen[shape] += 1
             if self._seen[shape] > _BEFORE:
@@ -184,14 +182,12 @@ class ReplayedSum:
         self._pool = None
 
 
-def replayed(
-    summer: ClippedSum, parameters: Mapping[str, Tensor], model: str, most: int
-) -> ClippedSum:
+def replayed(summer: ClippedSum, parameters: Mapping[str, Tensor], model: str) -> ClippedSum:
     """Returns what adds the same sums by graphs, where there is a GPU and the model is our own."""
     if type(summer) is not BookKeepingSum or model not in RECORDED:
         return summer
     on_cuda = _device_of(parameters).type == "cuda"
-    return ReplayedSum(summer, parameters, most) if on_cuda else summer
+    return ReplayedSum(summer, parameters) if on_cuda else summer
 
 
 def _device_of(parameters: Mapping[str, Tensor]) -> torch.device:

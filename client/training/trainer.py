@@ -102,8 +102,7 @@ class Trainer:
         self._summer, self._summed = _summer(contract, execution, self._model)
         self._adder: ClippedSum | PlainSum = self._summer
         if not isinstance(self._summer, PlainSum):
-            name = contract.model.name
-            self._adder = graphs.replayed(self._summer, self._summed, name, self._pieces)
+            self._adder = graphs.replayed(self._summer, self._summed, contract.model.name)
         self._shared = SharedStep(contract, self._summed, self.parameters)
         self._sizes = Sizes(self._probed)
         if self._device.type == "cuda":  # before any charge, by the name that noise knows it by

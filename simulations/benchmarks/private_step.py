@@ -210,7 +210,7 @@ def _ours(
     named = dict(model.named_parameters())
     summer = clipped_sum("book-keeping", model, _losses, CLIP_NORM, precision)
     # These models draw and decide nothing in a pass, like those that go by this name.
-    summer = replayed(summer, named, "cnn", len(batch[0]))
+    summer = replayed(summer, named, "cnn")
     optimizer = PrivateOptimizer(
         torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
         noise_multiplier=NOISE_MULTIPLIER,

@@ -447,7 +447,7 @@ def test_graphs_go_where_memory_is_short(world: Any) -> None:
             self.forgotten += 1
 
     trainer = Trainer(terms_of(world), Execution())
-    trainer._adder = Holding(trainer._summer, trainer._summed, 256)
+    trainer._adder = Holding(trainer._summer, trainer._summed)
     trainer._adder._records = False
     train(trainer, trainer._contract, examples(), Watching())
     assert trainer._adder.forgotten == 7
