@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bract.client.training.noise import on_grid
 from bract.client.training.randomness import RandomStream
+from bract.client.training.sizes import fill
 from bract.shared.data import Examples
 from bract.shared.updates import ProtectedScore
 
@@ -45,7 +46,7 @@ def counts(model: nn.Module, examples: Examples, prepare: Prepare) -> tuple[int,
             for start in range(0, len(examples), TOGETHER):
                 rows = np.arange(start, min(start + TOGETHER, len(examples)))
                 inputs, targets = prepare(examples, rows)
-                logits = model(_filled(inputs))[: len(rows)]
+                logits = model(fill(inputs, TOGETHER))[: len(rows)]
                 right = (logits.argmax(1) == targets) & ~logits.isnan().any(1)
                 correct += int(right.sum())
     finally:
@@ -68,9 +69,3 @@ def protect(
     noisy = np.array([correct, total], dtype=np.float64) + stddev * stream.normals(2)
     released = on_grid(noisy, stddev)
     return ProtectedScore(correct=float(released[0]), total=float(released[1]))
-
-
-def _filled(inputs: Tensor) -> Tensor:
-    """Returns a batch of the one shape that all have, zeros behind what is there."""
-    blank = inputs.new_zeros((TOGETHER - len(inputs), *inputs.shape[1:]))
-    return torch.cat([inputs, blank])

@@ -42,6 +42,13 @@ def planned(expected: float, most: int) -> int:
     return filled(math.ceil(expected + 2.5 * math.sqrt(expected)), most)
 
 
+def fill(values: Tensor, size: int) -> Tensor:
+    """Returns a batch of a size, zeros behind what is there."""
+    if len(values) == size:
+        return values
+    return torch.cat([values, values.new_zeros((size - len(values), *values.shape[1:]))])
+
+
 class Sizes:
     """Cuts batches into pieces of public sizes.
 

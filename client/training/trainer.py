@@ -23,7 +23,7 @@ from bract.client.training.clipping import SLACK
 from bract.client.training.gradients import ClippedSum, Mode, PlainSum, Precision
 from bract.client.training.optimizer import PlainOptimizer, PrivateOptimizer, Sgd
 from bract.client.training.randomness import RandomStream, check_turning
-from bract.client.training.sizes import Sizes
+from bract.client.training.sizes import Sizes, fill
 from bract.client.training.together import Job, SharedStep
 from bract.client.training.views import Moves
 from bract.shared import arrays, models, tasks
@@ -290,9 +290,11 @@ class Trainer:
                 return self._plain_sums(adder, examples, batch, moves, most)
             for part, size in self._sizes.pieces(len(batch), expected=expected, most=most):
                 seen = None if moves is None else moves.take(part)
-                given = _filled(*self._batch(examples, batch[part], seen), size)
+                given = self._batch(examples, batch[part], seen)
+                inputs, targets = (fill(side, size) for side in given)
+                counted = torch.arange(size, device=self._device) < part.stop - part.start
                 with self._weights_stay():
-                    adder.add_(sums, *given)
+                    adder.add_(sums, inputs, targets, counted)
             return sums
 
         return self._in_pieces(run)
@@ -420,15 +422,3 @@ def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
     # The CPU's allocator has no type of its own.
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
-def _filled(inputs: Tensor, targets: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns a batch filled up with zeros, and which of its examples are counted."""
-    count = len(inputs)
-    counted = torch.arange(size, device=inputs.device) < count
-    if count < size:
-        inputs, targets = (
-            torch.cat([side, side.new_zeros((size - count, *side.shape[1:]))])
-            for side in (inputs, targets)
-        )
-    return inputs, targets, counted
