@@ -107,7 +107,7 @@ def weighted_sum(factors: Tensor, gradients: Tensor) -> Tensor:
 
 def weighted_sums(factors: Tensor, gradients: Tensor, parts: Sequence[slice]) -> Tensor:
     """Returns Σ f_i·g_i of each part of the examples, in float64, a part on the first axis."""
-    rows = gradients.reshape(len(gradients), -1)
+    factors, rows = until_last(factors, gradients.reshape(len(gradients), -1))
     if on_gpu(rows):
         sums = _spread_sums(factors, rows, parts)
     elif parts is WHOLE and rows.numel() <= _BLOCK:
@@ -143,6 +143,18 @@ def _spread(factors: Tensor, parts: Sequence[slice]) -> Tensor:
     for row, part in zip(spread, parts, strict=True):
         row[part] = factors[part]
     return spread
+
+
+def until_last(factors: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Returns factors and rows but for those behind the last factor that is not 0.
+
+    What a batch is filled up with lies there. On a GPU, which would be waited for, all of them.
+    """
+    if on_gpu(factors):
+        return factors, *rows
+    kept = factors.numpy().nonzero()[0]
+    count = int(kept[-1]) + 1 if len(kept) else 0
+    return tuple(values[:count] for values in (factors, *rows))
 
 
 def without_dropped(factors: Tensor, rows: Tensor) -> Tensor:

@@ -69,21 +69,25 @@ def noised(
     )
     if normals.device.type != "cpu":
         return tensor_on_grid(normals, stddev).to(torch.float32)
-    return torch.from_numpy(on_grid(normals.numpy(), stddev).astype(np.float32))
+    return torch.from_numpy(on_grid_(normals.numpy(), stddev).astype(np.float32))
 
 
-def on_grid(values: np.ndarray, stddev: float) -> np.ndarray:
-    """Returns values rounded to multiples of the power of two just under stddev · 2⁻²⁰."""
+def on_grid_(values: np.ndarray, stddev: float) -> np.ndarray:
+    """Returns values rounded to multiples of the power of two just under stddev · 2⁻²⁰, in place.
+
+    New memory would cost more than the rounding.
+    """
     if stddev == 0:
         return values
     step = _step(stddev)
-    multiples = np.rint(values * (1 / step))  # exact: the step is a power of two
-    multiples *= step
-    return multiples
+    values *= 1 / step  # exact: the step is a power of two
+    np.rint(values, out=values)
+    values *= step
+    return values
 
 
 def tensor_on_grid(values: Tensor, stddev: float) -> Tensor:
-    """Returns what `on_grid` does, where the values are."""
+    """Returns what `on_grid_` does, where the values are."""
     if stddev == 0:
         return values
     step = _step(stddev)

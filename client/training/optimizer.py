@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -65,18 +65,18 @@ class PlainOptimizer(Sgd):
         parameters: what is moved.
         lr: the learning rate.
         momentum: of the heavy ball.
-        normaliser: the public constant q · nominal size.
+        normaliser: the public constant q · nominal size, by which the step is divided.
     """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, normaliser: float
     ) -> None:
-        super().__init__(parameters, lr=lr, momentum=momentum)
-        self._normaliser = normaliser
+        super().__init__(parameters, lr=lr / normaliser, momentum=momentum)
 
     def put(self, sums: list[Tensor]) -> None:
         """Sets the sum of a logical batch, one tensor a parameter."""
-        _set_means(self.param_groups[0]["params"], sums, self._normaliser)
+        for parameter, value in zip(self.param_groups[0]["params"], sums, strict=True):
+            parameter.grad = value.to(parameter.dtype)
 
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -171,17 +171,13 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         return flat
 
     def scale_grad(self) -> None:
-        """Divides by the public normaliser."""
-        _set_means(self.params, [p.grad for p in self.params], self._normaliser)
+        """Divides by the public normaliser.
 
-
-def _set_means(
-    parameters: Sequence[nn.Parameter], sums: Sequence[Tensor], normaliser: float
-) -> None:
-    """Sets each gradient; not in place, since a sum may be one number that is seen many times."""
-    rounded = [value.to(p.dtype) for p, value in zip(parameters, sums, strict=True)]
-    for parameter, mean in zip(parameters, torch._foreach_div(rounded, normaliser), strict=True):
-        parameter.grad = mean
+        Not in place: a gradient may be one number that is seen many times.
+        """
+        means = torch._foreach_div([p.grad for p in self.params], self._normaliser)
+        for parameter, mean in zip(self.params, means, strict=True):
+            parameter.grad = mean
 
 
 def _even(parameters: list[Any]) -> list[int]:

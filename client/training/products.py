@@ -23,6 +23,7 @@ from bract.client.training.clipping import (
     on_gpu,
     quick_norms,
     settled,
+    until_last,
     weighted_sums,
     without_dropped,
 )
@@ -199,6 +200,7 @@ def _add_products_(
 
     A product's rounding grows with the number of places in it: decision 3 bounds it by this number.
     """
+    factors, a, b = until_last(factors, a, b)
     one, other = (without_dropped(factors, side).double() for side in (a, b))
     other = other * factors[:, None, None, None]
     step = max(1, GREATEST_PLACES // a.shape[2])

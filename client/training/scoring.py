@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bract.client.training.noise import on_grid
+from bract.client.training.noise import on_grid_
 from bract.client.training.randomness import RandomStream
 from bract.client.training.sizes import fill
 from bract.shared.data import Examples
@@ -67,5 +67,5 @@ def protect(
     """
     stddev = SENSITIVITY * noise_multiplier
     noisy = np.array([correct, total], dtype=np.float64) + stddev * stream.normals(2)
-    released = on_grid(noisy, stddev)
+    released = on_grid_(noisy, stddev)
     return ProtectedScore(correct=float(released[0]), total=float(released[1]))

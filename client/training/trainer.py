@@ -285,9 +285,10 @@ class Trainer:
         """
 
         def run(most: int) -> dict[str, Tensor]:
-            adder, sums = self._adder, self._zeros()
+            adder = self._adder
             if isinstance(adder, PlainSum):
                 return self._plain_sums(adder, examples, batch, moves, most)
+            sums = self._zeros()
             for part, size in self._sizes.pieces(len(batch), expected=expected, most=most):
                 seen = None if moves is None else moves.take(part)
                 given = self._batch(examples, batch[part], seen)
