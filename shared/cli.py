@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from bract.shared import garbage
+from bract.shared import garbage, logs
 from bract.shared.errors import BractError
 
 # The private step and the ledger stand on these; nothing of Flower may phone home meanwhile.
@@ -159,6 +159,10 @@ def run(command: click.Command, name: str) -> NoReturn:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename and error.errno:
+            # the system's own words for the number, and no library's
+            message = f"cannot use {error.filename}: {os.strerror(error.errno)}"
+            _fail(type(error).__name__, message, 1, as_json)
         # The text of an unforeseen exception may hold anything: name its type, not its words.
         message = f"unexpected {type(error).__name__}: run again with --debug before the command"
         _fail(type(error).__name__, message, 1, as_json)
@@ -167,7 +171,7 @@ def run(command: click.Command, name: str) -> NoReturn:
 def _fail(kind: str, message: str, code: int, as_json: bool) -> NoReturn:
     if as_json:
         print_json({"error": {"type": kind, "message": message}})
-    click.echo(f"bract: {message}", err=True)
+    logs.end(message)
     sys.exit(code)
 
 
@@ -178,7 +182,7 @@ def print_json(value: Any) -> None:
 
 def fail_reported(message: str) -> NoReturn:
     """Ends with 1 after a report that says it all: stdout keeps its one object."""
-    click.echo(f"bract: {message}", err=True)
+    logs.end(message)
     sys.exit(1)
 
 

@@ -50,6 +50,14 @@ def begin(form: Format) -> None:
         logger.setLevel(logging.ERROR)
 
 
+def end(message: str) -> None:
+    """Writes why a command ends to stderr: in the form of its log, where that is JSON."""
+    if any(isinstance(handler.formatter, JsonLines) for handler in logging.getLogger().handlers):
+        logging.getLogger("bract").error(message, extra={"event": "ended"})
+    else:
+        print(f"bract: {message}", file=sys.stderr)
+
+
 def printable(text: str) -> str:
     r"""Returns one bounded line of printable text; what else was there is escaped.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,11 +35,15 @@ from bract.simulations.state import State
 
 
 class Begun(Frozen):
-    """What a run was begun with, so that it can be resumed by its folder alone."""
+    """What a run was begun with, so that it can be resumed by its folder alone.
+
+    `data_sha256` is of the user's own data file, None where there is none.
+    """
 
     experiment: Experiment
     data: DataTerms
     data_folder: str | None
+    data_sha256: str | None = None
     state: str | None
 
 
@@ -231,6 +236,7 @@ def begin(
         experiment=experiment,
         data=data,
         data_folder=str(folder.resolve()) if folder else None,
+        data_sha256=_hash_of(folder) if experiment.data.file else None,
         state=str(state.resolve()) if state else None,
     )
     out = out.resolve()
@@ -245,7 +251,7 @@ def resume(out: Path, *, workers: int) -> Simulation:
     """Returns the run in a folder.
 
     Raises:
-        UsageError: where nothing was begun there.
+        UsageError: where nothing was begun there, or on another data file.
     """
     path = out / "checkpoint" / "begun.json"
     try:
@@ -255,7 +261,25 @@ def resume(out: Path, *, workers: int) -> Simulation:
             f"{out} holds no run to resume: nothing was charged there; run it anew"
         ) from error
     begun = parse(Begun, canonical.decode(text), source=str(path))
+    if begun.data_sha256 and begun.data_folder:
+        file = Path(begun.data_folder)
+        if _hash_of(file) != begun.data_sha256:
+            raise UsageError(
+                f"{file} has changed since the run in {out} began: put it back, or begin another "
+                "run; nothing was charged"
+            )
     return Simulation(begun=begun, out=out.resolve(), workers=workers)
+
+
+def _hash_of(file: Path | None) -> str | None:
+    """Returns the SHA-256 of a data file, which may be larger than the memory."""
+    if file is None:
+        return None
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}; put it back") from error
 
 
 def where(experiment: Experiment, root: Path | None) -> Path | None:

@@ -84,6 +84,13 @@ def _check_kinds(model: nn.Module, *, name: str) -> None:
             raise ModelRejected(
                 f"model {name!r} has the {kind} weight {path!r}: build it in float32"
             )
+    for path, layer in model.named_modules():
+        if getattr(layer, "padding_mode", "zeros") != "zeros":
+            raise ModelRejected(
+                f"model {name!r} has the layer {path!r} with padding_mode={layer.padding_mode!r}, "
+                "where Opacus gets the gradients of another layer: pad in a layer before it "
+                "(nn.CircularPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d), and give it padding=0"
+            )
 
 
 def trial(parameters: Iterable[Tensor], data: DataTerms) -> tuple[list[Tensor], Examples]:

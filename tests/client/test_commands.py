@@ -86,6 +86,20 @@ def test_what_cannot_serve_is_one_line_and_bad_usage(
     assert "unexpected" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["updates", "fingerprints"])
+def test_a_file_in_the_way_is_named_with_the_systems_own_words(
+    layout: Layout, bract_process: Bract, name: str
+) -> None:
+    site_file(layout, "state").mkdir()
+    site_file(layout, f"state/{name}").write_bytes(b"in the way")
+    done = bract_process("client", str(layout.site("alpha")), "--log-format", "json", "--json")
+    assert done.returncode == 1
+    said = json.loads(done.stdout)["error"]["message"]
+    assert said == f"cannot use {site_file(layout, f'state/{name}')}: File exists"
+    told = json.loads(done.stderr.splitlines()[-1])  # the log's last line too, in its form
+    assert (told["level"], told["event"], told["message"]) == ("error", "ended", said)
+
+
 def test_a_ledger_signed_by_another_key_is_one_line_and_a_failure(
     world: Any, layout: Layout, bract: Bract
 ) -> None:

@@ -68,6 +68,23 @@ def test_a_number_is_learned(bract: Bract, patients: Path) -> None:
     assert summary["test_loss"] < 0.2
 
 
+def test_a_run_is_not_resumed_on_another_data_file(bract: Bract, patients: Path) -> None:
+    done = bract(*table("value.toml"), *QUICK)
+    assert done.returncode == 0, done.stderr
+    before = (patients / "patients.csv").read_text()
+    spent = {path: path.read_bytes() for path in (patients / "run/ledgers").iterdir()}
+    (patients / "run/checkpoint/result.json").unlink()  # as if it had been killed
+    (patients / "patients.csv").write_text(before + "\np999,44,a,yes,14.6")
+    refused = bract("simulate", "--resume", "run")
+    assert refused.returncode == 2
+    assert "patients.csv has changed since the run in run began: put it back" in refused.stderr
+    (patients / "patients.csv").unlink()
+    assert "cannot read" in bract("simulate", "--resume", "run").stderr
+    assert {path: path.read_bytes() for path in (patients / "run/ledgers").iterdir()} == spent
+    (patients / "patients.csv").write_text(before)
+    assert bract("simulate", "--resume", "run").returncode == 0
+
+
 def test_rows_of_a_person_are_bounded_and_his_epsilon_is_told(bract: Bract, patients: Path) -> None:
     column = ("--group-column", "patient")
     refused = bract(*table("classes.toml"), *column, *QUICK)

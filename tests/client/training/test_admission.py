@@ -118,8 +118,13 @@ def test_our_models_are_taken(name: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.GroupNorm(2, 4), nn.LayerNorm([4, 6, 6]), nn.Dropout(0.0)],
-    ids=["group", "layer", "dropout"],
+    [
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm([4, 6, 6]),
+        nn.Dropout(0.0),
+        nn.Sequential(nn.CircularPad2d(1), nn.Conv2d(4, 4, 3)),
+    ],
+    ids=["group", "layer", "dropout", "padding"],
 )
 def test_layers_that_keep_examples_apart_are_taken(layer: nn.Module) -> None:
     check(with_(layer))
@@ -156,6 +161,10 @@ def test_admission_leaves_the_model_as_it_was() -> None:
         (lambda: Between(lambda x: x).double(), "the float64 weight 'layer.weight': build it in"),
         (lambda: Between(lambda x: x).half(), "the float16 weight 'layer.weight'"),
         (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "lazy weight '1.weight'"),
+        (
+            lambda: with_(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")),
+            r"the layer '1' with padding_mode='circular'.*CircularPad2d",
+        ),
         (
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 12)),
             r"answers \(12,\) for an example, and not \(10,\)",
