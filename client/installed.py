@@ -16,8 +16,8 @@ from bract.client.holdings import Roots
 from bract.client.settings import SiteSettings
 from bract.client.site import Site, Trainers
 from bract.client.training import devices
+from bract.client.training.execution import Execution
 from bract.client.training.randomness import SecureRandomness
-from bract.client.training.trainer import Execution
 from bract.client.updates import UpdateStore
 from bract.shared import canonical, keys
 from bract.shared.errors import UnknownName, UsageError

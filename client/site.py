@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 from bract.client.fingerprint import Fingerprints
 from bract.client.gate import Gate, Permit
+from bract.client.training.execution import Execution
 from bract.client.training.randomness import Randomness
 from bract.client.training.together import Job
-from bract.client.training.trainer import Execution, Trainer
+from bract.client.training.trainer import Trainer
 from bract.shared.arrays import Arrays
 from bract.shared.contract import Contract
 from bract.shared.data import Examples

@@ -14,7 +14,7 @@ from bract.client.fingerprint import Fingerprints
 from bract.client.gate import Gate
 from bract.client.holdings import Holdings
 from bract.client.site import Learner, Site, Trainers
-from bract.client.training.trainer import Execution
+from bract.client.training.execution import Execution
 from bract.client.updates import UpdateStore
 from bract.shared import arrays
 from bract.shared.arrays import Arrays

@@ -21,6 +21,7 @@ from bract.client.training import optimizer as optimizers
 from bract.client.training.noise import noised
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream
+from bract.client.training.sums import BatchSums
 from bract.client.training.trainer import Trainer
 from bract.shared.errors import UnknownName
 from bract.shared.privacy import entries, events
@@ -65,16 +66,16 @@ def _no_clip() -> AbstractContextManager[Any]:
 @contextmanager
 def _batch_clip() -> Iterator[None]:
     """The sum of a batch is clipped, and no example of it."""
-    original = Trainer._sums
+    original = BatchSums.of
 
-    def sums(trainer: Trainer, *given: Any) -> dict[str, Tensor]:
-        found = original(trainer, *given)
-        norm = torch.stack([value.norm() for value in found.values()]).norm()
-        bound = trainer._contract.privacy.clip_norm
+    def sums(summing: BatchSums, *given: Any) -> list[Tensor]:
+        found = original(summing, *given)
+        norm = torch.stack([value.norm() for value in found]).norm()
+        bound = summing._contract.privacy.clip_norm
         factor = min(1.0, bound / float(norm)) if float(norm) > 0 else 1.0
-        return {name: value * factor for name, value in found.items()}
+        return [value * factor for value in found]
 
-    with _no_clip(), mock.patch.object(Trainer, "_sums", sums):
+    with _no_clip(), mock.patch.object(BatchSums, "of", sums):
         yield
 
 
@@ -122,17 +123,17 @@ def _one_seed_for_all_sites() -> AbstractContextManager[Any]:
 @contextmanager
 def _empty_skipped() -> Iterator[None]:
     """A step whose batch is empty is left out, noise and all."""
-    sums, pre_step, empty = Trainer._sums, PrivateOptimizer.pre_step, [False]
+    sums, pre_step, empty = BatchSums.of, PrivateOptimizer.pre_step, [False]
 
-    def noting(trainer: Trainer, examples: Any, batch: np.ndarray, *more: Any) -> Any:
+    def noting(summing: BatchSums, examples: Any, batch: np.ndarray, *more: Any) -> Any:
         empty[0] = not len(batch)
-        return sums(trainer, examples, batch, *more)
+        return sums(summing, examples, batch, *more)
 
     def skipping(optimizer: PrivateOptimizer, closure: Any = None) -> bool:
         return not empty[0] and pre_step(optimizer, closure)
 
     with (
-        mock.patch.object(Trainer, "_sums", noting),
+        mock.patch.object(BatchSums, "of", noting),
         mock.patch.object(PrivateOptimizer, "pre_step", skipping),
     ):
         yield

@@ -27,8 +27,9 @@ import tomli_w
 import torch
 from flwr.serverapp import Grid
 
+from bract.client.training.execution import Execution
 from bract.client.training.randomness import RandomStream
-from bract.client.training.trainer import Execution, Trainer
+from bract.client.training.trainer import Trainer
 from bract.server.checkpoint import RoundState
 from bract.server.rounds import RoundLoop
 from bract.shared import cli, malloc, models

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from bract.client.gate import Gate, Permit
+from bract.client.training.execution import Execution
 from bract.client.training.randomness import SecureRandomness
-from bract.client.training.trainer import Execution, Trainer
+from bract.client.training.trainer import Trainer
 from bract.client.updates import UpdateStore
 from bract.shared import contract, keys
 from bract.shared.contract import Contract

@@ -12,8 +12,8 @@ import pytest
 
 from bract.client.gate import Gate, Permit
 from bract.client.site import Site, Trainers
+from bract.client.training.execution import Execution
 from bract.client.training.randomness import SecureRandomness
-from bract.client.training.trainer import Execution
 from bract.shared import wire
 from bract.shared.contract import SignedContract
 from bract.shared.data import Examples

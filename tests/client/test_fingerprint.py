@@ -12,8 +12,8 @@ import pytest
 
 from bract.client.fingerprint import Fingerprints
 from bract.client.site import Site, Trainers
+from bract.client.training.execution import Execution
 from bract.client.training.randomness import SecureRandomness
-from bract.client.training.trainer import Execution
 from bract.shared.data import Examples
 from bract.shared.messages import TrainReply
 from bract.shared.privacy import ledger

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from bract.client.training.sums import BatchSums
 from bract.client.training.trainer import Trainer, clipped
 from bract.server import app
 from bract.shared import contract, models
@@ -235,7 +236,7 @@ def test_a_site_whose_training_failed_is_charged_no_more(
         return inner(trainer, terms=terms, **given)
 
     monkeypatch.setattr(Trainer, "train", fails)
-    monkeypatch.setattr(Trainer, "_shares_a_pass", lambda self, sites: False)
+    monkeypatch.setattr(BatchSums, "may_be_shared", False)
     summary = run.complete(LocalEngine())
     assert summary.rounds == 3
     charges = {name: site.charges for name, site in summary.per_site.items()}

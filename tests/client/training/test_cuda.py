@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from bract.client.training import graphs, noise
+from bract.client.training.execution import Execution
 from bract.client.training.gradients import clipped_sum, zeros
 from bract.client.training.graphs import ReplayedSum, replayed
 from bract.client.training.optimizer import PrivateOptimizer
 from bract.client.training.randomness import RandomStream
 from bract.client.training.sizes import filled
-from bract.client.training.trainer import Execution, Trainer
+from bract.client.training.trainer import Trainer
 from bract.shared import models, tasks
 from bract.shared.data import Examples
 from bract.shared.terms import DataTerms, ModelTerms, TrainingTerms

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bract.client.training.execution import Execution
 from bract.client.training.randomness import RandomStream
-from bract.client.training.trainer import Execution, Trainer
+from bract.client.training.trainer import Trainer
 from bract.shared import models
 from bract.shared.contract import Contract
 from bract.shared.data import Examples

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bract.client.training.admission import admit
+from bract.client.training.execution import Execution
 from bract.client.training.gradients import clipped_sum
 from bract.client.training.randomness import RandomStream
-from bract.client.training.trainer import Execution, Trainer
+from bract.client.training.trainer import Trainer
 from bract.shared import models, tasks
 from bract.shared.data import Examples
 from bract.shared.terms import DataTerms, EvaluationTerms, ModelTerms, TrainingTerms

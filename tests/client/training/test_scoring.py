@@ -14,9 +14,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 from bract.client.training import scoring
+from bract.client.training.execution import Execution
 from bract.client.training.noise import GRID_BITS
 from bract.client.training.randomness import RandomStream, SecureRandomness
-from bract.client.training.trainer import Execution, Trainer
+from bract.client.training.trainer import Trainer
 from bract.shared.data import Examples
 from bract.shared.terms import EvaluationTerms
 from bract.shared.updates import ProtectedScore

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from bract.client.training import admission
+from bract.client.training.execution import Execution
+from bract.client.training.gradients import zeros
 from bract.client.training.randomness import RandomStream
 from bract.client.training.sizes import LEAST, Sizes, filled, planned
 from bract.client.training.together import Job
-from bract.client.training.trainer import Execution, Trainer
+from bract.client.training.trainer import Trainer
 from bract.shared.data import Examples
 from bract.shared.errors import ModelRejected
 from bract.shared.terms import DataTerms, ModelTerms, TrainingTerms
@@ -117,8 +119,8 @@ def hostile(trainer: Trainer) -> tuple[dict[str, np.ndarray], int]:
 
 
 def sums(trainer: Trainer, examples: Examples, count: int) -> Tensor:
-    found = trainer._sums(examples, np.arange(count), None, 64.0)
-    return torch.cat([value.flatten() for value in found.values()])
+    found = trainer._sums.of(examples, np.arange(count), None, 64.0)
+    return torch.cat([value.flatten() for value in found])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -137,8 +139,8 @@ def test_weights_that_turn_rounding_into_classes_move_one_example_and_no_other(
     # That is what the attack would do to a batch of its own size.
     found = []
     for count in (switch, switch - 1):
-        totals = trainer._zeros()
-        trainer._summer.add_(totals, *trainer._batch(blank, np.arange(count)))
+        totals = zeros(trainer._sums.parameters)
+        trainer._sums._summer.add_(totals, *trainer._sums.batch(blank, np.arange(count)))
         found.append(torch.cat([value.flatten() for value in totals.values()]))
     assert float((found[0] - found[1]).norm()) > 2.0
 
@@ -149,7 +151,7 @@ def test_passes_have_public_sizes_and_count_what_was_drawn(world: Any, mode: Any
     trainer = Trainer(contract, Execution(mode=mode, physical_batch=64))
     generator = np.random.default_rng(2)
     inputs = generator.integers(0, 256, (200, *IMAGES.shape)).astype(np.uint8)
-    data, inner, seen = Examples(inputs, generator.integers(0, 10, 200)), trainer._adder, []
+    data, inner, seen = Examples(inputs, generator.integers(0, 10, 200)), trainer._sums._adder, []
 
     class Noting:
         def add_(self, totals: Any, inputs: Tensor, targets: Tensor, counted: Tensor) -> None:
@@ -157,7 +159,7 @@ def test_passes_have_public_sizes_and_count_what_was_drawn(world: Any, mode: Any
             assert not inputs[~counted].any()
             inner.add_(totals, inputs, targets, counted)
 
-    trainer._adder = Noting()
+    trainer._sums._adder = Noting()
     drawn = [len(RandomStream(bytes(32)).poisson_sample(200, 0.4))]
     weights = {name: np.zeros(shape, np.float32) for name, shape in trainer.shapes.items()}
     terms, stream = contract.cohort[0], RandomStream(bytes(32))
@@ -180,7 +182,7 @@ def test_what_tries_a_size_leaves_the_weights_as_they_were(world: Any, name: str
         updates.append(
             trainer.train(terms=job.terms, examples=data, weights=weights, stream=job.stream).arrays
         )
-    assert trainer._sizes._alike
+    assert trainer._sums._sizes._alike
     for value in updates[0]:
         np.testing.assert_array_equal(updates[0][value], updates[1][value])
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from bract.client.training.execution import Execution
 from bract.client.training.graphs import ReplayedSum
 from bract.client.training.randomness import RandomStream, SecureRandomness
-from bract.client.training.trainer import Execution, Trainer
+from bract.client.training.trainer import Trainer
 from bract.shared import models
 from bract.shared.contract import Contract
 from bract.shared.data import Examples
@@ -421,8 +422,8 @@ def test_lack_of_memory_makes_smaller_pieces_of_the_same_batch(world: Any, mode:
     contract = terms_of(world, model=ModelTerms(name="mlp"))
     trainer, plenty = Trainer(contract, Execution(mode=mode)), Watching()
     expected = flat(train(trainer, contract, examples(), plenty))
-    scarce = Scarce(trainer._adder, 3)
-    trainer._adder = scarce
+    scarce = Scarce(trainer._sums._adder, 3)
+    trainer._sums._adder = scarce
     stream = Watching()
     np.testing.assert_allclose(
         flat(train(trainer, contract, examples(), stream)), expected, atol=1e-6
@@ -447,16 +448,16 @@ def test_graphs_go_where_memory_is_short(world: Any) -> None:
             self.forgotten += 1
 
     trainer = Trainer(terms_of(world), Execution())
-    trainer._adder = Holding(trainer._summer, trainer._summed)
-    trainer._adder._records = False
+    trainer._sums._adder = Holding(trainer._sums._summer, trainer._sums.parameters)
+    trainer._sums._adder._records = False
     train(trainer, trainer._contract, examples(), Watching())
-    assert trainer._adder.forgotten == 7
+    assert trainer._sums._adder.forgotten == 7
 
 
 def test_lack_of_memory_for_one_example_is_raised(world: Any) -> None:
     contract = terms_of(world)
     trainer, stream = Trainer(contract, Execution(noise_ahead=False)), Watching()
-    trainer._adder = Scarce(trainer._adder, 0)
+    trainer._sums._adder = Scarce(trainer._sums._adder, 0)
     with pytest.raises(torch.OutOfMemoryError):
         train(trainer, contract, examples(), stream)
     assert stream.normal_counts == []

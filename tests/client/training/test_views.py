@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from bract.client.training.execution import Execution
 from bract.client.training.gradients import Mode, clipped_sum
 from bract.client.training.randomness import RandomStream
-from bract.client.training.trainer import Execution, Trainer
+from bract.client.training.trainer import Trainer
 from bract.client.training.views import Moves, Viewed, draw, mean_loss, moved
 from bract.shared import models, tasks
 from bract.shared.errors import ModelRejected

@@ -1,0 +1,253 @@
+"""The summed gradients of a logical batch: piece by piece, in passes of public sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from bract.client.training import admission, gradients, graphs, views
+from bract.client.training.bookkeeping import BookKeepingSum, Loss
+from bract.client.training.execution import Execution
+from bract.client.training.gradients import ClippedSum, PlainSum
+from bract.client.training.randomness import RandomStream
+from bract.client.training.sizes import Sizes, fill
+from bract.client.training.together import Job, SharedStep
+from bract.client.training.views import Moves
+from bract.shared import models, tasks
+from bract.shared.contract import Contract
+from bract.shared.data import Examples
+from bract.shared.errors import ModelRejected
+from bract.shared.models.frozen import Features
+
+T = TypeVar("T")
+
+
+class BatchSums:
+    """Sums of the gradients of logical batches, clipped where the contract's mechanism clips them.
+
+    Args:
+        contract: the verified contract.
+        execution: how to compute.
+        model: on its device, in training; without its frozen front where there are features.
+        features: what the front makes of examples, None where all of the model is run.
+
+    Attributes:
+        parameters: those that are summed, by the names under which they are, in one order.
+    """
+
+    def __init__(
+        self, contract: Contract, execution: Execution, model: nn.Module, features: Features | None
+    ) -> None:
+        self._contract, self._features = contract, features
+        self._weights = list(models.released_parameters(model).values())
+        self._pieces = max(1, execution.at_once // contract.training.views)
+        self._summer, self.parameters = _summer(contract, execution, model)
+        self._device = self._weights[0].device
+        self._adder: ClippedSum | PlainSum = self._summer
+        if not isinstance(self._summer, PlainSum):
+            self._adder = graphs.replayed(self._summer, self.parameters, contract.model.name)
+        self._sizes = Sizes(self._probed)
+
+    def of(
+        self,
+        examples: Examples,
+        batch: npt.NDArray[np.int64],
+        moves: Moves | None,
+        expected: float,
+    ) -> list[Tensor]:
+        """Returns the sums over a logical batch, one tensor a parameter.
+
+        Args:
+            examples: of the site.
+            batch: which of them were drawn.
+            moves: their views, if there are any.
+            expected: how many are drawn on the mean at a site of the contract's nominal size.
+        """
+
+        def run(most: int) -> dict[str, Tensor]:
+            adder = self._adder
+            if isinstance(adder, PlainSum):
+                return self._plain(adder, examples, batch, moves, most)
+            sums = gradients.zeros(self.parameters)
+            for part, size in self._sizes.pieces(len(batch), expected=expected, most=most):
+                seen = None if moves is None else moves.take(part)
+                given = self.batch(examples, batch[part], seen)
+                inputs, targets = (fill(side, size) for side in given)
+                counted = torch.arange(size, device=self._device) < part.stop - part.start
+                with self._weights_stay():
+                    adder.add_(sums, inputs, targets, counted)
+            return sums
+
+        return list(self._in_pieces(run).values())
+
+    @property
+    def may_be_shared(self) -> bool:
+        """Whether the one step of several sites can be formed by one pass (`apart`)."""
+        training = self._contract.training
+        return (
+            isinstance(self._summer, BookKeepingSum)
+            and self._features is None
+            and training.local_steps == 1
+            and training.augmentation == "none"
+        )
+
+    def apart(
+        self, shared: SharedStep, jobs: Sequence[Job], batches: Sequence[npt.NDArray[np.int64]]
+    ) -> Tensor:
+        """Returns each site's sums over its own batch; a pass holds examples of several sites.
+
+        Its size follows the batches: in a simulation no server is a stranger.
+        """
+        summer = self._summer
+        assert isinstance(summer, BookKeepingSum)  # noqa: S101  the caller asked
+        bounds = np.cumsum([0, *map(len, batches)])
+
+        def run(size: int) -> Tensor:
+            rows, totals = shared.rows(len(jobs))
+            for start in range(0, int(bounds[-1]), size):
+                piece = slice(start, start + size)
+                cuts = np.clip(bounds, piece.start, piece.stop)
+                pairs = [
+                    self.batch(job.examples, batch[start - begin : stop - begin])
+                    for job, batch, begin, (start, stop) in zip(
+                        jobs, batches, bounds, pairwise(cuts), strict=False
+                    )
+                    if start < stop
+                ]
+                inputs, targets = (torch.cat(side) for side in zip(*pairs, strict=True))
+                parts = [slice(start, stop) for start, stop in pairwise(cuts - piece.start)]
+                with self._weights_stay():
+                    summer.add_parts_(totals, parts, inputs, targets)
+            return rows
+
+        return self._in_pieces(run)
+
+    def moves(self, count: int, stream: RandomStream) -> Moves | None:
+        """Returns the views of a logical batch, drawn once: smaller pieces see the same."""
+        return views.draw(self._contract.training, self._contract.data.shape, count, stream)
+
+    def batch(
+        self, examples: Examples, piece: npt.NDArray[np.int64], moves: Moves | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns inputs and targets of some examples; with moves the views come second."""
+        data = self._contract.data
+        if self._features is not None:
+            inputs = self._features.rows(examples, piece)
+        else:
+            raw = examples.inputs[piece]
+            raw = raw if moves is None else views.moved(raw, moves)
+            inputs = tasks.inputs_of(raw, data, self._device)
+        return inputs, tasks.targets_of(examples.targets[piece], data, self._device)
+
+    def rehearse(self) -> None:
+        """Runs one sum on zeros: a mode that cannot take the model says so before any charge.
+
+        Raises:
+            ModelRejected: with its reason.
+        """
+        data = self._contract.data
+        targets = (2, *data.shape) if data.task == "next-token" else (2,)
+        blank = Examples(inputs=np.zeros((2, *data.shape)), targets=np.zeros(targets, np.int64))
+        try:
+            with gradients.expected_warnings():
+                moves = self.moves(2, RandomStream(bytes(32)))  # no secret: of zeros
+                self.of(blank, np.arange(2), moves, 2.0)
+        except NotImplementedError as error:
+            raise ModelRejected(f"model {self._contract.model.name!r}: {error}") from error
+
+    def _plain(
+        self,
+        summer: PlainSum,
+        examples: Examples,
+        batch: npt.NDArray[np.int64],
+        moves: Moves | None,
+        most: int,
+    ) -> dict[str, Tensor]:
+        if 0 < len(batch) <= most:
+            return summer.gradients(*self.batch(examples, batch, moves))
+        sums = gradients.zeros(self.parameters)
+        for start in range(0, len(batch), most):
+            part = slice(start, start + most)
+            seen = None if moves is None else moves.take(part)
+            summer.add_(sums, *self.batch(examples, batch[part], seen))
+        return sums
+
+    def _in_pieces(self, run: Callable[[int], T]) -> T:
+        """Returns what running with pieces of so many examples gives; of fewer as memory asks.
+
+        The same batch again: no new sample, no new charge.
+        """
+        while True:
+            try:
+                return run(self._pieces)
+            except (RuntimeError, MemoryError) as error:
+                if self._pieces == 1 or not _out_of_memory(error):
+                    raise
+                self._pieces //= 2
+                if isinstance(self._adder, graphs.ReplayedSum):
+                    self._adder.forget()
+
+    @contextmanager
+    def _weights_stay(self) -> Iterator[None]:
+        """Raises where a pass writes into a weight: what it wrote would leave without noise."""
+        before = [parameter._version for parameter in self._weights]
+        yield
+        if [parameter._version for parameter in self._weights] != before:
+            raise ModelRejected(
+                f"model {self._contract.model.name!r} changes its weights while it answers"
+            )
+
+    def _probed(self, size: int) -> list[Tensor]:
+        """Returns the mean clipped gradient of so many equal, made-up examples.
+
+        At made-up weights: a server's may be such that every kernel gives the same.
+        """
+        weights, one = admission.trial(self._weights, self._contract.data)
+        rows, moves = np.zeros(size, np.int64), self.moves(1, RandomStream(bytes(32)))
+        seen = None if moves is None else moves.take(rows)
+        sums = gradients.zeros(self.parameters)
+        kept = [parameter.detach().clone() for parameter in self._weights]
+        try:
+            load(self._weights, weights)
+            self._summer.add_(sums, *self.batch(one, rows, seen))
+        finally:
+            load(self._weights, kept)
+        return [total / size for total in sums.values()]
+
+
+@torch.no_grad()
+def load(parameters: Iterable[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Sets parameters to values, wherever they are."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def _summer(
+    contract: Contract, execution: Execution, model: nn.Module
+) -> tuple[ClippedSum | PlainSum, dict[str, nn.Parameter]]:
+    """Returns the way to sum, and the parameters by the names that it gives them, in one order."""
+    losses: Loss = partial(tasks.losses, task=contract.data.task)
+    if contract.training.augmentation != "none":
+        model, losses = views.Viewed(model), views.mean_loss(losses)
+    parameters = models.released_parameters(model)
+    if contract.privacy.mechanism == "dp-sgd":
+        clip_norm = contract.privacy.clip_norm
+        chosen = gradients.clipped_sum(
+            execution.mode, model, losses, clip_norm, execution.precision
+        )
+        return chosen, parameters
+    return PlainSum(model, losses), parameters
+
+
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    # The CPU's allocator has no type of its own.
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
