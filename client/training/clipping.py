@@ -21,6 +21,9 @@ WHOLE: tuple[slice, ...] = (slice(None),)
 # Rows so narrow are measured with others, and summed for all parts of a batch at once, though most
 # products are with zeros: what it takes to start a product is more than that. On a GPU all are.
 NARROW = 2048
+# Rows so wide are added one by one, so much of them at once: a product reads what was widened again
+# when it is no longer near.
+_WIDE, _NEAR = 1 << 14, 1 << 16
 _HOST = "cpu"
 # How many squares are added in float32. Of a norm over the least no more than 1.1e-9·√d is lost by
 # squares under 2⁻¹²⁶, and none under the most overflows.
@@ -110,6 +113,8 @@ def weighted_sums(factors: Tensor, gradients: Tensor, parts: Sequence[slice]) ->
     factors, rows = until_last(factors, gradients.reshape(len(gradients), -1))
     if on_gpu(rows):
         sums = _spread_sums(factors, rows, parts)
+    elif rows.shape[1] >= _WIDE:
+        sums = _added_sums(factors, rows, parts)
     elif parts is WHOLE and rows.numel() <= _BLOCK:
         sums = factors[None] @ without_dropped(factors, rows).double()
     elif len(parts) > 1 and rows.shape[1] <= NARROW:
@@ -128,6 +133,19 @@ def _spread_sums(factors: Tensor, rows: Tensor, parts: Sequence[slice]) -> Tenso
     sums, spread = _zero_sums(rows, parts), _spread(factors, parts)
     for block in _blocks(rows):
         sums += spread[:, block] @ without_dropped(factors[block], rows[block]).double()
+    return sums
+
+
+def _added_sums(factors: Tensor, rows: Tensor, parts: Sequence[slice]) -> Tensor:
+    """Returns the sums by adding one row after the other; a row whose factor is 0 is passed by."""
+    sums = _zero_sums(rows, parts)
+    pieces = (torch.split(values, _NEAR, 1) for values in (sums, rows))
+    for totals, near in zip(*pieces, strict=True):
+        room = torch.empty_like(totals[0])
+        for total, part in zip(totals, parts, strict=True):
+            for factor, row in zip(factors[part].tolist(), near[part], strict=True):
+                if factor > 0:
+                    total.add_(room.copy_(row), alpha=factor)
     return sums
 
 

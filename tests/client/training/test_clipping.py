@@ -66,3 +66,36 @@ def test_row_that_is_not_finite_has_the_factor_zero_and_the_others_keep_theirs()
     rows = torch.ones(4, 4096)
     rows[0, 5], rows[1, 7], rows[2, 4095] = torch.nan, torch.inf, -torch.inf
     assert clip_factors(row_norms(rows), 64.0).tolist() == pytest.approx([0, 0, 0, 1 - SLACK])
+
+
+PARTS = [clipping.WHOLE, [slice(0, 7)], [slice(0, 2), slice(2, 2), slice(2, 5), slice(5, 7)]]
+
+
+@pytest.mark.parametrize("width", [1, NARROW, 5000, 1 << 14, 70_000])
+@pytest.mark.parametrize("dropped", [[], [1], [0, 5, 6], range(7)], ids=str)
+@pytest.mark.parametrize("parts", PARTS, ids=["whole", "one", "many"])
+def test_sums_are_of_what_is_kept_in_float64(
+    width: int, dropped: list[int], parts: list[slice]
+) -> None:
+    generator = torch.Generator().manual_seed(width)
+    rows = torch.randn((7, width), generator=generator)
+    rows[0] *= 1e8  # beside it float32 would lose the others
+    factors = torch.rand(7, generator=generator, dtype=torch.float64)
+    kept = [place for place in range(7) if place not in dropped]
+    expected = []
+    for part in parts:
+        some = [place for place in range(7)[part] if place in kept]
+        expected.append((factors[some, None] * rows[some].double()).sum(0))
+    factors[list(dropped)] = 0.0
+    rows[list(dropped)] = torch.nan  # why it was dropped
+    found = clipping.weighted_sums(factors, rows, parts)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("at_once", [1 << 10, 1 << 30])
+def test_sums_do_not_follow_how_much_is_near(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, factors = torch.randn(5, 20_000), torch.rand(5, dtype=torch.float64)
+    expected = clipping.weighted_sum(factors, rows)
+    monkeypatch.setattr(clipping, "_NEAR", at_once)
+    assert torch.equal(clipping.weighted_sum(factors, rows), expected)
