@@ -8,7 +8,7 @@ import click
 
 from bract.shared.cli import AS_JSON, GroupWithAbove, print_json
 from bract.shared.commands.budget import budget
-from bract.shared.commands.ledgers import LEDGERS, Evidence, pinned, verified
+from bract.shared.commands.ledgers import LEDGERS, Evidence, check_forks, pinned, verified
 from bract.shared.commands.pull import pull
 from bract.shared.commands.report import report
 from bract.shared.errors import BractError, UsageError, VerificationFailed
@@ -63,6 +63,11 @@ def verify(
             raise
         except BractError as error:
             faults.append(str(error))
+    if not faults:
+        try:
+            check_forks(ledgers)
+        except BractError as error:
+            chains, faults = [], [str(error)]
     report = Verification(verified=not faults, chains=chains, faults=faults)
     if as_json and not faults:
         print_json(report.model_dump())
@@ -131,24 +136,25 @@ def _verified(path: Path, evidence: Evidence) -> list[VerifiedChain]:
             domain=found.chain.domain,
             entries=found.chain.length,
             head=found.chain.head.hash if found.chain.head else "",
-            anchored=found.anchored,
+            anchored=found.anchor is not None,
+            anchor=found.anchor,
             witnessed=found.witnessed,
             received=found.received,
             simulation=bool(found.chain.genesis and found.chain.genesis.simulation),
+            lost=found.chain.recovered is not None,
         )
         for found in verified(path, evidence)
     ]
 
 
 def _line(chain: VerifiedChain) -> str:
-    said = (
-        "anchored"
-        if chain.anchored
-        else f"whole up to entry {chain.entries - 1}; later entries cannot be excluded"
-    )
+    known = "whole" if chain.anchor is None else "anchored"
+    last = chain.entries - 1 if chain.anchor is None else chain.anchor
+    said = f"{known} up to entry {last}, later ones cannot be excluded"
     if chain.witnessed is not None:
         said += f", witnessed up to entry {chain.witnessed}"
     if chain.received is not None:
         said += f", {chain.received} updates received, each behind its charge"
+    said += ", entries were lost: its whole ceiling counts as spent" if chain.lost else ""
     said += ", simulation: no guarantee" if chain.simulation else ""
     return f"{chain.ledger}  {chain.site}  {chain.domain}  {chain.entries} entries, {said}"

@@ -10,7 +10,7 @@ import click
 
 from bract.shared import garbage
 from bract.shared.cli import AS_JSON, print_json, shown
-from bract.shared.commands.ledgers import LEDGERS, Evidence, pinned, verified
+from bract.shared.commands.ledgers import LEDGERS, Evidence, check_forks, pinned, verified
 from bract.shared.contract import Contract
 from bract.shared.reports.audits import Budget, DomainBudget, RunCost
 from bract.shared.terms import ADJACENCY
@@ -61,6 +61,7 @@ def budget(
         for path in ledgers
         for found in verified(path, evidence)
     ]
+    check_forks(ledgers)
     if as_json:
         print_json(Budget(domains=domains).model_dump())
         return

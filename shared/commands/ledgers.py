@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -60,28 +60,40 @@ def verified(path: Path, evidence: Evidence) -> list[Verified]:
     if not path.is_file():
         raise LedgerError(f"no ledger at {path}: name the .sqlite file, or an export of it")
     run = path.resolve().parent.parent
-    keys = anchors.site_keys(path, evidence.site_key, evidence.contract or run / "contract.json")
-    witnesses = anchors.witnesses(evidence.head) if evidence.head else ()
+    contract = evidence.contract or run / "contract.json"
+    keys = anchors.site_keys(path, evidence.site_key, contract)
     taken = evidence.received or run / "receipts.jsonl"
+    heads, witnesses = _anchors(run, evidence.head)
     return verification.verify(
         path,
         site_keys=keys,
-        anchors=_heads(run, evidence.head, bool(witnesses)),
+        anchors=heads,
         witnesses=witnesses,
+        witness_keys=anchors.witness_keys(contract),
         received=receipts.read(taken) if evidence.received or taken.exists() else None,
     )
 
 
-def _heads(run: Path, given: Path | None, witnessed: bool) -> Any:
+def check_forks(paths: Sequence[Path]) -> None:
+    """Returns where no two of some verified ledgers hold two histories of one chain.
+
+    Raises:
+        VerificationFailed: naming the two, and the entry at which they part.
+    """
+    from bract.shared.privacy import evidence, export
+
+    if len(paths) > 1:
+        evidence.check_forks({str(path): export.contents(path) for path in paths})
+
+
+def _anchors(run: Path, given: Path | None) -> Any:
     from bract.shared.privacy import anchors
 
     if given is None:
         # A run that was stopped has no summary yet; its checkpoint holds the heads last signed.
         beside = (run / "summary.json", run / "checkpoint" / "state.json")
-        return next((anchors.heads(file) for file in beside if file.exists()), {})
-    if witnessed:
-        return {}
-    known = anchors.heads(given)
-    if not known:
+        return next((anchors.heads(file) for file in beside if file.exists()), {}), ()
+    known, witnesses = anchors.heads(given), anchors.witnesses(given)
+    if not known and not witnesses:
         raise UsageError(f"{given} holds no heads: name a summary.json, a head or witness file")
-    return known
+    return known, witnesses

@@ -44,13 +44,15 @@ def heads(path: Path) -> Mapping[tuple[str, str], Head]:
     """Returns the heads in a summary, a checkpoint or a head file, by (site, domain).
 
     Args:
-        path: JSON with `heads`: {SITE: {domain, sequence, hash}}, or a list of them for a site.
+        path: JSON with `heads`: {SITE: {domain, sequence, hash}}, or a list of them for a site;
+            none where it has `witnesses` alone.
 
     Raises:
         UsageError: where the file is missing or is of another form.
     """
     try:
-        return head_file.heads(json.loads(path.read_bytes()))
+        found = json.loads(path.read_bytes())
+        return {} if "witnesses" in found and "heads" not in found else head_file.heads(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} holds no heads: name a summary.json or a head file") from error
 
@@ -67,6 +69,19 @@ def witnesses(path: Path) -> tuple[Witness, ...]:
         return tuple(witness.from_bytes(canonical.encode(one)) for one in found)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} holds no heads: name a summary.json or a head file") from error
+
+
+def witness_keys(contract_file: Path) -> frozenset[str]:
+    """Returns the key of the server that a signed contract names, none where there is no file.
+
+    Raises:
+        VerificationFailed: where its signature does not hold.
+    """
+    if not contract_file.exists():
+        return frozenset()
+    signed = contract.read(contract_file)
+    agreed = signed.verify(signed.contract.coordinator)
+    return frozenset([agreed.witness] if agreed.witness else [])
 
 
 def to_bytes(found: Iterable[Witness]) -> bytes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from bract.shared.contract import Contract
 from bract.shared.errors import VerificationFailed
@@ -15,39 +16,72 @@ from bract.shared.privacy.witness import Witness
 Name = tuple[str, str]
 
 
-def check_witnesses(held: Contents, contracts: Mapping[str, Contract]) -> dict[Name, int]:
-    """Returns the last witnessed entry of each chain, every stored witness being in its chain.
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The witnesses of a ledger's chains: stored in it, and kept elsewhere."""
 
-    Raises:
-        VerificationFailed: naming the chain whose witness does not hold.
-    """
-    found: dict[Name, int] = {}
-    for (site, domain, key), text in held.witnesses.items():
-        seen = witness.from_bytes(text)
-        if (seen.site, seen.domain, seen.key) != (site, domain, key):
-            raise VerificationFailed(f"{_named(site, domain)}: a witness of another chain")
-        _check_witness(held, contracts, seen)
-        found[site, domain] = max(seen.sequence, found.get((site, domain), -1))
-    return found
+    stored: tuple[Witness, ...]
+    given: tuple[Witness, ...]
 
 
-def check_given(
-    held: Contents, contracts: Mapping[str, Contract], witnesses: Sequence[Witness]
-) -> dict[Name, int]:
-    """Returns the last witnessed entry by witnesses that were kept elsewhere.
+def check_witnesses(
+    held: Contents, contracts: Mapping[str, Contract], given: Sequence[Witness]
+) -> Seen:
+    """Returns the witnesses of the chains that a ledger holds, each being in its chain.
 
     Those of sites that the ledger does not hold are of another file.
 
     Raises:
         VerificationFailed: naming the chain whose witness does not hold.
     """
+    stored = []
+    for (site, domain, key), text in held.witnesses.items():
+        seen = witness.from_bytes(text)
+        if (seen.site, seen.domain, seen.key) != (site, domain, key):
+            raise VerificationFailed(f"{_named(site, domain)}: a witness of another chain")
+        stored.append(seen)
+    here = [seen for seen in given if (seen.site, seen.domain) in held.rows]
+    for seen in [*stored, *here]:
+        _check_witness(held, contracts, seen)
+    return Seen(tuple(stored), tuple(here))
+
+
+def last_by(seen: Iterable[Witness], keys: Collection[str] | None = None) -> dict[Name, int]:
+    """Returns the number of the last entry of each chain that was witnessed by some keys, or any.
+
+    A ledger names its witnesses itself: a site can propose a contract to itself, and be the server
+    of it. So only who pins a server's key learns what that server saw.
+    """
     found: dict[Name, int] = {}
-    for seen in witnesses:
-        name = (seen.site, seen.domain)
-        if name in held.rows:
-            _check_witness(held, contracts, seen)
-            found[name] = max(seen.sequence, found.get(name, -1))
+    for one in seen:
+        if keys is None or one.key in keys:
+            name = (one.site, one.domain)
+            found[name] = max(one.sequence, found.get(name, -1))
     return found
+
+
+def check_forks(files: Mapping[str, Contents]) -> None:
+    """Returns where no two files hold two histories of one chain; the older one may be shorter.
+
+    Args:
+        files: by what they are called in an error.
+
+    Raises:
+        VerificationFailed: naming two files and the entry at which they part.
+    """
+    known: dict[tuple[str, str, str], tuple[str, list[bytes]]] = {}
+    for file, held in files.items():
+        for (site, domain), rows in held.rows.items():
+            texts = [text for _, text, _ in rows]
+            name = (site, domain, entries.body(texts[0]).key)
+            other, before = known.get(name, (file, texts))
+            for number, (one, two) in enumerate(zip(before, texts, strict=False)):
+                if one != two:
+                    raise VerificationFailed(
+                        f"{other} and {file}: two histories of {site!r}, domain {domain!r}, which "
+                        f"part at entry {number}: neither counts what the other spent"
+                    )
+            known[name] = (file, texts) if len(texts) > len(before) else (other, before)
 
 
 def check_received(
@@ -56,18 +90,16 @@ def check_received(
     site_keys: Mapping[str, str],
     received: Sequence[Received],
 ) -> dict[Name, int]:
-    """Returns how many received updates of each chain stand in it, behind their charges.
+    """Returns how many received updates of each chain stand in it, behind their charges, once each.
 
     That a release follows its charge is a rule of the chain, which must have been verified.
 
     Raises:
         VerificationFailed: naming the round of an update that no charge paid for.
     """
-    counts = dict.fromkeys(held.rows, 0)
-    if not received:
-        return counts
+    taken: dict[Name, set[tuple[str, int, str]]] = {name: set() for name in held.rows}
     sites = {site for site, _ in held.rows}
-    released = {name: _releases(rows) for name, rows in held.rows.items()}
+    released = {name: _releases(rows) for name, rows in held.rows.items()} if received else {}
     for one in received:
         receipt, name = one.receipt, (one.receipt.site, one.receipt.head_domain)
         if receipt.site not in sites:
@@ -83,8 +115,8 @@ def check_received(
             for number, body in released[name].get((receipt.contract, receipt.round), ())
         ):
             raise VerificationFailed(f"{which} stands behind no charge")
-        counts[name] += 1
-    return counts
+        taken[name].add((receipt.contract, receipt.round, receipt.update))
+    return {name: len(updates) for name, updates in taken.items()}
 
 
 def _check_witness(held: Contents, contracts: Mapping[str, Contract], seen: Witness) -> None:

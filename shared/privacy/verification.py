@@ -6,7 +6,7 @@ Imports neither torch nor Opacus: an auditor's machine needs none of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +28,16 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A chain that holds, and whether an anchor excludes that its tail was cut.
+    """A chain that holds, and up to which entry an anchor excludes that its tail was cut.
 
-    `witnessed` is the number of the last entry that a server countersigned, None where none did;
-    `received` counts the updates that a server took and that stand here behind a charge, None where
-    no receipts were given.
+    `anchor` is the number of the last entry that was seen elsewhere, None where none was: what
+    came after it can have been cut off. `witnessed` is that of the last entry that a server whose
+    key is pinned countersigned, None where none did; `received` counts the updates that a server
+    took and that stand here behind a charge, None where no receipts were given.
     """
 
     chain: Chain
-    anchored: bool
+    anchor: int | None
     policies: Mapping[str, Policy]
     contracts: Mapping[str, Contract]
     witnessed: int | None = None
@@ -60,6 +61,7 @@ def verify(
     site_keys: Mapping[str, str],
     anchors: Mapping[tuple[str, str], Head],
     witnesses: Sequence[Witness] = (),
+    witness_keys: Collection[str] = (),
     received: Sequence[Received] | None = None,
 ) -> list[Verified]:
     """Returns the chains of a ledger file, or of an export, where every one of them holds.
@@ -70,6 +72,7 @@ def verify(
             never from the ledger.
         anchors: heads by (site, domain), seen elsewhere; a chain must contain its anchor.
         witnesses: heads that a server countersigned, kept elsewhere; each is an anchor too.
+        witness_keys: the pinned keys of servers; a site can have a key of its own countersign.
         received: what a server took; each update of these sites must stand behind a charge.
 
     Raises:
@@ -82,6 +85,7 @@ def verify(
             site_keys=site_keys,
             anchors=anchors,
             witnesses=witnesses,
+            witness_keys=witness_keys,
             received=received,
         )
     except BractError as error:
@@ -96,6 +100,7 @@ def verify_contents(
     site_keys: Mapping[str, str],
     anchors: Mapping[tuple[str, str], Head],
     witnesses: Sequence[Witness] = (),
+    witness_keys: Collection[str] = (),
     received: Sequence[Received] | None = None,
 ) -> list[Verified]:
     """Returns the chains of a ledger that was read; see `verify`, which also names the file.
@@ -123,18 +128,19 @@ def verify_contents(
     if unused:
         raise VerificationFailed(f"{unused[0][0]} {unused[0][1]} is stored but no entry names it")
     _check_overlaps(chains, policies)
-    witnessed = evidence.check_witnesses(held, contracts)
-    given = evidence.check_given(held, contracts, witnesses)
+    seen = evidence.check_witnesses(held, contracts, witnesses)
+    countersigned = evidence.last_by([*seen.stored, *seen.given], witness_keys)
+    given = {name: head.sequence for name, head in anchors.items()}
+    for name, number in evidence.last_by(seen.given).items():
+        given[name] = max(number, given.get(name, number))
     taken = evidence.check_received(held, contracts, site_keys, received or ())
     return [
         Verified(
             chain=chain,
-            anchored=name in anchors or name in given,
+            anchor=given.get(name),
             policies=policies,
             contracts=contracts,
-            witnessed=max(
-                (seen[name] for seen in (witnessed, given) if name in seen), default=None
-            ),
+            witnessed=countersigned.get(name),
             received=None if received is None else taken[name],
         )
         for name, chain in chains.items()

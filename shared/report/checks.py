@@ -105,26 +105,28 @@ def _all_here(found: Evidence) -> Check:
 
 
 def _anchored(found: Evidence) -> Check:
-    name = "No tail was cut off"
+    name = "No known entry is missing"
     without = [spent.site for spent in found.spent if not spent.anchors]
     if not found.spent or len(without) == len(found.spent):
         return Check(name, "not done", "no head was seen elsewhere; later entries may be missing")
     sources = sorted({source for spent in found.spent for source in spent.anchors})
-    detail = f"the heads in {_listed(sources)} are in the ledgers"
+    ends = {f"{s.site} to entry {s.anchor} of {s.entries - 1}" for s in found.spent if s.anchors}
+    detail = f"the heads in {_listed(sources)} are in the ledgers: {_listed(sorted(ends))}"
     if without:
         return Check(name, "not done", f"{detail}, but none is known of {_listed(without)}")
-    return Check(name, "passed", detail)
+    return Check(name, "passed", f"{detail}; what came after a head cannot be excluded")
 
 
 def _witnessed(found: Evidence) -> Check:
-    name = "A server countersigned"
+    name = "The server countersigned"
     seen = [s for s in found.spent if s.witnessed is not None]
     if not seen:
-        return Check(name, "not done", "no ledger holds a countersignature")
-    behind = [f"{s.site} up to entry {s.witnessed} of {s.entries - 1}" for s in seen]
-    if len(seen) == len(found.spent) and all(s.witnessed == s.entries - 1 for s in seen):
-        return Check(name, "passed", "every ledger, to its last entry")
-    return Check(name, "passed", _listed(behind))
+        return Check(name, "not done", "no countersignature by the key in the contract is here")
+    detail = _listed([f"{s.site} up to entry {s.witnessed} of {s.entries - 1}" for s in seen])
+    without = [s.site for s in found.spent if s.witnessed is None]
+    if without:
+        return Check(name, "not done", f"{detail}, but nothing of {_listed(without)}")
+    return Check(name, "passed", detail)
 
 
 def _received(found: Evidence) -> Check:

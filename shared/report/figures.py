@@ -233,7 +233,11 @@ def by_site(found: Evidence, most: int) -> list[SiteRow]:
 
 def _state(spent: Spent) -> str:
     words = ["holds"]
-    words.append("anchored" if spent.anchors else f"to entry {spent.entries - 1}, end open")
+    words.append(
+        f"to entry {spent.entries - 1}, end open"
+        if spent.anchor is None
+        else f"anchored to entry {spent.anchor} of {spent.entries - 1}"
+    )
     if spent.witnessed is not None:
         words.append(f"witnessed to entry {spent.witnessed}")
     if spent.lost:

@@ -20,7 +20,7 @@ Heads = Mapping[tuple[str, str], Head]
 
 @dataclass(frozen=True, slots=True)
 class LedgerFile:
-    """A ledger and, by their names, the files beside it that may hold its head.
+    """A ledger and, by their names, the files beside it that may hold its head, or a copy of it.
 
     `site` is whose it is by where it lies.
     """
@@ -29,6 +29,7 @@ class LedgerFile:
     name: str
     site: str
     heads: Mapping[str, Path]
+    copies: Mapping[str, Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def find(
     if contract is None:
         raise UsageError(f"{root} holds no contract.json: name a run's folder, or a federation's")
     files = [path for pattern in _LEDGERS for path in sorted(root.glob(pattern))]
-    # What lies beside the file that it was made from says nothing more.
+    # What lies beside the file that it was made from is not another ledger, but a copy.
     files += [
         path for path in sorted(root.glob(_EXPORTS)) if path.with_suffix(".sqlite") not in files
     ]
@@ -124,11 +125,14 @@ def _ledger(root: Path, path: Path) -> LedgerFile:
     # A run that was stopped has no summary yet; its checkpoint holds the heads last signed.
     states = [root / place / "checkpoint" / "state.json" for place in _RUNS]
     seen += summaries or [path for path in states if path.exists()]
+    copy = path.with_suffix(".jsonl")
+    copies = [copy] if copy != path and copy.is_file() else []
     return LedgerFile(
         path=path,
         name=str(path.relative_to(root)),
         site=path.resolve().parent.parent.name if of_site else path.stem,
         heads={str(file.relative_to(root)): file for file in seen},
+        copies={str(file.relative_to(root)): file for file in copies},
     )
 
 

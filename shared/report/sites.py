@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from bract.shared import canonical
 from bract.shared.contract import Contract
-from bract.shared.errors import BractError
-from bract.shared.privacy import accounting, budget, verification
+from bract.shared.errors import BractError, VerificationFailed
+from bract.shared.privacy import accounting, budget, evidence, export, verification
 from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.ledger import Contents
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.verification import Verified
 from bract.shared.privacy.witness import Witness
@@ -27,8 +29,9 @@ class Spent:
     """One domain's privacy, recomputed from a ledger that holds.
 
     ε is None where it is unbounded. `curve` is (round of this contract, ε of the whole domain).
-    `anchors` are the files whose head is in the chain; `received` counts the updates that a server
-    took and that stand here behind a charge, None where nobody kept their receipts.
+    `anchors` are the files whose head is in the chain, `anchor` the number of the last entry that
+    one names; `witnessed` is by the contract's server alone; `received` counts the updates that a
+    server took and that stand here behind a charge, None where nobody kept their receipts.
     """
 
     site: str
@@ -47,6 +50,7 @@ class Spent:
     policy: str
     key: str
     anchors: tuple[str, ...]
+    anchor: int | None
     witnessed: int | None
     received: int | None
     simulation: bool
@@ -93,7 +97,8 @@ def records(files: Sequence[LedgerFile], agreed: Contract, others: Seen) -> list
         agreed: the contract, whose own signature holds.
         others: what is held against all of them, beside the heads that lie with each.
     """
-    return [_record(file, agreed, others) for file in files]
+    apart = _forks(files)
+    return [_record(file, agreed, others, apart.get(file.name)) for file in files]
 
 
 def missing(found: Sequence[LedgerRecord], agreed: Contract) -> list[SiteTerms]:
@@ -103,13 +108,41 @@ def missing(found: Sequence[LedgerRecord], agreed: Contract) -> list[SiteTerms]:
     return [site for site in agreed.cohort if site.name not in here]
 
 
-def _record(file: LedgerFile, agreed: Contract, others: Seen) -> LedgerRecord:
+def _forks(files: Sequence[LedgerFile]) -> dict[str, str]:
+    """Returns the fault of each file that tells another history than one beside it, or less."""
+    held: dict[str, Contents] = {}
+    faults: dict[str, str] = {}
+    for file in files:
+        with suppress(BractError):  # what cannot be read says so by itself
+            held[file.name] = export.contents(file.path)
+            try:
+                copies = {name: export.contents(path) for name, path in file.copies.items()}
+                evidence.check_forks(held | copies)
+                _check_copies(file.name, held[file.name], copies)
+            except BractError as error:
+                faults[file.name] = str(error)
+                del held[file.name]
+    return faults
+
+
+def _check_copies(name: str, held: Contents, copies: Mapping[str, Contents]) -> None:
+    for copy, more in copies.items():
+        for (site, domain), rows in more.rows.items():
+            if len(rows) > len(held.rows.get((site, domain), ())):
+                raise VerificationFailed(
+                    f"ledger of {site!r}, domain {domain!r}: {copy} holds entries that {name} lacks"
+                )
+
+
+def _record(file: LedgerFile, agreed: Contract, others: Seen, apart: str | None) -> LedgerRecord:
     content = folder.content_of(file.path)
     sha256 = None if content is None else canonical.sha256(content)
     pinned = {site.name: site.key for site in agreed.cohort}
     spent: tuple[Spent, ...] = ()
     fault = None
     try:
+        if apart is not None:
+            raise VerificationFailed(apart)
         spent = _verified(file, pinned, agreed, others)
     except BractError as error:
         # The path is the reader's own affair; the file's name in the folder is enough.
@@ -121,23 +154,23 @@ def _record(file: LedgerFile, agreed: Contract, others: Seen) -> LedgerRecord:
 def _verified(
     file: LedgerFile, pinned: Mapping[str, str], agreed: Contract, others: Seen
 ) -> tuple[Spent, ...]:
-    check = partial(verification.verify, file.path, site_keys=pinned)
-    found = check(anchors={}, received=others.received)
+    keys = [agreed.witness] if agreed.witness else []
+    check = partial(verification.verify, file.path, site_keys=pinned, witness_keys=keys)
+    found = check(anchors={}, witnesses=others.witnesses, received=others.received)
     judged = {name: check(anchors=heads) for name, heads in folder.heads(file).items()}
     if others.witnesses:
-        judged["witnesses.json"] = check(anchors={}, witnesses=others.witnesses)
-    seen: dict[tuple[str, str], list[str]] = {}
+        judged["witnesses.json"] = found
+    seen: dict[tuple[str, str], dict[str, int]] = {}
     for name, chains in judged.items():
         for held in chains:
-            if held.anchored:
-                seen.setdefault((held.chain.site, held.chain.domain), []).append(name)
+            if held.anchor is not None:
+                seen.setdefault((held.chain.site, held.chain.domain), {})[name] = held.anchor
     return tuple(
-        _spent(one, agreed, tuple(seen.get((one.chain.site, one.chain.domain), ())))
-        for one in found
+        _spent(one, agreed, seen.get((one.chain.site, one.chain.domain), {})) for one in found
     )
 
 
-def _spent(found: Verified, agreed: Contract, seen: tuple[str, ...]) -> Spent:
+def _spent(found: Verified, agreed: Contract, seen: Mapping[str, int]) -> Spent:
     chain, limit = found.chain, found.policy.domains[found.chain.domain]
     filtered = budget.filtered(chain, limit.delta)
     return Spent(
@@ -156,7 +189,8 @@ def _spent(found: Verified, agreed: Contract, seen: tuple[str, ...]) -> Spent:
         genesis=chain.genesis_hash,
         policy=found.policy.sha256,
         key=chain.key,
-        anchors=seen,
+        anchors=tuple(seen),
+        anchor=max(seen.values(), default=None),
         witnessed=found.witnessed,
         received=found.received,
         simulation=bool(chain.genesis and chain.genesis.simulation),

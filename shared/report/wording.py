@@ -181,6 +181,10 @@ def _beyond_ledgers(found: Evidence) -> Iterator[str]:
     )
     if any(spent.anchors for spent in found.spent):
         yield (
+            "Whether a ledger went on after the head that it was held against: entries that came "
+            "later can have been cut off, with what they spent."
+        )
+        yield (
             "Where the heads come from that the ends of ledgers were held against: they lie in the "
             "same folder. Compare the last entries below with the site’s and the server’s own."
         )

@@ -10,8 +10,10 @@ from bract.shared.configuration import Frozen
 class VerifiedChain(Frozen):
     """One chain that holds.
 
-    `witnessed` is the last entry that a server countersigned; `received` counts the updates that a
-    server took, each behind its charge, and is null where no receipts were given.
+    `anchor` is the last entry that was seen elsewhere: what came after it can have been cut off.
+    `witnessed` is the last entry that a server whose key is pinned countersigned; `received` counts
+    the updates that a server took, each behind its charge, and is null where no receipts were
+    given. Of a chain that `lost` entries the whole ceiling counts as spent.
     """
 
     ledger: str
@@ -20,9 +22,11 @@ class VerifiedChain(Frozen):
     entries: int
     head: str
     anchored: bool
+    anchor: int | None
     witnessed: int | None
     received: int | None
     simulation: bool
+    lost: bool
 
 
 class Verification(Frozen):

@@ -264,7 +264,7 @@ def outcome(layout: Layout) -> Outcome:
         (held,) = verification.verify(
             layout.ledger(site), site_keys=keys, anchors=anchors, received=received
         )
-        assert held.anchored
+        assert held.anchor is not None
         assert held.chain.head == anchors[site, site], "the head file is the newest head"
         chains[site] = held.chain
         for (_, number), release in held.chain.releases.items():

@@ -84,7 +84,13 @@ def test_an_export_is_verified_with_files_from_elsewhere_alone(bract: Bract, sit
     )["chains"]
     assert (chain["anchored"], chain["witnessed"], chain["received"]) == (True, 7, 3)
     said = bract("audit", "verify", str(path), *map(str, held)).stdout
-    assert "8 entries, anchored, witnessed up to entry 7, 3 updates received" in said
+    assert "8 entries, anchored up to entry 7, later ones cannot be excluded, witnessed" in said
+    # Heads that stand beside witnesses in one file are held against the ledger too.
+    both = json.loads(site.seen.read_bytes())
+    both["heads"] = {"alpha": {"domain": "ward", "sequence": 9, "hash": "0" * 64}}
+    Path("both.json").write_text(json.dumps(both))
+    cut = bract("audit", "verify", str(path), *map(str, held[:2]), "--head", "both.json")
+    assert (cut.returncode, "the anchor names entry 9" in cut.stderr) == (1, True)
     # What the server took and the ledger lacks is shown.
     lines = site.taken.read_bytes().splitlines()
     fault = json.loads(lines[0])
@@ -220,3 +226,16 @@ def test_the_second_accountant_is_left_out_where_it_is_slow_unless_asked_for(
     assert abs(thorough["epsilon_prv"] - thorough["epsilon"]) <= 0.02
     assert thorough["epsilon"] <= quick["epsilon"]
     assert "--thorough" not in thorough["note"]
+
+
+def test_two_histories_of_one_domain_are_not_verified_together(bract: Bract, site: Any) -> None:
+    first = exported(bract, site)
+    site.ledger_path.unlink()
+    gate = site.gate(policy=site.policy(evaluation=True, domain={"epsilon": 30.0}))
+    site.serve(gate, site.order(site.sign(site.first), 1))
+    gate.ledger.close()
+    both = (str(first), str(site.ledger_path), "--contract", str(site.pinned))
+    for command in ("verify", "budget"):
+        done = bract("audit", command, *both)
+        assert done.returncode == 1
+        assert "two histories of 'alpha', domain 'ward', which part at entry 0" in done.stderr

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bract.shared import canonical, keys
 from bract.shared.errors import UsageError, VerificationFailed
-from bract.shared.privacy import anchors, receipts, verification, witness
+from bract.shared.privacy import anchors, evidence, ledger, receipts, verification, witness
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.witness import NOTHING, Witness
 
@@ -42,6 +42,7 @@ def verify(
         site_keys={"alpha": world.key.public},
         anchors={},
         witnesses=witnesses,
+        witness_keys=[world.server.public],
         received=received,
     )
     return found
@@ -94,14 +95,14 @@ def test_receipts_and_witnesses_of_another_site_are_of_another_file(served: Any)
     other = signed(served, served.received[0], keys.generate(), site="beta")
     seen = witness.sign("beta", "ward", other.receipt.head, keys.generate())
     found = verify(served, [other], [seen])
-    assert (found.received, found.anchored, found.witnessed) == (0, False, None)
+    assert (found.received, found.anchor, found.witnessed) == (0, None, None)
 
 
 def test_a_witness_kept_elsewhere_is_an_anchor(served: Any) -> None:
     head = served.received[-1].receipt.head
     seen = witness.sign("alpha", "ward", head, served.server)
     found = verify(served, None, [seen])
-    assert (found.anchored, found.witnessed) == (True, head.sequence)
+    assert (found.anchor, found.witnessed) == (head.sequence, head.sequence)
     for wrong, fault in (
         (witness.sign("alpha", "ward", head, keys.generate()), "a key that no contract names"),
         (seen.model_copy(update={"sequence": head.sequence - 1}), "signature does not verify"),
@@ -194,3 +195,25 @@ def test_what_leads_to_a_head_is_traced_without_the_ledger(served: Any) -> None:
         ).paid
         with pytest.raises(VerificationFailed, match="do not lead to the head"):
             receipts.trace(replace(one.receipt, head_hash="0" * 64), one.ledger, served.agreed)
+
+
+def test_an_update_that_is_told_twice_is_one(served: Any) -> None:
+    assert verify(served, [*served.received, *served.received]).received == 3
+
+
+def test_two_histories_of_one_chain_are_told_apart_and_an_older_copy_is_none(world: Any) -> None:
+    signed, files = world.sign(world.contract()), {}
+    gate = world.gate()
+    for number in (1, 2):
+        world.serve(gate, world.order(signed, number))
+        files[f"after {number}"] = ledger.contents(world.ledger_path)
+    gate.ledger.close()
+    evidence.check_forks(files)
+    world.ledger_path.unlink()  # and begun anew, with the same key: what was spent is forgotten
+    world.serve(world.gate(), world.order(signed))
+    for name in ("after 1", "after 2"):
+        with pytest.raises(
+            VerificationFailed,
+            match=f"{name} and new: two histories of 'alpha', domain 'ward', which part at entry 0",
+        ):
+            evidence.check_forks({name: files[name], "new": ledger.contents(world.ledger_path)})

@@ -147,8 +147,7 @@ def under(policy: Policy) -> tuple[Edit, list[Any]]:
 
 def test_a_real_ledger_holds_with_and_without_an_anchor(audited: Any) -> None:
     (free,), (tied,) = verify(audited), verify(audited, anchors={WARD: head(audited)})
-    assert not free.anchored
-    assert tied.anchored
+    assert (free.anchor, tied.anchor) == (None, 7)
     assert tied.chain.head == head(audited)
     assert tied.chain.length == 8
     assert tied.policy == audited.policy()
@@ -209,13 +208,13 @@ def test_a_cut_tail_is_refused_against_an_anchor_and_not_excluded_without_one(
     with pytest.raises(VerificationFailed, match="ends at entry 6 but the anchor names entry 7"):
         verify(audited, path, {WARD: head(audited)})
     (found,) = verify(audited, path)
-    assert (found.chain.length, found.anchored) == (7, False)
+    assert (found.chain.length, found.anchor) == (7, None)
 
 
 def test_an_older_anchor_holds_and_another_history_does_not(audited: Any) -> None:
     _, text, signature = rows(audited.ledger_path)[4]
     older = entries.read(text, signature, key=audited.key.public).hash
-    assert verify(audited, anchors={WARD: Head(4, older)})[0].anchored
+    assert verify(audited, anchors={WARD: Head(4, older)})[0].anchor == 4
     with pytest.raises(VerificationFailed, match="entry 5: is not the entry that the anchor names"):
         verify(audited, anchors={WARD: Head(5, older)})
 
@@ -625,10 +624,15 @@ def test_the_command_takes_keys_and_heads_from_the_run_folder(
 ) -> None:
     path = run_folder(audited)
     audit(path)
-    assert "8 entries, anchored" in capsys.readouterr().out
+    assert (
+        "8 entries, anchored up to entry 7, later ones cannot be excluded"
+        in capsys.readouterr().out
+    )
     (path.parent.parent / "summary.json").unlink()
     audit(path)
-    assert "entry 7; later entries cannot be excluded" in capsys.readouterr().out
+    assert (
+        "8 entries, whole up to entry 7, later ones cannot be excluded" in capsys.readouterr().out
+    )
     (path.parent.parent / "contract.json").unlink()
     with pytest.raises(VerificationFailed, match="key not pinned"):
         audit(path)

@@ -413,11 +413,37 @@ def test_a_pulled_folder_with_exports_is_anchored_by_its_witnesses(
         shutil.copy(path, root / "ledgers")
     for name in ("contract.json", "receipts.jsonl"):
         shutil.copy(run / name, root)
-    assert "not done No tail was cut off" in words(render(root))
+    assert "not done No known entry is missing" in words(render(root))
     (root / "witnesses.json").write_bytes(anchors.to_bytes(seen))
     text = words(render(root))
-    assert "passed No tail was cut off the heads in witnesses.json are in the ledgers" in text
+    assert "passed No known entry is missing the heads in witnesses.json are in the ledgers" in text
     assert f"passed {PAID}" in text
+
+
+def test_a_copy_beside_a_ledger_is_read_and_may_not_hold_more(
+    run: Path, render: Render, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(run, root)
+    (root / "summary.json").unlink()
+    shutil.rmtree(root / "checkpoint")
+    (root / "ledgers/site-1.jsonl").write_bytes(export.to_bytes(export.contents(ledger(root))))
+    assert "The ledger ledgers/site-1.sqlite holds" not in words(render(root))
+    spoil(ledger(root), "DELETE FROM witnesses")
+    spoil(ledger(root), "DELETE FROM entries WHERE sequence = 8")
+    text = words(render(root))
+    assert "failed The ledger ledgers/site-1.sqlite holds ledger of 'site-1', domain " in text
+    assert "ledgers/site-1.jsonl holds entries that ledgers/site-1.sqlite lacks" in text
+
+
+def test_two_histories_of_one_site_fail(run: Path, render: Render, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(run, root)
+    other = root / "ledgers/another.sqlite"
+    shutil.copy(ledger(root), other)
+    assert "two histories" not in words(render(root))  # it is the same one
+    spoil(other, "UPDATE entries SET body = replace(body, '\"round\":2', '\"round\":1')")
+    assert "two histories of 'site-1'" in words(render(root))
 
 
 def test_a_head_that_is_not_in_the_ledger_fails(run: Path, render: Render, tmp_path: Path) -> None:
