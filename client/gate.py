@@ -142,7 +142,7 @@ class Gate:
             for domain in self.policy.domains:
                 transaction.chain(self.policy.site, domain, key=self.key.public)
 
-    def recover(self, domain: str, lost: Head | None) -> float:
+    def recover(self, domain: str, lost: Head | None, allowed: float = 0.0) -> float:
         """Returns the ε that a domain counts as spent, now that its ledger lost entries.
 
         Its ceiling is the worst case: the gate kept every charge, the lost ones too, within it.
@@ -150,6 +150,7 @@ class Gate:
         Args:
             domain: whose ledger lost entries.
             lost: the newest entry that is known to be gone, where a head file knew it.
+            allowed: the greatest ε that the domain is known to have had, where a head file knew it.
 
         Raises:
             UsageError: where the domain was recovered before and nothing was lost since.
@@ -163,8 +164,8 @@ class Gate:
                     raise UsageError(f"domain {domain!r} is closed already: its ε counts as spent")
                 return closed  # killed before the head file could say so
             transaction.keep("policy", self.policy.sha256, self.policy.to_bytes())
-            allowed = budget.worst_case(chain, self._policies(transaction, chain))
-            ceiling = max(allowed, self.policy.domains[domain].epsilon)
+            named = budget.worst_case(chain, self._policies(transaction, chain))
+            ceiling = max(named, allowed, self.policy.domains[domain].epsilon)
             body = Recovered(
                 **self._common(chain, 0),
                 kind="recovered",

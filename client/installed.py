@@ -105,7 +105,11 @@ def recover(path: str, domain: str) -> float:
     seen = head_file.read() if head_file else {}
     # The ledger as it was put back, not held against the heads that it lost.
     gate = _gate(chosen, None)
-    spent = gate.recover(domain, seen.get((chosen.site, domain)))
+    spent = gate.recover(
+        domain,
+        seen.get((chosen.site, domain)),
+        head_file.ceiling(chosen.site, domain) if head_file else 0.0,
+    )
     with gate.ledger.transaction() as transaction:
         head = transaction.chain(chosen.site, domain, key=gate.key.public).head
     if head_file is not None and head is not None:
@@ -129,6 +133,8 @@ def _gate(chosen: SiteSettings, head_file: HeadFile | None) -> Gate:
     roots = {name: domain.data for name, domain in chosen.domains.items()}
     policy = chosen.policy()
     holdings.bind(roots, policy, state.bindings)
+    if head_file is not None:
+        head_file.allow(chosen.site, {name: one.epsilon for name, one in policy.domains.items()})
     return Gate(
         policy=policy,
         key=keys.load(Path(chosen.keys.ledger)),

@@ -1,4 +1,7 @@
-"""The last head of each chain, kept apart from the ledger so that an older copy is noticed."""
+"""The last head of each chain, kept apart from the ledger so that an older copy is noticed.
+
+With it lies the greatest ε that each domain was ever allowed: what was lost may have cost so much.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from bract.shared.privacy.entries import Head
 class HeadFile:
     """A JSON file {"heads": {SITE: [{domain, sequence, hash}]}}, replaced after every commit.
 
-    It is what `bract audit verify --head` takes. On the ledger's own disk it would be put back
-    together with it.
+    A site's own has {"ceilings": {SITE: {DOMAIN: ε}}} too. It is what `bract audit verify --head`
+    takes. On the ledger's own disk it would be put back together with it.
 
     Args:
         path: the file; its folder is made where it is missing.
@@ -24,6 +27,7 @@ class HeadFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._ceilings: dict[tuple[str, str], float] = {}
 
     def read(self) -> dict[tuple[str, str], Head]:
         """Returns the heads, none where the file was never written.
@@ -34,12 +38,38 @@ class HeadFile:
         if not self._path.exists():
             return {}
         try:
-            return heads(canonical.decode(self._path.read_bytes()))
+            found = canonical.decode(self._path.read_bytes())
+            self._ceilings = {
+                (site, domain): float.fromhex(ceiling)
+                for site, ceilings in found.get("ceilings", {}).items()
+                for domain, ceiling in ceilings.items()
+            }
+            return heads(found)
         except (OSError, KeyError, TypeError, ValueError, AttributeError, BractError) as error:
             raise UsageError(
                 f"{self._path} is no readable head file: put it back from its backup; without it a "
                 "ledger that lost entries would not be noticed"
             ) from error
+
+    def allow(self, site: str, ceilings: Mapping[str, float]) -> None:
+        """Notes the ε that a site's domains are allowed, before anything is charged within it.
+
+        Raises:
+            UsageError, LedgerUnwritable: where the file cannot be read or written.
+        """
+        seen = self.read()
+        raised = {
+            (site, domain): ceiling
+            for domain, ceiling in ceilings.items()
+            if ceiling > self.ceiling(site, domain)
+        }
+        if raised:
+            self._ceilings |= raised
+            self.write(seen)
+
+    def ceiling(self, site: str, domain: str) -> float:
+        """Returns the greatest ε that a domain was allowed as far as the file knows, else 0."""
+        return self._ceilings.get((site, domain), 0.0)
 
     @contextmanager
     def replaced(self, seen: Mapping[tuple[str, str], Head]) -> Iterator[None]:
@@ -55,10 +85,13 @@ class HeadFile:
             by_site.setdefault(site, []).append(
                 {"domain": domain, "sequence": head.sequence, "hash": head.hash}
             )
+        value: dict[str, Any] = {"heads": by_site}
+        for (site, domain), ceiling in sorted(self._ceilings.items()):
+            value.setdefault("ceilings", {}).setdefault(site, {})[domain] = ceiling.hex()
         committed = False
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with canonical.replacing(self._path, canonical.encode({"heads": by_site})):
+            with canonical.replacing(self._path, canonical.encode(value)):
                 yield
                 committed = True
         except OSError as error:

@@ -65,6 +65,19 @@ def test_the_file_follows_the_ledger_and_anchors_it(world: Any) -> None:
     assert found.anchor == head.sequence
 
 
+def test_what_a_domain_was_allowed_stays_whatever_is_allowed_later(tmp_path: Path) -> None:
+    path, head = tmp_path / "head.json", {("alpha", "ward"): Head(3, "ab" * 32)}
+    HeadFile(path).write(head)  # as an earlier version left it
+    for epsilon, greatest in ((4.5, 4.5), (9.25, 9.25), (2.0, 9.25)):
+        HeadFile(path).allow("alpha", {"ward": epsilon})
+        found = HeadFile(path)
+        assert found.read() == head
+        assert (found.ceiling("alpha", "ward"), found.ceiling("alpha", "x")) == (greatest, 0.0)
+    found.write({})
+    again = HeadFile(path)
+    assert (again.read(), again.ceiling("alpha", "ward")) == ({}, 9.25)
+
+
 def test_an_older_copy_is_refused_by_a_new_process_and_a_newer_one_is_not(world: Any) -> None:
     signed = serve(world, 1)
     older = world.folder / "older.sqlite"

@@ -395,6 +395,24 @@ def test_a_recovery_that_was_killed_before_the_head_file_goes_on(
     assert (again.returncode, "closed already" in again.stderr) == (2, True)
 
 
+def test_an_epsilon_that_was_put_back_with_the_ledger_is_known_by_the_head_file(
+    world: Any, layout: loopback.Layout, bract: Bract
+) -> None:
+    serve(world, layout, 1)
+    toml, older = layout.site("alpha"), layout.ledger("alpha").read_bytes()
+    settings = toml.read_text()
+    assert settings.count("epsilon = 8.0") == 1
+    toml.write_text(settings.replace("epsilon = 8.0", "epsilon = 11.5"))
+    serve(world, layout, 2)  # charged where 11.5 was allowed
+    put_back(layout, older)
+    toml.write_text(settings)
+    done = bract("client", str(toml), "--recover", "alpha")
+    assert (done.returncode, "ε 11.5 counts as spent" in done.stdout) == (0, True)
+    key = keys.load(toml.parent / "ledger.pem").public
+    said = bract("audit", "verify", str(layout.ledger("alpha")), "--site-key", key).stdout
+    assert "entries were lost: its whole ceiling counts as spent" in said
+
+
 def test_each_domain_that_lost_entries_is_recovered_for_itself(
     world: Any, layout: loopback.Layout, bract: Bract
 ) -> None:
