@@ -95,10 +95,11 @@ def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
         *(f"prepared     {line}" for line in _prepared(data)),
         f"rounds       {agreed.rounds}, at most {agreed.max_attempts} attempts, "
         f"{training.local_steps} steps each",
+        f"asked        {_asked(agreed)}",
         f"mechanism    {privacy.mechanism}: q {privacy.sampling_rate:g}, σ "
         f"{privacy.noise_multiplier:g}, clip {privacy.clip_norm:g}, noise {privacy.randomness}",
         f"evaluation   {_evaluation(agreed)}",
-        f"cost         {_cost(shown, agreed.rounds)}",
+        f"cost         {_cost(shown, agreed)}",
     ]
     if shown.rows_per_person is not None:
         spent = "unbounded" if shown.epsilon_person is None else f"ε {shown.epsilon_person:.3f}"
@@ -157,12 +158,19 @@ def _evaluation(agreed: Contract) -> str:
     )
 
 
-def _cost(shown: ContractShown, rounds: int) -> str:
+def _asked(agreed: Contract) -> str:
+    count, some = len(agreed.cohort), agreed.sites_per_round
+    return (
+        f"all {count} sites in a round" if some is None else f"{some} of {count} sites in a round"
+    )
+
+
+def _cost(shown: ContractShown, agreed: Contract) -> str:
     if shown.epsilon is None or shown.epsilon_rounds is None:
         return "unbounded: this contract has no privacy at this δ"
     return (
-        f"ε {shown.epsilon:.3f} at δ {shown.delta:g} ({ADJACENCY}, per example) to each site if "
-        f"every attempt is used; {shown.epsilon_rounds:.3f} for {rounds} rounds"
+        f"ε {shown.epsilon:.3f} at δ {shown.delta:g} ({ADJACENCY}, per {agreed.privacy.unit}) to "
+        f"each site if every attempt is used; {shown.epsilon_rounds:.3f} for {agreed.rounds} rounds"
     )
 
 

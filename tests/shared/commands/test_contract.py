@@ -70,6 +70,22 @@ def test_a_simulation_without_noise_has_no_price(world: Any, tmp_path: Path, bra
     assert "has no privacy" in bract("contract", "show", "plain.json").stdout
 
 
+def test_who_is_asked_and_whose_price_it_is_are_told(
+    world: Any, tmp_path: Path, bract: Bract
+) -> None:
+    whole = world.contract()
+    of_clients = {"mechanism": "user-level", "unit": "client", "randomness": "seeded"}
+    some = world.contract(simulation=True, sites_per_round=1, privacy=of_clients)
+    for agreed, asked, unit in (
+        (whole, "all sites, in each round", "per example"),
+        (some, "1 of 1 sites, in each round", "per client"),
+    ):
+        (tmp_path / "x.json").write_bytes(world.sign(agreed).to_bytes())
+        text = bract("contract", "show", "x.json").stdout
+        assert asked in text
+        assert f"add-or-remove-one, {unit}) to each site" in text
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "link to nowhere"])
 def test_nothing_is_ever_overwritten(
     layout: Layout, bract: Bract, tmp_path: Path, kind: str
