@@ -161,7 +161,7 @@ def _evaluation(agreed: Contract) -> str:
 def _asked(agreed: Contract) -> str:
     count, some = len(agreed.cohort), agreed.sites_per_round
     return (
-        f"all {count} sites in a round" if some is None else f"{some} of {count} sites in a round"
+        "all sites, in each round" if some is None else f"{some} of {count} sites, in each round"
     )
 
 
