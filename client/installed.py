@@ -129,7 +129,8 @@ def _gate(chosen: SiteSettings, head_file: HeadFile | None) -> Gate:
     for folder in (state.folder, state.folder / "updates"):
         canonical.remove_leftovers(folder)
     if chosen.head_file:
-        canonical.remove_leftovers(Path(chosen.head_file).parent, Path(chosen.head_file).name)
+        heads = Path(chosen.head_file).resolve()
+        canonical.remove_leftovers(heads.parent, heads.name)
     roots = {name: domain.data for name, domain in chosen.domains.items()}
     policy = chosen.policy()
     holdings.bind(roots, policy, state.bindings)

@@ -81,7 +81,10 @@ def load(folder: Path, contract: str) -> RoundState | None:
     path = folder / "state.json"
     if not path.exists():
         return None
-    facts = canonical.decode(path.read_bytes())
+    try:
+        facts = canonical.decode(path.read_bytes())
+    except VerificationFailed as error:
+        raise VerificationFailed(f"{path} is damaged: put it back") from error
     if facts["contract"] != contract:
         raise VerificationFailed(
             f"{path} is the checkpoint of another contract: name another folder as out"
@@ -104,7 +107,10 @@ def load(folder: Path, contract: str) -> RoundState | None:
 
 def _load(folder: Path, facts: Mapping[str, Any], name: str) -> dict[str, Array]:
     path = folder / facts["files"][name]
-    found = arrays.from_bytes(path.read_bytes())
+    try:
+        found = arrays.from_bytes(path.read_bytes())
+    except (OSError, VerificationFailed) as error:
+        raise VerificationFailed(f"{path} is gone or damaged: put it back") from error
     if arrays.digest(found) != facts["sha256"][name]:
         raise VerificationFailed(f"{path} is damaged")
     return found

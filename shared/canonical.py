@@ -67,6 +67,21 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         pass
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Writes a file that does not exist yet, whole or not at all.
+
+    Raises:
+        FileExistsError: where it does, even if another process made it just now.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_atomically(temporary, data)
+    try:
+        os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 @contextmanager
 def replacing(path: Path, data: bytes, *, mode: int = 0o644) -> Iterator[None]:
     """Has the new bytes of a file on the disk before a block, and in its place after it.

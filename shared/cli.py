@@ -148,7 +148,9 @@ def run(command: click.Command, name: str) -> NoReturn:
     try:
         code = command.main(arguments, prog_name=name, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.exceptions.Abort:
+    except click.exceptions.Abort as error:
+        if isinstance(error.__cause__, EOFError):  # which click takes for the user's Ctrl-D
+            _fail("EOFError", "a file ends early: run again with --debug", 1, as_json)
         _fail("Interrupted", "stopped; every charge is kept", 130, as_json)
     except click.ClickException as error:
         _fail("UsageError", error.format_message(), 2, as_json)
@@ -159,9 +161,10 @@ def run(command: click.Command, name: str) -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, OSError) and error.filename and error.errno:
+        if isinstance(error, OSError) and error.errno:
             # the system's own words for the number, and no library's
-            message = f"cannot use {error.filename}: {os.strerror(error.errno)}"
+            what = f"cannot use {error.filename}" if error.filename else "a file or a connection"
+            message = f"{what}: {os.strerror(error.errno)}"
             _fail(type(error).__name__, message, 1, as_json)
         # The text of an unforeseen exception may hold anything: name its type, not its words.
         message = f"unexpected {type(error).__name__}: run again with --debug before the command"

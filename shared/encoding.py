@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -173,9 +174,10 @@ def _check(inputs: np.ndarray, data: DataTerms, path: Path) -> None:
 def _npz(path: Path) -> Rows:
     """Returns the array `inputs` of a file; all others go back as they are."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # opened here: of a damaged archive numpy leaves its own file open
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             held = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError) as error:  # a damaged archive, or one with objects in it
+    except (OSError, ValueError, EOFError, BadZipFile) as error:  # damaged, or with objects in it
         raise UsageError(f"cannot read {path}: it must be .npz of plain arrays") from error
     if "inputs" not in held:
         raise UsageError(f"{path} has no array 'inputs': it has {', '.join(held) or 'none'}")

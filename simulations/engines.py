@@ -23,7 +23,7 @@ from bract.shared import malloc
 from bract.shared.errors import UsageError
 from bract.simulations import flower
 from bract.simulations.cohort import CohortGrid
-from bract.simulations.grid import RUN, SERVER, LocalGrid
+from bract.simulations.grid import FIRST_NODE, RUN, SERVER, LocalGrid
 from bract.simulations.randomness import SeededRandomness
 from bract.simulations.sites import FACTORY, PLAN_VARIABLE, node_config, open_plan
 
@@ -52,6 +52,7 @@ class LocalEngine:
         else:
             node_configs = [node_config(plan, place) for place in range(sites)]
             grid = LocalGrid(client_app, node_configs, workers=count)
+        grid.site_names = {FIRST_NODE + place: planned.name_of(place) for place in range(sites)}
         server = SeededRandomness(planned.seed, "server")
         grid.noise = lambda round_number: server.stream(round_number).normals
         try:

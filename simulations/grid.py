@@ -32,6 +32,7 @@ class SimulatedGrid(SingleRunGrid):
     """A grid in this process, which may noise sums with what a seed gives: a simulation's only."""
 
     noise: Callable[[int], Callable[[int], npt.NDArray[np.float64]]] | None = None
+    site_names: Mapping[int, str] | None = None  # by node, where the plan is known
 
     def __init__(self) -> None:
         flower.bind_server(RUN, SERVER)

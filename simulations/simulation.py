@@ -7,8 +7,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -134,10 +136,10 @@ class Simulation:
 
     def hold(self, parts: Sequence[np.ndarray]) -> None:
         """Fixes which rows each site trains on; before the first round, or not at all."""
-        temporary = self._rows_path.with_name(f".rows.{os.getpid()}.npz")
         cuts = np.cumsum([len(part) for part in parts])[:-1]
-        np.savez(temporary, rows=np.concatenate(parts), cuts=cuts)
-        temporary.replace(self._rows_path)
+        held = BytesIO()
+        np.savez(held, rows=np.concatenate(parts), cuts=cuts)
+        canonical.write_atomically(self._rows_path, held.getvalue())
 
     @property
     def _rows_path(self) -> Path:
@@ -147,8 +149,11 @@ class Simulation:
         """Returns each site's rows; computed once and kept, since partitioners are slow to load."""
         if not self._rows_path.exists():
             self.hold(self.parts())
-        with np.load(self._rows_path, allow_pickle=False) as stored:
-            return np.split(stored["rows"], stored["cuts"])
+        try:
+            with self._rows_path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                return np.split(stored["rows"], stored["cuts"])
+        except (EOFError, BadZipFile, KeyError, ValueError) as error:
+            raise UsageError(f"{self._rows_path} is damaged: begin another run") from error
 
     def _splits(self) -> Splits:
         folder = self.begun.data_folder
@@ -225,8 +230,9 @@ def begin(
     Raises:
         UsageError: where `out` holds something, or a setting will not do.
     """
+    taken = UsageError(f"{out} exists and isn't empty: name another --out, or --resume {out}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and isn't empty: name another --out, or --resume {out}")
+        raise taken
     folder = where(experiment, data_dir)
     data = experiment.data.terms(folder)
     _check(experiment, data, folder)
@@ -241,9 +247,11 @@ def begin(
     )
     out = out.resolve()
     (out / "checkpoint").mkdir(parents=True, exist_ok=True)
-    canonical.write_atomically(
-        out / "checkpoint" / "begun.json", canonical.encode(begun.model_dump(mode="json"))
-    )
+    text = canonical.encode(begun.model_dump(mode="json"))
+    try:
+        canonical.write_new(out / "checkpoint" / "begun.json", text)
+    except FileExistsError as error:  # another run began there meanwhile
+        raise taken from error
     return Simulation(begun=begun, out=out, workers=workers)
 
 

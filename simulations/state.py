@@ -98,7 +98,10 @@ class State:
         path = self.private / "domain.json"
         if not path.exists():
             return
-        begun = json.loads(path.read_bytes())
+        try:
+            begun = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UsageError(f"{path} is damaged: put it back; use another --state") from error
         different = sorted(name for name in facts if begun.get(name) != facts[name])
         if different:
             name = different[0]

@@ -10,7 +10,7 @@ from typing import Any
 from bract.shared import canonical
 from bract.shared.contract import Contract
 from bract.shared.errors import VerificationFailed
-from bract.shared.privacy import accounting, export, prv, verification
+from bract.shared.privacy import accounting, export, head_file, prv, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.events import Event
@@ -52,12 +52,13 @@ def summarise(
     """Returns the summary of a simulated run, after verifying every ledger of it.
 
     Raises:
-        VerificationFailed: where a ledger does not hold.
+        VerificationFailed: where a ledger does not hold, or lacks what the server saw of it.
     """
     return proven(
         agreed=agreed,
         ledgers=publish_ledgers(plan, agreed, out),
-        anchors={},
+        # what the server saw: a ledger that was put back, or is gone, says less than was spent
+        anchors=head_file.heads({"heads": result["heads"]}),
         result=result,
         delta=plan.delta,
         device=plan.device,
@@ -89,8 +90,10 @@ def proven(
     pinned = {site.name: site.key for site in agreed.cohort}
     chains: dict[tuple[str, str], Chain] = {}
     for path in ledgers:
-        if not export.contents(path).rows:
-            continue  # a site that refused all it was asked; heads of it are looked for below
+        if not path.stat().st_size or not export.contents(path).rows:
+            # a site that refused all it was asked, or whose disk was full from the start; heads of
+            # it are looked for below
+            continue
         for found in verification.verify(path, site_keys=pinned, anchors=anchors):
             chains[found.chain.site, found.chain.domain] = found.chain
     if gone := sorted(anchors.keys() - chains.keys()):

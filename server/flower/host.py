@@ -61,10 +61,7 @@ class Host:
     def __init__(
         self, *, database: Path, sites: Mapping[str, str], listener: Listener, greatest_reply: int
     ) -> None:
-        self._factory = LinkStateFactory(
-            str(database), NoOpFederationManager(), ObjectStoreFactory(":flwr-in-memory:")
-        )
-        self.state: LinkState = self._factory.state()
+        self._factory, self.state = _link_state(database)
         self.orders = Orders(greatest_reply)
         self.keys = {
             public_key_to_bytes(node_keys.public(line)): name for name, line in sites.items()
@@ -174,6 +171,46 @@ class Host:
     def _beat(self) -> None:
         while not self._stop.wait(TASK_HEARTBEAT_SECONDS):
             self.state.acknowledge_task_heartbeat(self._task)
+
+
+def _link_state(database: Path) -> tuple[LinkStateFactory, LinkState]:
+    """Returns the link state in a file; a new file is whole before it has its name.
+
+    Flower makes its tables one by one, and opens no file again in which a killed process left some
+    of them. Nothing in it outlives a process: nodes are registered anew, and earlier runs are
+    ended. So a file that does not open is made anew.
+
+    Raises:
+        BractError: where none can be made.
+    """
+    try:
+        if database.exists():
+            try:
+                return _opened(database)
+            except Exception as error:  # its library's own
+                logger.warning(
+                    "%s does not open (%s): made anew", database.name, type(error).__name__
+                )
+        new = database.with_name(f"new-{database.name}")
+        for name in (new.name, database.name):  # with what SQLite keeps beside a file
+            for old in database.parent.glob(f"{name}*"):
+                old.unlink(missing_ok=True)
+        _, state = _opened(new)
+        state._engine.dispose()  # type: ignore[attr-defined]  # else its file stays open
+        new.replace(database)
+        return _opened(database)
+    except Exception as error:
+        raise BractError(
+            f"cannot make {database}: free some space, mend its rights, or name another "
+            "server.state"
+        ) from error
+
+
+def _opened(database: Path) -> tuple[LinkStateFactory, LinkState]:
+    factory = LinkStateFactory(
+        str(database), NoOpFederationManager(), ObjectStoreFactory(":flwr-in-memory:")
+    )
+    return factory, factory.state()
 
 
 def _register(state: LinkState, keys: Mapping[bytes, str]) -> dict[int, str]:

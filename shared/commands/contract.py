@@ -160,9 +160,7 @@ def _evaluation(agreed: Contract) -> str:
 
 def _asked(agreed: Contract) -> str:
     count, some = len(agreed.cohort), agreed.sites_per_round
-    return (
-        "all sites, in each round" if some is None else f"{some} of {count} sites, in each round"
-    )
+    return "all sites, in each round" if some is None else f"{some} of {count} sites, in each round"
 
 
 def _cost(shown: ContractShown, agreed: Contract) -> str:

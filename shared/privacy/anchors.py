@@ -53,7 +53,7 @@ def heads(path: Path) -> Mapping[tuple[str, str], Head]:
     try:
         found = json.loads(path.read_bytes())
         return {} if "witnesses" in found and "heads" not in found else head_file.heads(found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} holds no heads: name a summary.json or a head file") from error
 
 
@@ -67,7 +67,7 @@ def witnesses(path: Path) -> tuple[Witness, ...]:
     try:
         found = json.loads(path.read_bytes()).get("witnesses", [])
         return tuple(witness.from_bytes(canonical.encode(one)) for one in found)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} holds no heads: name a summary.json or a head file") from error
 
 

@@ -26,7 +26,7 @@ class HeadFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path = path.resolve()  # what a link names is replaced, and not the link
         self._ceilings: dict[tuple[str, str], float] = {}
 
     def read(self) -> dict[tuple[str, str], Head]:

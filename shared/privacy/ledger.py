@@ -10,6 +10,7 @@ the one file holds all of it (with a write-ahead log it would not).
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ APPLICATION_ID = 0x62726163  # "brac"
 # Of a file with many sites' chains so many stay folded; another is read from the file again.
 CHAINS_IN_MEMORY = 1024
 DocumentKind = Literal["contract", "policy"]
+_LOOKS, _LOOK_SECONDS = 30, 0.05
 
 # Rows lie in the order of their coming: those of a commit are together, at the end of the file.
 _SCHEMA = """
@@ -324,6 +326,11 @@ def contents(path: Path) -> Contents:
     Raises:
         LedgerError: where the file is missing, is no ledger, or a write was interrupted.
     """
+    # A commit is as long as a disk's breath; what was interrupted stays.
+    for _ in range(_LOOKS):
+        if not _leftovers(path):
+            break
+        time.sleep(_LOOK_SECONDS)
     for leftover in _leftovers(path):
         raise LedgerError(
             f"{leftover} holds an interrupted write: let the site finish, or start it once so that "

@@ -138,6 +138,15 @@ def test_tokens_are_whole_numbers(made: Any, tmp_path: Path) -> None:
         predicted(made(TOKENS), tmp_path / "rows.npz")
 
 
+@pytest.mark.parametrize("left", [0, 60])
+def test_an_archive_that_was_cut_off_is_an_error(made: Any, tmp_path: Path, left: int) -> None:
+    path = tmp_path / "rows.npz"
+    np.savez(path, inputs=np.zeros((1, 4), np.int64))
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(UsageError, match=r"rows.npz: it must be .npz of plain arrays"):
+        predicted(made(TOKENS), path)
+
+
 def test_a_table_goes_back_with_its_columns_and_answers(made: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("\ufeffid,ward,age\nx1,a,40\n\nx2,b,90\n")
     with predicted(made(ILL), tmp_path / "rows.csv").open(newline="") as file:

@@ -16,10 +16,14 @@ from safetensors.numpy import load_file
 from bract.client.training.sums import BatchSums
 from bract.client.training.trainer import Trainer, clipped
 from bract.server import app
+from bract.server.checkpoint import RoundState
+from bract.server.rounds import RoundLoop
 from bract.shared import contract, models
-from bract.shared.privacy import accounting, ledger
+from bract.shared.errors import Reason, Refusal, UsageError, VerificationFailed
+from bract.shared.privacy import accounting, budget, ledger
 from bract.shared.privacy.events import PoissonGaussian
 from bract.simulations import shards, simulation, state
+from bract.simulations import summary as summaries
 from bract.simulations.engines import LocalEngine
 from bract.simulations.experiment import Experiment, load
 from bract.simulations.sites import Plan
@@ -241,7 +245,7 @@ def test_a_site_whose_training_failed_is_charged_no_more(
     assert summary.rounds == 3
     charges = {name: site.charges for name, site in summary.per_site.items()}
     assert charges["site-03"] == 1
-    assert {refusal.site for refusal in summary.refused} <= {"site-03", "node 1003"}
+    assert {refusal.site for refusal in summary.refused} == {"site-03"}
 
 
 def test_a_seed_repeats_whom_a_round_asks(tmp_path: Path, shared: None) -> None:
@@ -313,3 +317,84 @@ def test_an_update_is_clipped_as_a_whole_and_nothing_of_what_is_not_finite_is_le
     assert not clipped({"a": np.zeros(3, np.float32)}, 1.0)["a"].any()
     for bad in (np.nan, np.inf):
         assert not any(v.any() for v in clipped({**update, "c": np.float32([bad])}, 1.0).values())
+
+
+@pytest.mark.parametrize("shared_file", [True, False], ids=["one file", "files apart"])
+@pytest.mark.parametrize("put_back", [True, False])
+def test_ledgers_that_lost_what_the_server_saw_make_no_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_file: bool, put_back: bool
+) -> None:
+    monkeypatch.setattr(Plan, "many", shared_file)
+    out = tmp_path / "run"
+    first, whole = begun(out), RoundLoop._round
+
+    def stopped(loop: RoundLoop, grid: Any, state: RoundState) -> RoundState | None:
+        if state.round == 1:
+            raise KeyboardInterrupt
+        return whole(loop, grid, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundLoop, "_round", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            first.complete(LocalEngine())
+    older = {path: path.read_bytes() for path in (out / "ledgers").glob("*.sqlite")}
+    done = simulation.resume(out, workers=1).complete(LocalEngine())
+    before = (out / "summary.json").read_bytes()
+    for path, text in older.items():
+        path.write_bytes(text) if put_back else path.unlink()
+    with pytest.raises(VerificationFailed, match="cut short" if put_back else "no ledger of"):
+        simulation.resume(out, workers=1).complete(LocalEngine())
+    assert (out / "summary.json").read_bytes() == before
+    assert done.rounds == 3
+
+
+def test_a_site_that_refuses_is_named_from_its_first_answer_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(tmp_path / "run")
+
+    def refuses(*given: Any) -> None:
+        raise Refusal(Reason.BUDGET_EXHAUSTED, "made up")
+
+    monkeypatch.setattr(budget, "check_room", refuses)
+    summary = run.complete(LocalEngine())
+    assert {refusal.site for refusal in summary.refused} == set(summary.per_site)
+
+
+def test_of_two_runs_that_begin_in_one_folder_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, check = tmp_path / "run", simulation._check
+
+    def meanwhile(*given: Any) -> None:
+        monkeypatch.setattr(simulation, "_check", check)
+        simulation.begin(experiment(rounds=2), out=out, state=None, data_dir=None, workers=1)
+
+    monkeypatch.setattr(simulation, "_check", meanwhile)
+    with pytest.raises(UsageError, match="isn't empty: name another --out"):
+        begun(out)
+    assert simulation.resume(out, workers=1).begun.experiment.rounds == 2
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["begun.json"]
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_rows_that_were_cut_off_are_told(tmp_path: Path, left: int) -> None:
+    run = begun(tmp_path / "run")
+    run.complete(LocalEngine())
+    path = tmp_path / "run/checkpoint/rows.npz"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(UsageError, match=r"rows.npz is damaged: begin another run"):
+        simulation.resume(tmp_path / "run", workers=1).complete(LocalEngine())
+
+
+def test_a_ledger_that_was_never_filled_holds_nothing(tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    run.complete(LocalEngine())
+    result = json.loads((tmp_path / "run/checkpoint/result.json").read_bytes()) | {"heads": {}}
+    for path in (tmp_path / "run/ledgers").glob("*.sqlite"):
+        path.write_bytes(b"")
+    with run.prepared() as (plan, signed):
+        told = summaries.summarise(
+            plan=plan, agreed=signed.contract, out=run.out, result=result, workers=1
+        )
+    assert {site.charges for site in told.per_site.values()} == {0}

@@ -65,6 +65,17 @@ def test_the_file_follows_the_ledger_and_anchors_it(world: Any) -> None:
     assert found.anchor == head.sequence
 
 
+def test_a_link_to_another_disk_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    link, there = tmp_path / "head.json", tmp_path / "disk/head.json"
+    link.symlink_to(there)
+    for number in (1, 2):
+        HeadFile(link).write({("alpha", "ward"): Head(number, "ab" * 32)})
+    assert link.is_symlink()
+    assert HeadFile(there).read() == {("alpha", "ward"): Head(2, "ab" * 32)}
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["head.json"]
+
+
 def test_what_a_domain_was_allowed_stays_whatever_is_allowed_later(tmp_path: Path) -> None:
     path, head = tmp_path / "head.json", {("alpha", "ward"): Head(3, "ab" * 32)}
     HeadFile(path).write(head)  # as an earlier version left it

@@ -571,6 +571,22 @@ def test_an_interrupted_write_is_refused_with_a_remedy(
         verify(audited, path)
 
 
+def test_a_commit_that_is_being_made_is_waited_for(
+    audited: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, looks = Path(f"{audited.ledger_path}-journal"), []
+    journal.write_bytes(b"\0" * 512)
+
+    def wait(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            journal.write_bytes(b"")  # as a commit ends
+
+    monkeypatch.setattr(ledger.time, "sleep", wait)
+    assert verify(audited)
+    assert len(looks) == 3
+
+
 def test_what_is_no_ledger_does_not_verify(world: Any) -> None:
     text, empty = world.folder / "text.sqlite", world.folder / "empty.sqlite"
     text.write_bytes(b"x" * 5000)
