@@ -80,7 +80,7 @@ def privacy(found: Evidence) -> Figure | None:
         (str(number), *(_cell(curve.get(number)) for curve in curves.values()))
         for number in numbers
     )
-    caption = "ε after a round, of everything in the ledger"
+    caption = "ε after a round, of everything in the ledger, at the site’s own δ"
     return Figure(chart, Table(caption, ("round", *curves), rows))
 
 

@@ -12,6 +12,7 @@ from bract.shared.contract import Contract
 from bract.shared.errors import BractError
 from bract.shared.privacy import accounting, budget, verification
 from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.events import Event
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.verification import Verified
 from bract.shared.privacy.witness import Witness
@@ -26,7 +27,8 @@ CURVE_POINTS = 60
 class Spent:
     """One domain's privacy, recomputed from a ledger that holds.
 
-    ε is None where it is unbounded. `curve` is (round of this contract, ε of the whole domain).
+    ε is at `delta`, which is the site's own, and None where it is unbounded. `after` is (round of
+    this contract, what the whole domain was charged by then), `curve` the same as ε.
     `anchors` are the files whose head is in the chain; `received` counts the updates that a server
     took and that stand here behind a charge, None where nobody kept their receipts.
     """
@@ -52,6 +54,9 @@ class Spent:
     simulation: bool
     seeded: bool
     lost: bool
+    events: tuple[Event, ...]
+    events_run: tuple[Event, ...]
+    after: tuple[tuple[int, tuple[Event, ...]], ...]
     curve: tuple[tuple[int, float], ...]
 
     @property
@@ -140,11 +145,13 @@ def _verified(
 def _spent(found: Verified, agreed: Contract, seen: tuple[str, ...]) -> Spent:
     chain, limit = found.chain, found.policy.domains[found.chain.domain]
     filtered = budget.filtered(chain, limit.delta)
+    events, in_run = chain.events, chain.events_of(agreed.sha256)
+    after = _after(chain, agreed.sha256)
     return Spent(
         site=chain.site,
         domain=chain.domain,
-        epsilon=_finite(accounting.epsilon(chain.events, limit.delta)),
-        epsilon_run=_finite(accounting.epsilon(chain.events_of(agreed.sha256), limit.delta)),
+        epsilon=_finite(accounting.epsilon(events, limit.delta)),
+        epsilon_run=_finite(accounting.epsilon(in_run, limit.delta)),
         epsilon_filter=None if filtered is None else _finite(filtered),
         filter_order=budget.order_of(chain),
         ceiling=limit.epsilon,
@@ -162,12 +169,15 @@ def _spent(found: Verified, agreed: Contract, seen: tuple[str, ...]) -> Spent:
         simulation=bool(chain.genesis and chain.genesis.simulation),
         seeded=chain.seeded,
         lost=chain.recovered is not None,
-        curve=_curve(chain, agreed.sha256, limit.delta),
+        events=events,
+        events_run=in_run,
+        after=after,
+        curve=_curve(after, limit.delta),
     )
 
 
-def _curve(chain: Chain, contract: str, delta: float) -> tuple[tuple[int, float], ...]:
-    """Returns ε of the whole domain after each round of a contract, of some where there are many.
+def _after(chain: Chain, contract: str) -> tuple[tuple[int, tuple[Event, ...]], ...]:
+    """Returns what the whole domain was charged by the end of a contract's rounds, of some of many.
 
     A round that was charged twice counts after its last charge.
     """
@@ -179,14 +189,19 @@ def _curve(chain: Chain, contract: str, delta: float) -> tuple[tuple[int, float]
     numbers = sorted(last)
     step = max(1, math.ceil(len(numbers) / CURVE_POINTS))
     shown = sorted({*numbers[step - 1 :: step], *numbers[-1:]})
-    points = [(number, _after(chain, last[number], delta)) for number in shown]
-    return tuple(point for point in points if math.isfinite(point[1]))
+    return tuple((number, _until(chain, last[number])) for number in shown)
 
 
-def _after(chain: Chain, charge: int, delta: float) -> float:
+def _until(chain: Chain, charge: int) -> tuple[Event, ...]:
     evaluated = chain.evaluations.get(charge)
-    sequence = charge if evaluated is None else evaluated.sequence
-    return accounting.epsilon(chain.events_until(sequence), delta)
+    return chain.events_until(charge if evaluated is None else evaluated.sequence)
+
+
+def _curve(
+    after: Sequence[tuple[int, tuple[Event, ...]]], delta: float
+) -> tuple[tuple[int, float], ...]:
+    points = ((number, accounting.epsilon(events, delta)) for number, events in after)
+    return tuple(point for point in points if math.isfinite(point[1]))
 
 
 def _finite(value: float) -> float | None:

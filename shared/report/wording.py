@@ -13,6 +13,7 @@ from bract.shared.report.sites import Spent
 
 Kind = Literal["failed", "simulation", "unprotected", "incomplete", "verified"]
 _GREATEST_FACTOR = 1e6
+_NAMED = 8  # sites in a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,12 @@ def claim(found: Evidence, made: list[Check]) -> str:
     """Returns what may be claimed of the run, in one sentence."""
     if failed(made):
         return "Nothing: a check failed, and until it is explained no figure here can be relied on."
-    spent = worst(found)
-    if spent is None:
+    bounds = dearest(found)
+    if not bounds:
         return "Nothing: no ledger was verified."
-    if found.contract.privacy.mechanism == "none" or spent.epsilon is None:
+    if not _bounded(found, bounds):
         return "Nothing: updates left the sites without noise, so no bound holds."
-    sentence = _sentence(found, spent)
+    sentence = _sentence(found, bounds)
     if _is_simulation(found):
         return (
             "Nothing, for this was a simulation, whose noise can be computed again from its seed; "
@@ -74,13 +75,34 @@ def claim(found: Evidence, made: list[Check]) -> str:
     return sentence
 
 
-def worst(found: Evidence) -> Spent | None:
-    """Returns the dearest of the domains that the contract names, None where no ledger holds."""
-    return max(
-        found.of_run,
-        key=lambda spent: math.inf if spent.epsilon is None else spent.epsilon,
-        default=None,
+def about(found: Evidence, made: list[Check]) -> str:
+    """Returns what the figures of the claim are, nothing where there are none."""
+    bounds = dearest(found)
+    if failed(made) or not bounds or not _bounded(found, bounds):
+        return ""
+    whose = (
+        "ε and δ are those of the site that spent most"
+        if len(bounds) == 1
+        else "δ is each site’s own, and ε that of the site with this δ that spent most"
     )
+    return (
+        f"{whose}, recomputed for this page from its ledger. The smaller ε, the less any one "
+        f"{found.contract.privacy.unit} matters; the claim is about what others can learn, not "
+        "about how likely a breach is."
+    )
+
+
+def dearest(found: Evidence) -> list[Spent]:
+    """Returns, for each δ of the domains that the contract names, the one that spent most.
+
+    A site's ε holds at its own δ alone.
+    """
+    by_delta: dict[float, Spent] = {}
+    for spent in found.of_run:
+        most = by_delta.setdefault(spent.delta, spent)
+        if _number(spent.epsilon) > _number(most.epsilon):
+            by_delta[spent.delta] = spent
+    return [by_delta[delta] for delta in sorted(by_delta)]
 
 
 def factor(epsilon: float) -> str:
@@ -129,7 +151,12 @@ def _is_simulation(found: Evidence) -> bool:
     return found.contract.simulation or seeded or marked
 
 
-def _sentence(found: Evidence, spent: Spent) -> str:
+def _bounded(found: Evidence, bounds: list[Spent]) -> bool:
+    private = found.contract.privacy.mechanism != "none"
+    return private and all(spent.epsilon is not None for spent in bounds)
+
+
+def _sentence(found: Evidence, bounds: list[Spent]) -> str:
     covered = len({s.site for s in found.of_run})
     record = "record" if found.contract.privacy.unit == "example" else found.contract.privacy.unit
     return (
@@ -137,9 +164,24 @@ def _sentence(found: Evidence, spent: Spent) -> str:
         "from all that the site released of these data, in this and every other run of its ledger, "
         "even if they know the data of all other sites, adding or taking away any one "
         f"{record} of the site’s data makes that conclusion at most "
-        f"{factor(spent.epsilon or 0.0)} times as likely "
-        f"(ε\u00a0=\u00a0{spent.epsilon:.4f}), plus a probability of at most {spent.delta:g} (δ)."
+        f"{'; and at most '.join(_bound(found, spent, len(bounds)) for spent in bounds)}."
     )
+
+
+def _bound(found: Evidence, spent: Spent, deltas: int) -> str:
+    bound = (
+        f"{factor(spent.epsilon or 0.0)} times as likely (ε\u00a0=\u00a0{spent.epsilon:.4f}), "
+        f"plus a probability of at most {spent.delta:g} (δ)"
+    )
+    if deltas == 1:
+        return bound
+    sites = sorted({other.site for other in found.of_run if other.delta == spent.delta})
+    more = f" and {len(sites) - _NAMED} more" if len(sites) > _NAMED else ""
+    return f"{bound}, at {', '.join(sites[:_NAMED])}{more}"
+
+
+def _number(epsilon: float | None) -> float:
+    return math.inf if epsilon is None else epsilon
 
 
 def _sites(count: int, one: str, many: str) -> str:
