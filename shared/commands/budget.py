@@ -118,12 +118,15 @@ def _by_prv(found: Verified, delta: float) -> float | None:
 def _others(
     found: Verified, interval: float, replace_one: bool, group: int | None
 ) -> dict[str, float | int | None]:
-    """Returns ε in what else the user asked for: replaced examples, groups of them, both."""
+    """Returns ε of a person, and what the user asked for: replaced examples, groups, both."""
     from bract.shared.privacy import accounting
 
     events = found.chain.events
     delta = found.policy.domains[found.chain.domain].delta
-    asked: dict[str, float | int | None] = {"group": group}
+    rows = _rows_per_person(found)
+    asked: dict[str, float | int | None] = {"group": group, "rows_per_person": rows}
+    if rows is not None:
+        asked["epsilon_person"] = _finite(accounting.epsilon_of_person(events, delta, rows))
     if replace_one:
         exact = accounting.epsilon_replace_one(events, delta, interval=interval)
         asked["epsilon_replace_one"] = _finite(exact)
@@ -134,6 +137,13 @@ def _others(
         both = accounting.epsilon_of_person(events, delta, 2 * group)
         asked["epsilon_group_replace_one"] = _finite(both)
     return asked
+
+
+def _rows_per_person(found: Verified) -> int | None:
+    """Returns how many examples a person has at the most, None where a contract bounds none."""
+    rows = [found.contracts[name].rows_per_person for name in found.chain.attempts]
+    bounded = [row for row in rows if row is not None]
+    return max(bounded, default=None) if len(bounded) == len(rows) else None
 
 
 def _runs(found: Verified, delta: float) -> list[RunCost]:
@@ -219,6 +229,7 @@ _COLUMNS = ("δ", "ε PLD", "ε PRV", "ε filter", "limit", "left", "rounds left
 def _other_lines(domain: DomainBudget) -> list[str]:
     named = {
         "one example replaced": domain.epsilon_replace_one,
+        f"a person with {domain.rows_per_person} examples, at the most": domain.epsilon_person,
         f"{domain.group} examples together, at the most": domain.epsilon_group,
         f"{domain.group} examples replaced, at the most": domain.epsilon_group_replace_one,
     }

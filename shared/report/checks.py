@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bract.shared.privacy import accounting
+from bract.shared.privacy.events import Event
 from bract.shared.privacy.verification import TOLERANCE
 from bract.shared.report.evidence import Evidence
-from bract.shared.reports.runs import Summary
+from bract.shared.report.sites import Spent
+from bract.shared.reports.runs import ServerSummary, Summary
 from bract.shared.terms import LEAST_DELTA
 
 Result = Literal["passed", "failed", "not done"]
@@ -165,9 +167,37 @@ def _summary(found: Evidence) -> Check:
                 f"{spent.site}: the ledger says ε {_shown(counted)} of this run at δ {delta:g}, "
                 f"the summary {_shown(said)}",
             )
+    if fault := _of_person(found, summary, delta):
+        return Check(name, "failed", fault)
     return Check(
         name, "passed", f"contract, and ε of this run at δ {delta:g} recomputed for each site"
     )
+
+
+def _of_person(found: Evidence, summary: Summary | ServerSummary, delta: float) -> str | None:
+    """Returns how a summary's ε of a person falls short of the ledgers', None where it does not."""
+    rows, said = found.contract.rows_per_person, summary.rows_per_person
+    if said not in {None, found.contract.data.rows_per_person}:
+        return f"summary.json says {said} records a person, the contract {rows or 'none'}"
+    if rows is None or summary.epsilon_person is None:
+        return None
+    counted = max(
+        accounting.epsilon_of_person(_covered(summary, spent), delta, rows)
+        for spent in found.of_run
+    )
+    if counted <= summary.epsilon_person + TOLERANCE:
+        return None
+    return (
+        f"the ledgers say ε {_shown(counted)} of a person with {rows} records at δ {delta:g}, the "
+        f"summary {_shown(summary.epsilon_person)}"
+    )
+
+
+def _covered(summary: Summary | ServerSummary, spent: Spent) -> tuple[Event, ...]:
+    """Returns what a summary's figures must cover: a server knows its run, a ledger goes on."""
+    head = summary.heads.get(spent.site)
+    whole = isinstance(summary, Summary) and head is not None and head.hash == spent.head
+    return spent.events if whole else spent.events_run
 
 
 def _metrics(found: Evidence) -> Check:

@@ -29,6 +29,7 @@ class Spent:
 
     ε is at `delta`, which is the site's own, and None where it is unbounded. `after` is (round of
     this contract, what the whole domain was charged by then), `curve` the same as ε.
+    `epsilon_person` bounds that of a person, None too where the contract bounds no person's rows.
     `anchors` are the files whose head is in the chain; `received` counts the updates that a server
     took and that stand here behind a charge, None where nobody kept their receipts.
     """
@@ -38,6 +39,7 @@ class Spent:
     epsilon: float | None
     epsilon_run: float | None
     epsilon_filter: float | None
+    epsilon_person: float | None
     filter_order: int | None
     ceiling: float
     delta: float
@@ -153,6 +155,7 @@ def _spent(found: Verified, agreed: Contract, seen: tuple[str, ...]) -> Spent:
         epsilon=_finite(accounting.epsilon(events, limit.delta)),
         epsilon_run=_finite(accounting.epsilon(in_run, limit.delta)),
         epsilon_filter=None if filtered is None else _finite(filtered),
+        epsilon_person=_of_person(events, limit.delta, agreed.rows_per_person),
         filter_order=budget.order_of(chain),
         ceiling=limit.epsilon,
         delta=limit.delta,
@@ -202,6 +205,12 @@ def _curve(
 ) -> tuple[tuple[int, float], ...]:
     points = ((number, accounting.epsilon(events, delta)) for number, events in after)
     return tuple(point for point in points if math.isfinite(point[1]))
+
+
+def _of_person(events: tuple[Event, ...], delta: float, rows: int | None) -> float | None:
+    if rows is None:
+        return None
+    return _finite(accounting.epsilon_of_person(events, delta, rows))
 
 
 def _finite(value: float) -> float | None:

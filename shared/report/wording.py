@@ -88,7 +88,7 @@ def about(found: Evidence, made: list[Check]) -> str:
     return (
         f"{whose}, recomputed for this page from its ledger. The smaller ε, the less any one "
         f"{found.contract.privacy.unit} matters; the claim is about what others can learn, not "
-        "about how likely a breach is."
+        f"about how likely a breach is.{_of_person(found)}"
     )
 
 
@@ -149,6 +149,25 @@ def _is_simulation(found: Evidence) -> bool:
     seeded = found.contract.privacy.randomness == "seeded"
     marked = any(spent.simulation or spent.seeded for spent in found.spent)
     return found.contract.simulation or seeded or marked
+
+
+def _of_person(found: Evidence) -> str:
+    """Returns what holds of a person with several records, nothing where none is known of."""
+    rows = found.contract.rows_per_person
+    if rows is None:
+        return ""
+    most: dict[float, float] = {}
+    for spent in found.of_run:
+        bound = _number(spent.epsilon_person)
+        most[spent.delta] = max(bound, most.get(spent.delta, 0.0))
+    bounds = ", ".join(
+        f"{_shown(epsilon)} at δ\u00a0=\u00a0{delta:g}" for delta, epsilon in sorted(most.items())
+    )
+    return f" A person with up to {rows} records: ε at most {bounds}, by the ledgers."
+
+
+def _shown(epsilon: float) -> str:
+    return f"{epsilon:.4f}" if math.isfinite(epsilon) else "unbounded"
 
 
 def _bounded(found: Evidence, bounds: list[Spent]) -> bool:

@@ -93,6 +93,8 @@ class DomainBudget(Frozen):
     `epsilon_prv` is null too where it was left out, which the note says. `more_rounds` are those of
     `forecast_contract`. `epsilon_replace_one` is of one example that is replaced, `epsilon_group`
     bounds that of `group` examples; null where not asked for, or where nothing bounds it.
+    `epsilon_person` bounds that of a person with `rows_per_person` examples, as every contract
+    charged bounds them; null where one does not.
     """
 
     ledger: str
@@ -115,6 +117,8 @@ class DomainBudget(Frozen):
     epsilon_replace_one: float | None = None
     group: int | None = None
     epsilon_group: float | None = None
+    rows_per_person: int | None = None
+    epsilon_person: float | None = None
     epsilon_group_replace_one: float | None = None
     runs: list[RunCost]
     note: str

@@ -12,12 +12,14 @@ import pytest
 
 from bract.shared.contract import Contract
 from bract.shared.policy import DomainPolicy
+from bract.shared.preparation import Numeric, Table, Target
 from bract.shared.privacy import accounting, entries
 from bract.shared.report import checks, evidence, folder, wording
 from bract.shared.report.checks import Check
 from bract.shared.report.evidence import Evidence
 from bract.shared.reports.runs import GUARANTEE_PRIVATE, MetricsLine, ServerSummary, facts_of
-from bract.shared.terms import SiteTerms
+from bract.shared.terms import DataTerms, SiteTerms
+from bract.simulations import summary
 
 Bract = Callable[..., Any]
 ROUNDS = 3
@@ -62,17 +64,17 @@ class Sites:
 
     def told(self, agreed: Contract, **changes: Any) -> None:
         """Writes the server's summary and metrics, at δ 1e-5."""
-        after = [
-            accounting.epsilon(entries.events_of(agreed, rounds=n, evaluations=0), 1e-5)
-            for n in range(1, ROUNDS + 1)
-        ]
+        events = [entries.events_of(agreed, rounds=n, evaluations=0) for n in range(1, ROUNDS + 1)]
+        after = [accounting.epsilon(charged, 1e-5) for charged in events]
+        rows = agreed.data.rows_per_person
         unknown = dict.fromkeys(("test_accuracy", "test_loss"))
         facts = {"refused": [], "heads": {}, "rounds": ROUNDS, "seconds": 1.0, "out": "run"}
-        summary = ServerSummary(
+        own = ServerSummary(
             **{**facts_of(agreed), **facts, **unknown, "epsilon_run": after[-1], "delta": 1e-5},
+            epsilon_person=rows and accounting.epsilon_of_person(events[-1], 1e-5, rows),
             guarantee=GUARANTEE_PRIVATE,
         )
-        text = json.dumps({**summary.model_dump(mode="json"), **changes})
+        text = json.dumps({**own.model_dump(mode="json"), **changes})
         (self.root / "summary.json").write_text(text)
         lines = [
             MetricsLine(
@@ -86,6 +88,19 @@ class Sites:
             for number, epsilon in enumerate(after, start=1)
         ]
         (self.root / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+    def proven(self, agreed: Contract, **changes: Any) -> None:
+        """Writes the summary of one who has all ledgers, at δ 1e-5."""
+        result = {"refused": [], "rounds": ROUNDS, "seconds": 1.0, "test_accuracy": None}
+        whole = summary.proven(
+            agreed=agreed,
+            ledgers=sorted((self.root / "ledgers").iterdir()),
+            anchors={},
+            result={**result, "test_loss": None},
+            **{"delta": 1e-5, "device": "cpu", "workers": 1, "out": "run"},
+        )
+        text = json.dumps({**whole.model_dump(mode="json"), **changes})
+        (self.root / "summary.json").write_text(text)
 
     def gather(self) -> Evidence:
         return evidence.gather(
@@ -167,3 +182,77 @@ def test_a_summary_at_no_delta_is_a_failed_check(sites: Sites, delta: float) -> 
     found = sites.gather()
     assert result(found, "The summary agrees").result == "failed"
     assert result(found, "The metrics’ ε").result == "not done"
+
+
+# A person with several records
+
+PERSONS = DataTerms(
+    name="own",
+    shape=(1,),
+    classes=2,
+    preparation=Table(
+        columns=(Numeric(name="age", low=20, high=80),),
+        target=Target(name="ill", classes=("no", "yes")),
+        group="patient",
+        rows_per_group=2,
+    ),
+)
+
+
+def about(found: Evidence) -> str:
+    return wording.about(found, checks.checks(found))
+
+
+@pytest.mark.parametrize("words", [Sites.told, Sites.proven])
+def test_a_persons_epsilon_is_the_ledgers_whatever_a_summary_says(
+    sites: Sites, words: Callable[..., None], bract: Bract
+) -> None:
+    agreed = sites.contract(data=PERSONS)
+    sites.run(agreed, deltas=dict.fromkeys(OWN, 1e-5))
+    words(sites, agreed)
+    found = sites.gather()
+    assert checks.failed(checks.checks(found)) == []
+    events = found.spent[0].events
+    bound = accounting.epsilon_of_person(events, 1e-5, 2)
+    assert bound > accounting.epsilon(events, 1e-5)
+    said = f"A person with up to 2 records: ε at most {bound:.4f} at δ\u00a0=\u00a01e-05"
+    assert said in about(found)
+    files = sorted(map(str, (sites.root / "ledgers").iterdir()))
+    pinned = ("--contract", str(sites.root / "contract.json"))
+    text = bract("audit", "budget", *files, *pinned).stdout
+    assert f"north, ward: ε {bound:.4f} of a person with 2 examples, at the most" in text
+    for wrong in ({"epsilon_person": bound - 1e-3}, {"rows_per_person": 1}):
+        words(sites, agreed, **wrong)
+        found = sites.gather()
+        assert result(found, "The summary agrees").result == "failed"
+        assert about(found) == ""
+    (sites.root / "summary.json").unlink()
+    assert said in about(sites.gather())
+
+
+def test_a_ledger_that_went_on_after_a_summary_does_not_belie_it(sites: Sites) -> None:
+    agreed = sites.contract(data=PERSONS)
+    sites.run(agreed, deltas=OWN)
+    sites.proven(agreed)
+    before = sites.gather()
+    sites.serve("north", sites.contract(data=PERSONS), DomainPolicy(epsilon=20.0, delta=1e-5), 1)
+    found = sites.gather()
+    assert checks.failed(checks.checks(found)) == []
+    north, south = (spent.epsilon_person for spent in found.spent)
+    assert (north or 0.0) > (before.spent[0].epsilon_person or 0.0)
+    bounds = f"{north:.4f} at δ\u00a0=\u00a01e-05, {south:.4f} at δ\u00a0=\u00a00.0015"
+    assert f"ε at most {bounds}, by the ledgers" in about(found)
+
+
+def test_no_persons_epsilon_is_told_where_one_contract_bounds_no_rows(
+    sites: Sites, bract: Bract
+) -> None:
+    agreed = sites.contract(data=PERSONS)
+    sites.run(agreed, deltas=OWN)
+    sites.serve("north", sites.contract(), DomainPolicy(epsilon=20.0, delta=1e-5), 1)
+    files = sorted(map(str, (sites.root / "ledgers").iterdir()))
+    pinned = ("--contract", str(sites.root / "contract.json"))
+    done = bract("audit", "budget", *files, *pinned, "--json")
+    north, south = json.loads(done.stdout)["domains"]
+    assert (north["rows_per_person"], north["epsilon_person"]) == (None, None)
+    assert (south["rows_per_person"], south["epsilon_person"] > south["epsilon"]) == (2, True)
