@@ -106,7 +106,9 @@ def _all_here(found: Evidence) -> Check:
         return Check(name, "not done", "there is no ledger in the folder")
     if found.missing:
         return Check(name, "not done", f"{_listed(found.missing)} of {count} sites: none is here")
-    return Check(name, "passed", f"of all {count} sites")
+    unused = [spent.site for spent in found.of_run if not spent.charges]
+    nothing = f"; that of {_listed(unused)} holds nothing of this contract" if unused else ""
+    return Check(name, "passed", f"of all {count} sites{nothing}")
 
 
 def _anchored(found: Evidence) -> Check:

@@ -18,7 +18,6 @@ from bract.shared.privacy.verification import Verified
 from bract.shared.privacy.witness import Witness
 from bract.shared.report import folder
 from bract.shared.report.folder import LedgerFile
-from bract.shared.terms import SiteTerms
 
 CURVE_POINTS = 60
 
@@ -103,11 +102,19 @@ def records(files: Sequence[LedgerFile], agreed: Contract, others: Seen) -> list
     return [_record(file, agreed, others) for file in files]
 
 
-def missing(found: Sequence[LedgerRecord], agreed: Contract) -> list[SiteTerms]:
-    """Returns the sites of a contract of which no ledger is here, whole or not."""
-    here = {site for record in found for site in record.named}
-    here |= {spent.site for record in found for spent in record.spent}
-    return [site for site in agreed.cohort if site.name not in here]
+def missing(found: Sequence[LedgerRecord], agreed: Contract) -> list[str]:
+    """Returns the sites of a contract of whose domain no ledger is here, whole or not.
+
+    A site's ledger of another domain says nothing of the run; the domain is named then.
+    """
+    here = {(spent.site, spent.domain) for record in found for spent in record.spent}
+    unread = {site for record in found if record.fault is not None for site in record.named}
+    others = {site for site, _ in here}
+    return [
+        f"{site.name} (domain {site.domain})" if site.name in others else site.name
+        for site in agreed.cohort
+        if (site.name, site.domain) not in here and site.name not in unread
+    ]
 
 
 def _record(file: LedgerFile, agreed: Contract, others: Seen) -> LedgerRecord:

@@ -176,15 +176,22 @@ def _bounded(found: Evidence, bounds: list[Spent]) -> bool:
 
 
 def _sentence(found: Evidence, bounds: list[Spent]) -> str:
-    covered = len({s.site for s in found.of_run})
+    said = "; and at most ".join(_bound(found, spent, len(bounds)) for spent in bounds)
     record = "record" if found.contract.privacy.unit == "example" else found.contract.privacy.unit
     return (
-        f"For {_sites(covered, 'the site', 'each of the {n} sites')}: whatever anyone concludes "
-        "from all that the site released of these data, in this and every other run of its ledger, "
-        "even if they know the data of all other sites, adding or taking away any one "
-        f"{record} of the site’s data makes that conclusion at most "
-        f"{'; and at most '.join(_bound(found, spent, len(bounds)) for spent in bounds)}."
+        f"For {_whose(found)}: whatever anyone concludes from all that the site released of these "
+        "data, in this and every other run of its ledger, even if they know the "
+        f"data of all other sites, adding or taking away any one {record} of the site’s data makes "
+        f"that conclusion at most {said}."
     )
+
+
+def _whose(found: Evidence) -> str:
+    covered = len({spent.site for spent in found.of_run})
+    if not found.missing:
+        return _sites(covered, "the site", "each of the {n} sites")
+    here = "whose ledger is here"
+    return _sites(covered, f"the one site {here}", f"each of the {{n}} sites {here}")
 
 
 def _bound(found: Evidence, spent: Spent, deltas: int) -> str:
@@ -210,6 +217,11 @@ def _sites(count: int, one: str, many: str) -> str:
 def _missing_evidence(found: Evidence) -> Iterator[str]:
     if found.missing:
         yield f"The ledgers of {', '.join(found.missing[:20])}: none is in the folder."
+    if unused := [spent.site for spent in found.of_run if not spent.charges]:
+        yield (
+            f"Whether {', '.join(unused[:20])} took part: no charge of this contract is in the "
+            "ledger."
+        )
     open_ended = [s.site for s in found.spent if not s.anchors]
     if open_ended:
         yield (

@@ -256,3 +256,39 @@ def test_no_persons_epsilon_is_told_where_one_contract_bounds_no_rows(
     north, south = json.loads(done.stdout)["domains"]
     assert (north["rows_per_person"], north["epsilon_person"]) == (None, None)
     assert (south["rows_per_person"], south["epsilon_person"] > south["epsilon"]) == (2, True)
+
+
+# Whose ledger is here
+
+
+def test_a_ledger_of_another_domain_is_not_the_sites(sites: Sites) -> None:
+    agreed = sites.contract()
+    sites.run(agreed, deltas={"north": 1e-5})
+    away = sites.contract(
+        cohort=(
+            SiteTerms(name="south", key=sites.south.key.public, domain="away", nominal_size=100),
+        )
+    )
+    sites.serve("south", away, DomainPolicy(epsilon=20.0, delta=1e-5), 1)
+    found = sites.gather()
+    check = result(found, "Every site’s ledger")
+    assert (check.result, "south (domain ward) of 2 sites" in check.detail) == ("not done", True)
+    (verdict,) = wording.verdicts(found, checks.checks(found))
+    assert verdict.title == "Not every site is covered"
+    assert claim(found).startswith("For the one site whose ledger is here: ")
+
+
+def test_a_ledger_that_holds_nothing_of_the_contract_is_said_to(sites: Sites) -> None:
+    agreed = sites.contract()
+    sites.run(agreed, deltas={"north": 1e-5})
+    limits = DomainPolicy(epsilon=20.0, delta=1e-5)
+    sites.serve("south", sites.contract(run="other"), limits, 1)
+    found = sites.gather()
+    check = result(found, "Every site’s ledger")
+    assert check.result == "passed"
+    assert check.detail == "of all 2 sites; that of south holds nothing of this contract"
+    assert any("Whether south took part" in one for one in wording.unchecked(found))
+    sites.serve("south", agreed, limits, 1)
+    found = sites.gather()
+    assert result(found, "Every site’s ledger").detail == "of all 2 sites"
+    assert not any("took part" in one for one in wording.unchecked(found))
