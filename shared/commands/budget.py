@@ -93,9 +93,11 @@ def _domain(
         epsilon_prv=_by_prv(found, limit.delta) if again else None,
         epsilon_filter=_finite(filtered),
         filter_order=order,
+        epsilon_menu=_finite(budget.of_menu(chain, limit.delta)),
+        menu=budget.menu_left(chain),
         unbounded=accounting.is_unbounded(events),
         limit=limit.epsilon,
-        left=budget.left(chain, limit.epsilon, spent, filtered),
+        left=budget.left(chain, limit.epsilon, spent, budget.adaptive(chain, limit.delta)),
         delta=limit.delta,
         adjacency=ADJACENCY,
         charges=sum(chain.attempts.values()),
@@ -175,9 +177,7 @@ def _note(chain: Chain, order: int | None) -> str:
         return "entries were lost: the whole epsilon counts as spent, and nothing more is charged"
     adaptive = (
         "epsilon is valid if contracts were chosen without looking at earlier releases; "
-        "epsilon_filter also if they were not"
-        if order is not None
-        else "the menu covers contracts chosen in any order"
+        f"{'epsilon_menu' if order is None else 'epsilon_filter'} also if they were not"
     )
     if chain.seeded:
         return f"simulation: no guarantee, the noise was seeded; {adaptive}"
@@ -213,7 +213,9 @@ def _print(domains: list[DomainBudget]) -> None:
         console.width = 160  # nothing to keep to; a folded domain could not be pasted
     console.print(table)
     console.print(runs)
-    for line in [line for domain in domains for line in _other_lines(domain)]:
+    for line in [
+        line for domain in domains for line in (*_menu_lines(domain), *_other_lines(domain))
+    ]:
         console.print(line)
     for note in sorted({domain.note for domain in domains}):
         console.print(f"Each ε is at its domain's δ, {ADJACENCY}, per example; {note}")
@@ -224,6 +226,13 @@ def _print(domains: list[DomainBudget]) -> None:
 
 
 _COLUMNS = ("δ", "ε PLD", "ε PRV", "ε filter", "limit", "left", "rounds left")
+
+
+def _menu_lines(domain: DomainBudget) -> list[str]:
+    if domain.menu is None:
+        return []
+    whose, steps = f"{domain.site}, {domain.domain}", "; ".join(e.words for e in domain.menu)
+    return [f"{whose}: ε {shown(domain.epsilon_menu)} of its whole menu; left are {steps}"]
 
 
 def _other_lines(domain: DomainBudget) -> list[str]:

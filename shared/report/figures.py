@@ -236,6 +236,8 @@ def _state(spent: Spent) -> str:
     words.append("anchored" if spent.anchors else f"to entry {spent.entries - 1}, end open")
     if spent.witnessed is not None:
         words.append(f"witnessed to entry {spent.witnessed}")
+    if spent.menu is not None:
+        words.append(f"of its menu are left {'; '.join(entry.words for entry in spent.menu)}")
     if spent.lost:
         words.append("entries were lost: the whole ceiling counts as spent")
     if spent.simulation or spent.seeded:

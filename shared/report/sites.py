@@ -10,6 +10,7 @@ from functools import partial
 from bract.shared import canonical
 from bract.shared.contract import Contract
 from bract.shared.errors import BractError
+from bract.shared.policy import MenuLeft
 from bract.shared.privacy import accounting, budget, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.events import Event
@@ -28,6 +29,7 @@ class Spent:
 
     ε is at `delta`, which is the site's own, and None where it is unbounded. `after` is (round of
     this contract, what the whole domain was charged by then), `curve` the same as ε.
+    `left` is None too where steps of `menu` are, which is None under a filter.
     `epsilon_person` bounds that of a person, None too where the contract bounds no person's rows.
     `anchors` are the files whose head is in the chain; `received` counts the updates that a server
     took and that stand here behind a charge, None where nobody kept their receipts.
@@ -39,8 +41,10 @@ class Spent:
     epsilon_run: float | None
     epsilon_filter: float | None
     epsilon_person: float | None
-    filter_order: int | None
+    epsilon_menu: float | None
+    menu: tuple[MenuLeft, ...] | None
     ceiling: float
+    left: float | None
     delta: float
     charges: int
     rounds: int
@@ -61,12 +65,9 @@ class Spent:
     curve: tuple[tuple[int, float], ...]
 
     @property
-    def left(self) -> float | None:
-        """What is left of the ceiling, None where ε is unbounded."""
-        if self.lost:
-            return 0.0  # whatever the ceiling: nothing more is charged
-        counted = self.epsilon if self.epsilon_filter is None else self.epsilon_filter
-        return None if counted is None else max(0.0, self.ceiling - counted)
+    def epsilon_adaptive(self) -> float | None:
+        """The ε that holds however contracts were chosen: its filter's, or its whole menu's."""
+        return self.epsilon_filter if self.menu is None else self.epsilon_menu
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,18 +154,22 @@ def _verified(
 
 def _spent(found: Verified, agreed: Contract, seen: tuple[str, ...]) -> Spent:
     chain, limit = found.chain, found.policy.domains[found.chain.domain]
-    filtered = budget.filtered(chain, limit.delta)
+    filtered, whole = budget.filtered(chain, limit.delta), budget.of_menu(chain, limit.delta)
+    menu = budget.menu_left(chain)
     events, in_run = chain.events, chain.events_of(agreed.sha256)
     after = _after(chain, agreed.sha256)
+    spent = accounting.epsilon(events, limit.delta)
     return Spent(
         site=chain.site,
         domain=chain.domain,
-        epsilon=_finite(accounting.epsilon(events, limit.delta)),
+        epsilon=_finite(spent),
         epsilon_run=_finite(accounting.epsilon(in_run, limit.delta)),
         epsilon_filter=None if filtered is None else _finite(filtered),
         epsilon_person=_of_person(events, limit.delta, agreed.rows_per_person),
-        filter_order=budget.order_of(chain),
+        epsilon_menu=None if whole is None else _finite(whole),
+        menu=None if menu is None else tuple(menu),
         ceiling=limit.epsilon,
+        left=budget.left(chain, limit.epsilon, spent, budget.adaptive(chain, limit.delta)),
         delta=limit.delta,
         charges=chain.attempts[agreed.sha256],
         rounds=len({round_number for name, round_number in chain.charges if name == agreed.sha256}),

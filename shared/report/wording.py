@@ -88,7 +88,7 @@ def about(found: Evidence, made: list[Check]) -> str:
     return (
         f"{whose}, recomputed for this page from its ledger. The smaller ε, the less any one "
         f"{found.contract.privacy.unit} matters; the claim is about what others can learn, not "
-        f"about how likely a breach is.{_of_person(found)}"
+        f"about how likely a breach is.{_adaptive(found)}{_of_person(found)}"
     )
 
 
@@ -156,14 +156,23 @@ def _of_person(found: Evidence) -> str:
     rows = found.contract.rows_per_person
     if rows is None:
         return ""
+    bounds = _most([(spent.delta, spent.epsilon_person) for spent in found.of_run])
+    return f" A person with up to {rows} records: ε at most {bounds}, by the ledgers."
+
+
+def _adaptive(found: Evidence) -> str:
+    bounds = _most([(spent.delta, spent.epsilon_adaptive) for spent in found.of_run])
+    return f" If contracts were chosen after looking at earlier releases: ε at most {bounds}."
+
+
+def _most(spent: list[tuple[float, float | None]]) -> str:
+    """Returns the greatest ε at each δ, in words."""
     most: dict[float, float] = {}
-    for spent in found.of_run:
-        bound = _number(spent.epsilon_person)
-        most[spent.delta] = max(bound, most.get(spent.delta, 0.0))
-    bounds = ", ".join(
+    for delta, epsilon in spent:
+        most[delta] = max(_number(epsilon), most.get(delta, 0.0))
+    return ", ".join(
         f"{_shown(epsilon)} at δ\u00a0=\u00a0{delta:g}" for delta, epsilon in sorted(most.items())
     )
-    return f" A person with up to {rows} records: ε at most {bounds}, by the ledgers."
 
 
 def _shown(epsilon: float) -> str:
@@ -277,10 +286,10 @@ def _beyond_ledgers(found: Evidence) -> Iterator[str]:
         "Floating point and timing. The claim is of the idealised mechanism with real numbers; "
         "attacks on its implementation are made harder, not excluded."
     )
-    if any(spent.filter_order is not None for spent in found.spent):
+    if found.spent:
         yield (
             "Whether contracts were chosen after looking at earlier releases. If they were, the ε "
-            "that holds is that of the site’s filter, in the table by site."
+            "that holds is that of the site’s filter, or of its whole menu, in the table by site."
         )
     yield "Accuracy and scores: they are the server’s words, measured on its public examples."
     yield (

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from bract.shared.contract import Contract
-from bract.shared.policy import DomainPolicy
+from bract.shared.policy import DomainPolicy, Menu, MenuClass
 from bract.shared.preparation import Numeric, Table, Target
 from bract.shared.privacy import accounting, entries
+from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.report import checks, evidence, folder, wording
 from bract.shared.report.checks import Check
 from bract.shared.report.evidence import Evidence
@@ -292,3 +293,43 @@ def test_a_ledger_that_holds_nothing_of_the_contract_is_said_to(sites: Sites) ->
     found = sites.gather()
     assert result(found, "Every site’s ledger").detail == "of all 2 sites"
     assert not any("took part" in one for one in wording.unchecked(found))
+
+
+# A menu
+
+
+def test_under_a_menu_the_whole_of_it_bounds_contracts_chosen_after_looking(
+    sites: Sites, bract: Bract
+) -> None:
+    agreed = sites.contract()
+    sites.run(agreed, deltas={"north": 1e-5})
+    listed = MenuClass(sampling_rate=0.1, noise_multiplier=1.5, max_steps=400)
+    menu = DomainPolicy(epsilon=20.0, delta=1e-5, composition=Menu(classes=(listed,)))
+    sites.serve("south", agreed, menu, ROUNDS)
+    found = sites.gather()
+    assert checks.failed(checks.checks(found)) == []
+    (south,) = (spent for spent in found.spent if spent.site == "south")
+    whole = accounting.epsilon([PoissonGaussian(0.1, 1.5, 400)], 1e-5)
+    assert (south.epsilon or 0.0) < whole
+    assert (south.epsilon_adaptive, south.epsilon_filter, south.left) == (whole, None, None)
+    said = f"chosen after looking at earlier releases: ε at most {whole:.4f} at"
+    assert said in about(found)
+    (sites.root / "ledgers/north.sqlite").unlink()
+    assert any("Whether contracts were chosen" in one for one in wording.unchecked(sites.gather()))
+    path, pinned = sites.root / "ledgers/south.sqlite", sites.root / "contract.json"
+    asked = ("audit", "budget", str(path), "--contract", str(pinned))
+    (domain,) = json.loads(bract(*asked, "--json").stdout)["domains"]
+    assert (domain["epsilon_menu"], domain["left"]) == (whole, None)
+    assert [entry["left"] for entry in domain["menu"]] == [400 - 2 * ROUNDS]
+    assert "epsilon_menu also if they were not" in domain["note"]
+    text = bract(*asked).stdout
+    assert f"ε {whole:.4f} of its whole menu; left are 394 of 400 steps at q 0.1, σ 1.5" in text
+    page = page_of(sites, bract)
+    assert "of its menu are left 394 of 400 steps at q 0.1, σ 1.5" in page
+    assert f'<td class="number">{whole:.4f}</td><td class="number">–</td>' in page
+
+
+def page_of(sites: Sites, bract: Bract) -> str:
+    done = bract("audit", "report", str(sites.root), "-o", "report.html")
+    assert done.returncode == 0, done.stderr
+    return Path("report.html").read_text()
