@@ -153,11 +153,23 @@ def status_lines(report: SiteStatus) -> list[str]:
     since = report.since or "-"
     shown = [f"{report.site}: {report.doing}, round {report.round or '-'}, since {since}"]
     shown += [
-        f"{name}: ε {_both(domain.epsilon, domain.epsilon_filter)} of {domain.limit:g} at δ "
-        f"{domain.delta:g}, left {_number(domain.left)}, {domain.charges} charges"
+        f"{name}: ε {_spent(domain)} of {domain.limit:g} at δ {domain.delta:g}, left "
+        f"{_left(domain)}, {domain.charges} charges"
         for name, domain in report.domains.items()
     ]
     return shown
+
+
+def _spent(domain: DomainStatus) -> str:
+    if domain.menu is None:
+        return _both(domain.epsilon, domain.epsilon_filter)
+    return f"{_number(domain.epsilon)} ({_number(domain.epsilon_menu)} by the whole menu)"
+
+
+def _left(domain: DomainStatus) -> str:
+    if domain.left is None and domain.menu and domain.epsilon is not None:
+        return " and ".join(entry.words for entry in domain.menu)
+    return _number(domain.left)
 
 
 def _both(epsilon: float | None, filtered: float | None) -> str:
@@ -175,8 +187,10 @@ def _domain_status(chain: Chain, limit: float, delta: float) -> DomainStatus:
     return DomainStatus(
         epsilon=_finite(spent),
         epsilon_filter=_finite(filtered),
+        epsilon_menu=_finite(budget.of_menu(chain, delta)),
+        menu=budget.menu_left(chain),
         limit=limit,
-        left=budget.left(chain, limit, spent, filtered),
+        left=budget.left(chain, limit, spent, budget.adaptive(chain, delta)),
         delta=delta,
         charges=sum(chain.attempts.values()),
     )

@@ -129,6 +129,12 @@ class Contract(Grown):
         """How many sites a round asks, where none has refused for good."""
         return self.sites_per_round or len(self.cohort)
 
+    @property
+    def rows_per_person(self) -> int | None:
+        """How many examples one person has at the most, None where no person's ε follows of it."""
+        # Of a whole site's protection nothing follows that is not said already.
+        return self.data.rows_per_person if self.privacy.unit == "example" else None
+
     def normaliser(self, site: SiteTerms) -> float:
         """Returns the public constant that divides a site's noisy sum: q · nominal size.
 

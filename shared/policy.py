@@ -25,6 +25,18 @@ class MenuClass(Frozen):
     max_steps: int = Field(ge=1)
 
 
+class MenuLeft(MenuClass):
+    """A class of a menu, and how many of its steps a ledger leaves."""
+
+    left: int = Field(ge=0)
+
+    @property
+    def words(self) -> str:
+        """What is left, as a line says it."""
+        kind = f"q {self.sampling_rate:.4g}, σ {self.noise_multiplier:.4g}"
+        return f"{self.left} of {self.max_steps} steps at {kind}"
+
+
 class Filter(Frozen):
     """A Rényi filter at one order: sound for contracts chosen after seeing earlier releases.
 

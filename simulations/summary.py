@@ -110,7 +110,7 @@ def proven(
     }
     return Summary(
         **facts_of(agreed),
-        **_worst(list(used.values()), per_site, delta, _rows_per_person(agreed)),
+        **_worst(list(used.values()), per_site, delta, agreed.rows_per_person),
         per_site=per_site,
         heads={
             name: LedgerHead(
@@ -130,11 +130,6 @@ def save(summary: Summary, out: Path) -> None:
     canonical.write_atomically(
         out / "summary.json", canonical.encode(summary.model_dump(mode="json"))
     )
-
-
-def _rows_per_person(agreed: Contract) -> int | None:
-    # Of a whole site's protection nothing follows that is not said already.
-    return None if agreed.privacy.unit == "client" else agreed.data.rows_per_person
 
 
 def _guarantee(agreed: Contract, chains: Iterable[Chain]) -> Guarantee:

@@ -94,9 +94,11 @@ def _domain(
         epsilon_prv=_by_prv(found, limit.delta) if again else None,
         epsilon_filter=_finite(filtered),
         filter_order=order,
+        epsilon_menu=_finite(budget.of_menu(chain, limit.delta)),
+        menu=budget.menu_left(chain),
         unbounded=accounting.is_unbounded(events),
         limit=limit.epsilon,
-        left=budget.left(chain, limit.epsilon, spent, filtered),
+        left=budget.left(chain, limit.epsilon, spent, budget.adaptive(chain, limit.delta)),
         delta=limit.delta,
         adjacency=ADJACENCY,
         charges=sum(chain.attempts.values()),
@@ -119,12 +121,15 @@ def _by_prv(found: Verified, delta: float) -> float | None:
 def _others(
     found: Verified, interval: float, replace_one: bool, group: int | None
 ) -> dict[str, float | int | None]:
-    """Returns ε in what else the user asked for: replaced examples, groups of them, both."""
+    """Returns ε of a person, and what the user asked for: replaced examples, groups, both."""
     from bract.shared.privacy import accounting
 
     events = found.chain.events
     delta = found.policy.domains[found.chain.domain].delta
-    asked: dict[str, float | int | None] = {"group": group}
+    rows = _rows_per_person(found)
+    asked: dict[str, float | int | None] = {"group": group, "rows_per_person": rows}
+    if rows is not None:
+        asked["epsilon_person"] = _finite(accounting.epsilon_of_person(events, delta, rows))
     if replace_one:
         exact = accounting.epsilon_replace_one(events, delta, interval=interval)
         asked["epsilon_replace_one"] = _finite(exact)
@@ -135,6 +140,13 @@ def _others(
         both = accounting.epsilon_of_person(events, delta, 2 * group)
         asked["epsilon_group_replace_one"] = _finite(both)
     return asked
+
+
+def _rows_per_person(found: Verified) -> int | None:
+    """Returns how many examples a person has at the most, None where a contract bounds none."""
+    rows = [found.contracts[name].rows_per_person for name in found.chain.attempts]
+    bounded = [row for row in rows if row is not None]
+    return max(bounded, default=None) if len(bounded) == len(rows) else None
 
 
 def _runs(found: Verified, delta: float) -> list[RunCost]:
@@ -166,9 +178,7 @@ def _note(chain: Chain, order: int | None) -> str:
         return "entries were lost: the whole epsilon counts as spent, and nothing more is charged"
     adaptive = (
         "epsilon is valid if contracts were chosen without looking at earlier releases; "
-        "epsilon_filter also if they were not"
-        if order is not None
-        else "the menu covers contracts chosen in any order"
+        f"{'epsilon_menu' if order is None else 'epsilon_filter'} also if they were not"
     )
     if chain.seeded:
         return f"simulation: no guarantee, the noise was seeded; {adaptive}"
@@ -184,6 +194,7 @@ def _print(domains: list[DomainBudget]) -> None:
         table.add_row(
             domain.site,
             domain.domain,
+            f"{domain.delta:g}",
             shown(domain.epsilon),
             shown(domain.epsilon_prv),
             shown(domain.epsilon_filter),
@@ -203,22 +214,32 @@ def _print(domains: list[DomainBudget]) -> None:
         console.width = 160  # nothing to keep to; a folded domain could not be pasted
     console.print(table)
     console.print(runs)
-    for line in [line for domain in domains for line in _other_lines(domain)]:
+    for line in [
+        line for domain in domains for line in (*_menu_lines(domain), *_other_lines(domain))
+    ]:
         console.print(line)
     for note in sorted({domain.note for domain in domains}):
-        console.print(f"δ = {domains[0].delta:g}, {ADJACENCY}, per example; {note}")
+        console.print(f"Each ε is at its domain's δ, {ADJACENCY}, per example; {note}")
     console.print(
         "The claim is of the idealised real-valued mechanism: floating-point and timing attacks "
         "are mitigated, not excluded."
     )
 
 
-_COLUMNS = ("ε PLD", "ε PRV", "ε filter", "limit", "left", "rounds left")
+_COLUMNS = ("δ", "ε PLD", "ε PRV", "ε filter", "limit", "left", "rounds left")
+
+
+def _menu_lines(domain: DomainBudget) -> list[str]:
+    if domain.menu is None:
+        return []
+    whose, steps = f"{domain.site}, {domain.domain}", "; ".join(e.words for e in domain.menu)
+    return [f"{whose}: ε {shown(domain.epsilon_menu)} of its whole menu; left are {steps}"]
 
 
 def _other_lines(domain: DomainBudget) -> list[str]:
     named = {
         "one example replaced": domain.epsilon_replace_one,
+        f"a person with {domain.rows_per_person} examples, at the most": domain.epsilon_person,
         f"{domain.group} examples together, at the most": domain.epsilon_group,
         f"{domain.group} examples replaced, at the most": domain.epsilon_group_replace_one,
     }

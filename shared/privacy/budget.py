@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from bract.shared.contract import Contract
 from bract.shared.errors import Reason, Refusal
-from bract.shared.policy import DomainPolicy, Filter, Policy
+from bract.shared.policy import DomainPolicy, Filter, Menu, MenuClass, MenuLeft, Policy
 from bract.shared.privacy import accounting, entries
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import NO_PREVIOUS, Genesis
@@ -66,20 +66,67 @@ def filtered(chain: Chain, delta: float, more: Iterable[Event] = ()) -> float | 
     return accounting.filter_epsilon([*chain.events, *more], delta, order)
 
 
-def left(chain: Chain, limit: float, spent: float, by_filter: float | None) -> float | None:
-    """Returns what a gate may still charge, None where ε has no bound.
+def of_menu(chain: Chain, delta: float) -> float | None:
+    """Returns ε of a chain's whole menu, None under a filter.
+
+    That is what holds of contracts that were chosen after looking at earlier releases: of what a
+    menu was used for so far, nothing is proven but that it stopped within the whole.
+    """
+    steps = menu_left(chain)
+    if steps is None:
+        return None
+    others = [event for event in chain.events if not isinstance(event, PoissonGaussian)]
+    return accounting.epsilon([*(_whole(entry) for entry in steps), *others], delta)
+
+
+def adaptive(chain: Chain, delta: float) -> float | None:
+    """Returns the ε that holds however contracts were chosen, by whichever rule the chain has."""
+    by_filter = filtered(chain, delta)
+    return of_menu(chain, delta) if by_filter is None else by_filter
+
+
+def menu_left(chain: Chain) -> list[MenuLeft] | None:
+    """Returns the classes of a chain's menu with the steps that are left, None under a filter."""
+    fixed = chain.genesis.composition if chain.genesis else {}
+    if fixed.get("rule") != "menu":
+        return None
+    taken = {
+        (event.sampling_rate, event.noise_multiplier): event.steps
+        for event in chain.events
+        if isinstance(event, PoissonGaussian)
+    }
+    return [
+        MenuLeft(
+            **entry.model_dump(),
+            left=max(
+                0,
+                entry.max_steps - taken.get((entry.sampling_rate, entry.noise_multiplier), 0),
+            ),
+        )
+        for entry in Menu.model_validate(fixed).classes
+    ]
+
+
+def left(chain: Chain, limit: float, spent: float, adaptive: float | None) -> float | None:
+    """Returns what a gate may still charge, None where ε has no bound, or a menu has steps left.
 
     Args:
         chain: of the domain.
         limit: its ε, which neither way of counting may pass.
         spent: ε by PLD.
-        by_filter: ε by its filter, None where it has none.
+        adaptive: ε by its filter, or of its whole menu.
     """
-    spent = max(spent, by_filter or 0.0)
-    if not math.isfinite(spent):
+    counted = max(spent, adaptive or 0.0)
+    if not math.isfinite(counted):
         return None
     # Whatever ε is allowed later, nothing more is charged to a domain that lost entries.
-    return 0.0 if chain.recovered is not None else max(0.0, limit - spent)
+    if chain.recovered is not None:
+        return 0.0
+    steps = menu_left(chain)
+    if steps is None:
+        return max(0.0, limit - counted)
+    # A menu gives out steps, not ε: each is paid for as long as the whole is within the limit.
+    return None if counted <= limit and any(entry.left for entry in steps) else 0.0
 
 
 def genesis_fault(chain: Chain, policy: Policy) -> str | None:
@@ -207,17 +254,19 @@ def ahead(chain: Chain, contract: Contract) -> tuple[Event, ...]:
 def within(chain: Chain, events: Sequence[Event], domain: DomainPolicy) -> bool:
     """Returns whether events keep to a domain's ε under the rule of the chain's genesis."""
     if not isinstance(domain.composition, Filter):
-        caps = {
-            (entry.sampling_rate, entry.noise_multiplier): entry.max_steps
-            for entry in domain.composition.classes
-        }
+        whole = [_whole(entry) for entry in domain.composition.classes]
+        caps = {(event.sampling_rate, event.noise_multiplier): event.steps for event in whole}
         listed = all(
             isinstance(event, PoissonGaussian)
             and event.steps <= caps.get((event.sampling_rate, event.noise_multiplier), 0)
             for event in merge(events)
         )
         # The whole menu within ε covers every order and every early stop of what is on it.
-        events = [PoissonGaussian(*kind, steps) for kind, steps in caps.items()]
+        events = whole
         if not listed:
             return False
     return accounting.fits(events, limit=domain.epsilon, delta=domain.delta, order=order_of(chain))
+
+
+def _whole(entry: MenuClass) -> PoissonGaussian:
+    return PoissonGaussian(entry.sampling_rate, entry.noise_multiplier, entry.max_steps)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from bract.shared.privacy import accounting
+from bract.shared.privacy.events import Event
 from bract.shared.privacy.verification import TOLERANCE
 from bract.shared.report.evidence import Evidence
-from bract.shared.reports.runs import Summary
+from bract.shared.report.sites import Spent
+from bract.shared.reports.runs import ServerSummary, Summary
+from bract.shared.terms import LEAST_DELTA
 
 Result = Literal["passed", "failed", "not done"]
 
@@ -101,7 +106,9 @@ def _all_here(found: Evidence) -> Check:
         return Check(name, "not done", "there is no ledger in the folder")
     if found.missing:
         return Check(name, "not done", f"{_listed(found.missing)} of {count} sites: none is here")
-    return Check(name, "passed", f"of all {count} sites")
+    unused = [spent.site for spent in found.of_run if not spent.charges]
+    nothing = f"; that of {_listed(unused)} holds nothing of this contract" if unused else ""
+    return Check(name, "passed", f"of all {count} sites{nothing}")
 
 
 def _anchored(found: Evidence) -> Check:
@@ -145,37 +152,80 @@ def _summary(found: Evidence) -> Check:
         return Check(name, "not done", "there is no summary, or no ledger to hold it against")
     if summary.contract_sha256 != found.contract.sha256:
         return Check(name, "failed", "summary.json is of another contract than contract.json")
+    # Each site's policy has a δ of its own: what is compared is at the summary's.
+    delta = _told_delta(found)
+    if delta is None:
+        return Check(name, "failed", f"δ {summary.delta:g} in summary.json is no δ of any ε")
     for spent in found.of_run:
         said = summary.epsilon_run
         if isinstance(summary, Summary):
             site = summary.per_site.get(spent.site)
             said = None if site is None else site.epsilon_run
-        told, counted = _number(said), _number(spent.epsilon_run)
+        told, counted = _number(said), accounting.epsilon(spent.events_run, delta)
         # A server counts every attempt; a site that missed some has spent less.
         over = abs(told - counted) if isinstance(summary, Summary) else counted - told
         if over > TOLERANCE:
             return Check(
                 name,
                 "failed",
-                f"{spent.site}: the ledger says ε {_shown(spent.epsilon_run)} of this run, "
+                f"{spent.site}: the ledger says ε {_shown(counted)} of this run at δ {delta:g}, "
                 f"the summary {_shown(said)}",
             )
-    return Check(name, "passed", "contract, and ε of this run recomputed for each site")
+    if fault := _of_person(found, summary, delta):
+        return Check(name, "failed", fault)
+    return Check(
+        name, "passed", f"contract, and ε of this run at δ {delta:g} recomputed for each site"
+    )
+
+
+def _of_person(found: Evidence, summary: Summary | ServerSummary, delta: float) -> str | None:
+    """Returns how a summary's ε of a person falls short of the ledgers', None where it does not."""
+    rows, said = found.contract.rows_per_person, summary.rows_per_person
+    if said not in {None, found.contract.data.rows_per_person}:
+        return f"summary.json says {said} records a person, the contract {rows or 'none'}"
+    if rows is None or summary.epsilon_person is None:
+        return None
+    counted = max(
+        accounting.epsilon_of_person(_covered(summary, spent), delta, rows)
+        for spent in found.of_run
+    )
+    if counted <= summary.epsilon_person + TOLERANCE:
+        return None
+    return (
+        f"the ledgers say ε {_shown(counted)} of a person with {rows} records at δ {delta:g}, the "
+        f"summary {_shown(summary.epsilon_person)}"
+    )
+
+
+def _covered(summary: Summary | ServerSummary, spent: Spent) -> tuple[Event, ...]:
+    """Returns what a summary's figures must cover: a server knows its run, a ledger goes on."""
+    head = summary.heads.get(spent.site)
+    whole = isinstance(summary, Summary) and head is not None and head.hash == spent.head
+    return spent.events if whole else spent.events_run
 
 
 def _metrics(found: Evidence) -> Check:
-    name = "The metrics’ ε covers the ledgers’"
+    name, delta = "The metrics’ ε covers the ledgers’", _told_delta(found)
     said = {line.round: _number(line.epsilon_run) for line in found.metrics}
-    whole = [spent for spent in found.of_run if spent.epsilon == spent.epsilon_run]
+    whole = [spent for spent in found.of_run if spent.events == spent.events_run]
     if not said or not whole:
         return Check(name, "not done", "no metrics.jsonl, or the ledgers hold other runs too")
+    if delta is None:
+        return Check(name, "not done", "no summary.json says at which δ the metrics count")
     for spent in whole:
-        for round_number, epsilon in spent.curve:
-            if epsilon > said.get(round_number, float("inf")) + TOLERANCE:
+        for round_number, events in spent.after:
+            covered = said.get(round_number, math.inf) + TOLERANCE
+            if accounting.epsilon(events, delta) > covered:
                 return Check(
                     name, "failed", f"round {round_number}: {spent.site}'s ledger is over it"
                 )
-    return Check(name, "passed", f"in each of {len(said)} rounds")
+    return Check(name, "passed", f"in each of {len(said)} rounds, at δ {delta:g}")
+
+
+def _told_delta(found: Evidence) -> float | None:
+    """Returns the δ at which summary and metrics count, None where no summary says one."""
+    delta = None if found.summary is None else found.summary.delta
+    return delta if delta is not None and LEAST_DELTA <= delta < 1 else None
 
 
 def _renyi(found: Evidence) -> Check:
@@ -233,8 +283,8 @@ def _listed(names: list[str] | tuple[str, ...]) -> str:
 
 
 def _number(value: float | None) -> float:
-    return float("inf") if value is None else value
+    return math.inf if value is None else value
 
 
 def _shown(value: float | None) -> str:
-    return "unbounded" if value is None else f"{value:.4f}"
+    return f"{value:.4f}" if math.isfinite(_number(value)) else "unbounded"

@@ -82,7 +82,7 @@ def gather(found: Folder) -> Evidence:
         contract_fault=fault,
         kept_fault=kept_fault,
         ledgers=tuple(ledgers),
-        missing=tuple(site.name for site in sites.missing(ledgers, agreed)),
+        missing=tuple(sites.missing(ledgers, agreed)),
         summary=None if found.summary is None else _summary(found.summary),
         metrics=() if found.metrics is None else _metrics(found.metrics),
         model_sha256=None if model is None else canonical.sha256(model),

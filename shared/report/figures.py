@@ -80,7 +80,7 @@ def privacy(found: Evidence) -> Figure | None:
         (str(number), *(_cell(curve.get(number)) for curve in curves.values()))
         for number in numbers
     )
-    caption = "ε after a round, of everything in the ledger"
+    caption = "ε after a round, of everything in the ledger, at the site’s own δ"
     return Figure(chart, Table(caption, ("round", *curves), rows))
 
 
@@ -240,6 +240,8 @@ def _state(spent: Spent) -> str:
     )
     if spent.witnessed is not None:
         words.append(f"witnessed to entry {spent.witnessed}")
+    if spent.menu is not None:
+        words.append(f"of its menu are left {'; '.join(entry.words for entry in spent.menu)}")
     if spent.lost:
         words.append("entries were lost: the whole ceiling counts as spent")
     if spent.simulation or spent.seeded:

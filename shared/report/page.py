@@ -62,7 +62,7 @@ def page(found: Evidence, made: list[Check]) -> str:
             failed=checking.failed(made),
             verdicts=wording.verdicts(found, made),
             claim=wording.claim(found, made),
-            worst=wording.worst(found),
+            about=wording.about(found, made),
             unchecked=wording.unchecked(found),
             facts=_facts(found),
             scores=_scores(found),

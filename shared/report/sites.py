@@ -11,15 +11,16 @@ from functools import partial
 from bract.shared import canonical
 from bract.shared.contract import Contract
 from bract.shared.errors import BractError, VerificationFailed
+from bract.shared.policy import MenuLeft
 from bract.shared.privacy import accounting, budget, evidence, export, verification
 from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.events import Event
 from bract.shared.privacy.ledger import Contents
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.verification import Verified
 from bract.shared.privacy.witness import Witness
 from bract.shared.report import folder
 from bract.shared.report.folder import LedgerFile
-from bract.shared.terms import SiteTerms
 
 CURVE_POINTS = 60
 
@@ -28,7 +29,10 @@ CURVE_POINTS = 60
 class Spent:
     """One domain's privacy, recomputed from a ledger that holds.
 
-    ε is None where it is unbounded. `curve` is (round of this contract, ε of the whole domain).
+    ε is at `delta`, which is the site's own, and None where it is unbounded. `after` is (round of
+    this contract, what the whole domain was charged by then), `curve` the same as ε.
+    `left` is None too where steps of `menu` are, which is None under a filter.
+    `epsilon_person` bounds that of a person, None too where the contract bounds no person's rows.
     `anchors` are the files whose head is in the chain, `anchor` the number of the last entry that
     one names; `witnessed` is by the contract's server alone; `received` counts the updates that a
     server took and that stand here behind a charge, None where nobody kept their receipts.
@@ -39,8 +43,11 @@ class Spent:
     epsilon: float | None
     epsilon_run: float | None
     epsilon_filter: float | None
-    filter_order: int | None
+    epsilon_person: float | None
+    epsilon_menu: float | None
+    menu: tuple[MenuLeft, ...] | None
     ceiling: float
+    left: float | None
     delta: float
     charges: int
     rounds: int
@@ -56,15 +63,15 @@ class Spent:
     simulation: bool
     seeded: bool
     lost: bool
+    events: tuple[Event, ...]
+    events_run: tuple[Event, ...]
+    after: tuple[tuple[int, tuple[Event, ...]], ...]
     curve: tuple[tuple[int, float], ...]
 
     @property
-    def left(self) -> float | None:
-        """What is left of the ceiling, None where ε is unbounded."""
-        if self.lost:
-            return 0.0  # whatever the ceiling: nothing more is charged
-        counted = self.epsilon if self.epsilon_filter is None else self.epsilon_filter
-        return None if counted is None else max(0.0, self.ceiling - counted)
+    def epsilon_adaptive(self) -> float | None:
+        """The ε that holds however contracts were chosen: its filter's, or its whole menu's."""
+        return self.epsilon_filter if self.menu is None else self.epsilon_menu
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +108,19 @@ def records(files: Sequence[LedgerFile], agreed: Contract, others: Seen) -> list
     return [_record(file, agreed, others, apart.get(file.name)) for file in files]
 
 
-def missing(found: Sequence[LedgerRecord], agreed: Contract) -> list[SiteTerms]:
-    """Returns the sites of a contract of which no ledger is here, whole or not."""
-    here = {site for record in found for site in record.named}
-    here |= {spent.site for record in found for spent in record.spent}
-    return [site for site in agreed.cohort if site.name not in here]
+def missing(found: Sequence[LedgerRecord], agreed: Contract) -> list[str]:
+    """Returns the sites of a contract of whose domain no ledger is here, whole or not.
+
+    A site's ledger of another domain says nothing of the run; the domain is named then.
+    """
+    here = {(spent.site, spent.domain) for record in found for spent in record.spent}
+    unread = {site for record in found if record.fault is not None for site in record.named}
+    others = {site for site, _ in here}
+    return [
+        f"{site.name} (domain {site.domain})" if site.name in others else site.name
+        for site in agreed.cohort
+        if (site.name, site.domain) not in here and site.name not in unread
+    ]
 
 
 def _forks(files: Sequence[LedgerFile]) -> dict[str, str]:
@@ -172,15 +187,22 @@ def _verified(
 
 def _spent(found: Verified, agreed: Contract, seen: Mapping[str, int]) -> Spent:
     chain, limit = found.chain, found.policy.domains[found.chain.domain]
-    filtered = budget.filtered(chain, limit.delta)
+    filtered, whole = budget.filtered(chain, limit.delta), budget.of_menu(chain, limit.delta)
+    menu = budget.menu_left(chain)
+    events, in_run = chain.events, chain.events_of(agreed.sha256)
+    after = _after(chain, agreed.sha256)
+    spent = accounting.epsilon(events, limit.delta)
     return Spent(
         site=chain.site,
         domain=chain.domain,
-        epsilon=_finite(accounting.epsilon(chain.events, limit.delta)),
-        epsilon_run=_finite(accounting.epsilon(chain.events_of(agreed.sha256), limit.delta)),
+        epsilon=_finite(spent),
+        epsilon_run=_finite(accounting.epsilon(in_run, limit.delta)),
         epsilon_filter=None if filtered is None else _finite(filtered),
-        filter_order=budget.order_of(chain),
+        epsilon_person=_of_person(events, limit.delta, agreed.rows_per_person),
+        epsilon_menu=None if whole is None else _finite(whole),
+        menu=None if menu is None else tuple(menu),
         ceiling=limit.epsilon,
+        left=budget.left(chain, limit.epsilon, spent, budget.adaptive(chain, limit.delta)),
         delta=limit.delta,
         charges=chain.attempts[agreed.sha256],
         rounds=len({round_number for name, round_number in chain.charges if name == agreed.sha256}),
@@ -196,12 +218,15 @@ def _spent(found: Verified, agreed: Contract, seen: Mapping[str, int]) -> Spent:
         simulation=bool(chain.genesis and chain.genesis.simulation),
         seeded=chain.seeded,
         lost=chain.recovered is not None,
-        curve=_curve(chain, agreed.sha256, limit.delta),
+        events=events,
+        events_run=in_run,
+        after=after,
+        curve=_curve(after, limit.delta),
     )
 
 
-def _curve(chain: Chain, contract: str, delta: float) -> tuple[tuple[int, float], ...]:
-    """Returns ε of the whole domain after each round of a contract, of some where there are many.
+def _after(chain: Chain, contract: str) -> tuple[tuple[int, tuple[Event, ...]], ...]:
+    """Returns what the whole domain was charged by the end of a contract's rounds, of some of many.
 
     A round that was charged twice counts after its last charge.
     """
@@ -213,14 +238,25 @@ def _curve(chain: Chain, contract: str, delta: float) -> tuple[tuple[int, float]
     numbers = sorted(last)
     step = max(1, math.ceil(len(numbers) / CURVE_POINTS))
     shown = sorted({*numbers[step - 1 :: step], *numbers[-1:]})
-    points = [(number, _after(chain, last[number], delta)) for number in shown]
+    return tuple((number, _until(chain, last[number])) for number in shown)
+
+
+def _until(chain: Chain, charge: int) -> tuple[Event, ...]:
+    evaluated = chain.evaluations.get(charge)
+    return chain.events_until(charge if evaluated is None else evaluated.sequence)
+
+
+def _curve(
+    after: Sequence[tuple[int, tuple[Event, ...]]], delta: float
+) -> tuple[tuple[int, float], ...]:
+    points = ((number, accounting.epsilon(events, delta)) for number, events in after)
     return tuple(point for point in points if math.isfinite(point[1]))
 
 
-def _after(chain: Chain, charge: int, delta: float) -> float:
-    evaluated = chain.evaluations.get(charge)
-    sequence = charge if evaluated is None else evaluated.sequence
-    return accounting.epsilon(chain.events_until(sequence), delta)
+def _of_person(events: tuple[Event, ...], delta: float, rows: int | None) -> float | None:
+    if rows is None:
+        return None
+    return _finite(accounting.epsilon_of_person(events, delta, rows))
 
 
 def _finite(value: float) -> float | None:

@@ -13,6 +13,7 @@ from bract.shared.report.sites import Spent
 
 Kind = Literal["failed", "simulation", "unprotected", "incomplete", "verified"]
 _GREATEST_FACTOR = 1e6
+_NAMED = 8  # sites in a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,12 @@ def claim(found: Evidence, made: list[Check]) -> str:
     """Returns what may be claimed of the run, in one sentence."""
     if failed(made):
         return "Nothing: a check failed, and until it is explained no figure here can be relied on."
-    spent = worst(found)
-    if spent is None:
+    bounds = dearest(found)
+    if not bounds:
         return "Nothing: no ledger was verified."
-    if found.contract.privacy.mechanism == "none" or spent.epsilon is None:
+    if not _bounded(found, bounds):
         return "Nothing: updates left the sites without noise, so no bound holds."
-    sentence = _sentence(found, spent)
+    sentence = _sentence(found, bounds)
     if _is_simulation(found):
         return (
             "Nothing, for this was a simulation, whose noise can be computed again from its seed; "
@@ -74,13 +75,34 @@ def claim(found: Evidence, made: list[Check]) -> str:
     return sentence
 
 
-def worst(found: Evidence) -> Spent | None:
-    """Returns the dearest of the domains that the contract names, None where no ledger holds."""
-    return max(
-        found.of_run,
-        key=lambda spent: math.inf if spent.epsilon is None else spent.epsilon,
-        default=None,
+def about(found: Evidence, made: list[Check]) -> str:
+    """Returns what the figures of the claim are, nothing where there are none."""
+    bounds = dearest(found)
+    if failed(made) or not bounds or not _bounded(found, bounds):
+        return ""
+    whose = (
+        "ε and δ are those of the site that spent most"
+        if len(bounds) == 1
+        else "δ is each site’s own, and ε that of the site with this δ that spent most"
     )
+    return (
+        f"{whose}, recomputed for this page from its ledger. The smaller ε, the less any one "
+        f"{found.contract.privacy.unit} matters; the claim is about what others can learn, not "
+        f"about how likely a breach is.{_adaptive(found)}{_of_person(found)}"
+    )
+
+
+def dearest(found: Evidence) -> list[Spent]:
+    """Returns, for each δ of the domains that the contract names, the one that spent most.
+
+    A site's ε holds at its own δ alone.
+    """
+    by_delta: dict[float, Spent] = {}
+    for spent in found.of_run:
+        most = by_delta.setdefault(spent.delta, spent)
+        if _number(spent.epsilon) > _number(most.epsilon):
+            by_delta[spent.delta] = spent
+    return [by_delta[delta] for delta in sorted(by_delta)]
 
 
 def factor(epsilon: float) -> str:
@@ -129,17 +151,72 @@ def _is_simulation(found: Evidence) -> bool:
     return found.contract.simulation or seeded or marked
 
 
-def _sentence(found: Evidence, spent: Spent) -> str:
-    covered = len({s.site for s in found.of_run})
+def _of_person(found: Evidence) -> str:
+    """Returns what holds of a person with several records, nothing where none is known of."""
+    rows = found.contract.rows_per_person
+    if rows is None:
+        return ""
+    bounds = _most([(spent.delta, spent.epsilon_person) for spent in found.of_run])
+    return f" A person with up to {rows} records: ε at most {bounds}, by the ledgers."
+
+
+def _adaptive(found: Evidence) -> str:
+    bounds = _most([(spent.delta, spent.epsilon_adaptive) for spent in found.of_run])
+    return f" If contracts were chosen after looking at earlier releases: ε at most {bounds}."
+
+
+def _most(spent: list[tuple[float, float | None]]) -> str:
+    """Returns the greatest ε at each δ, in words."""
+    most: dict[float, float] = {}
+    for delta, epsilon in spent:
+        most[delta] = max(_number(epsilon), most.get(delta, 0.0))
+    return ", ".join(
+        f"{_shown(epsilon)} at δ\u00a0=\u00a0{delta:g}" for delta, epsilon in sorted(most.items())
+    )
+
+
+def _shown(epsilon: float) -> str:
+    return f"{epsilon:.4f}" if math.isfinite(epsilon) else "unbounded"
+
+
+def _bounded(found: Evidence, bounds: list[Spent]) -> bool:
+    private = found.contract.privacy.mechanism != "none"
+    return private and all(spent.epsilon is not None for spent in bounds)
+
+
+def _sentence(found: Evidence, bounds: list[Spent]) -> str:
+    said = "; and at most ".join(_bound(found, spent, len(bounds)) for spent in bounds)
     record = "record" if found.contract.privacy.unit == "example" else found.contract.privacy.unit
     return (
-        f"For {_sites(covered, 'the site', 'each of the {n} sites')}: whatever anyone concludes "
-        "from all that the site released of these data, in this and every other run of its ledger, "
-        "even if they know the data of all other sites, adding or taking away any one "
-        f"{record} of the site’s data makes that conclusion at most "
-        f"{factor(spent.epsilon or 0.0)} times as likely "
-        f"(ε\u00a0=\u00a0{spent.epsilon:.4f}), plus a probability of at most {spent.delta:g} (δ)."
+        f"For {_whose(found)}: whatever anyone concludes from all that the site released of these "
+        "data, in this and every other run of its ledger, even if they know the "
+        f"data of all other sites, adding or taking away any one {record} of the site’s data makes "
+        f"that conclusion at most {said}."
     )
+
+
+def _whose(found: Evidence) -> str:
+    covered = len({spent.site for spent in found.of_run})
+    if not found.missing:
+        return _sites(covered, "the site", "each of the {n} sites")
+    here = "whose ledger is here"
+    return _sites(covered, f"the one site {here}", f"each of the {{n}} sites {here}")
+
+
+def _bound(found: Evidence, spent: Spent, deltas: int) -> str:
+    bound = (
+        f"{factor(spent.epsilon or 0.0)} times as likely (ε\u00a0=\u00a0{spent.epsilon:.4f}), "
+        f"plus a probability of at most {spent.delta:g} (δ)"
+    )
+    if deltas == 1:
+        return bound
+    sites = sorted({other.site for other in found.of_run if other.delta == spent.delta})
+    more = f" and {len(sites) - _NAMED} more" if len(sites) > _NAMED else ""
+    return f"{bound}, at {', '.join(sites[:_NAMED])}{more}"
+
+
+def _number(epsilon: float | None) -> float:
+    return math.inf if epsilon is None else epsilon
 
 
 def _sites(count: int, one: str, many: str) -> str:
@@ -149,6 +226,11 @@ def _sites(count: int, one: str, many: str) -> str:
 def _missing_evidence(found: Evidence) -> Iterator[str]:
     if found.missing:
         yield f"The ledgers of {', '.join(found.missing[:20])}: none is in the folder."
+    if unused := [spent.site for spent in found.of_run if not spent.charges]:
+        yield (
+            f"Whether {', '.join(unused[:20])} took part: no charge of this contract is in the "
+            "ledger."
+        )
     open_ended = [s.site for s in found.spent if not s.anchors]
     if open_ended:
         yield (
@@ -208,10 +290,10 @@ def _beyond_ledgers(found: Evidence) -> Iterator[str]:
         "Floating point and timing. The claim is of the idealised mechanism with real numbers; "
         "attacks on its implementation are made harder, not excluded."
     )
-    if any(spent.filter_order is not None for spent in found.spent):
+    if found.spent:
         yield (
             "Whether contracts were chosen after looking at earlier releases. If they were, the ε "
-            "that holds is that of the site’s filter, in the table by site."
+            "that holds is that of the site’s filter, or of its whole menu, in the table by site."
         )
     yield "Accuracy and scores: they are the server’s words, measured on its public examples."
     yield (

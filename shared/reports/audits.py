@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from bract.shared.configuration import Frozen
+from bract.shared.policy import MenuLeft
 
 
 class VerifiedChain(Frozen):
@@ -97,6 +98,9 @@ class DomainBudget(Frozen):
     `epsilon_prv` is null too where it was left out, which the note says. `more_rounds` are those of
     `forecast_contract`. `epsilon_replace_one` is of one example that is replaced, `epsilon_group`
     bounds that of `group` examples; null where not asked for, or where nothing bounds it.
+    `epsilon_person` bounds that of a person with `rows_per_person` examples, as every contract
+    charged bounds them; null where one does not. `epsilon_menu` is of the whole of a menu, which
+    holds however contracts were chosen; under a menu `left` is null while `menu` has steps left.
     """
 
     ledger: str
@@ -106,6 +110,8 @@ class DomainBudget(Frozen):
     epsilon_prv: float | None
     epsilon_filter: float | None
     filter_order: int | None
+    epsilon_menu: float | None = None
+    menu: list[MenuLeft] | None = None
     unbounded: bool
     limit: float
     left: float | None
@@ -119,6 +125,8 @@ class DomainBudget(Frozen):
     epsilon_replace_one: float | None = None
     group: int | None = None
     epsilon_group: float | None = None
+    rows_per_person: int | None = None
+    epsilon_person: float | None = None
     epsilon_group_replace_one: float | None = None
     runs: list[RunCost]
     note: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bract.shared.configuration import Frozen
+from bract.shared.policy import MenuLeft
 
 
 class ContractShown(Frozen):
@@ -48,10 +49,16 @@ class Recovery(Frozen):
 
 
 class DomainStatus(Frozen):
-    """What is spent and left of one domain's budget; `left` is what its gate would charge."""
+    """What is spent and left of one domain's budget.
+
+    `left` is the ε that its gate would charge. A menu gives out steps instead: `left` is null while
+    `menu` has some, and `epsilon_menu` is of the whole of it.
+    """
 
     epsilon: float | None
     epsilon_filter: float | None = None
+    epsilon_menu: float | None = None
+    menu: list[MenuLeft] | None = None
     limit: float
     left: float | None
     delta: float

@@ -19,6 +19,7 @@ from bract.shared.contract import Contract, SignedContract
 from bract.shared.data.heart_disease import split_files
 from bract.shared.errors import Refusal, UsageError, VerificationFailed
 from bract.shared.privacy import accounting
+from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.reports import schema
 from bract.shared.reports.services import ContractCheck
 from bract.shared.terms import TrainingTerms
@@ -371,13 +372,41 @@ def test_the_status_of_a_site_that_was_never_started_is_that(layout: Layout, bra
     assert (value["running"], value["doing"], value["since"]) == (False, "not running", None)
     assert value["domains"]["alpha"] == {
         "epsilon": 0.0, "epsilon_filter": 0.0, "limit": 8.0, "left": 8.0, "delta": 1e-5,
-        "charges": 0,
+        "charges": 0, "epsilon_menu": None, "menu": None,
     }  # fmt: skip
     assert contents(layout.root) == before
     text = bract("client", str(layout.site("alpha")), "--status")
     assert (
         "alpha: ε 0.000 (0.000 by the filter) of 8 at δ 1e-05, left 8.000, 0 charges" in text.stdout
     )
+
+
+def test_what_is_left_of_a_menu_are_steps_and_then_nothing(
+    world: Any, layout: Layout, bract: Bract
+) -> None:
+    signed = contracts.read(proposed(layout, max_attempts=3))
+    privacy = signed.contract.privacy
+    steps = (
+        f"{{ sampling_rate = {privacy.sampling_rate!r}, "
+        f"noise_multiplier = {privacy.noise_multiplier!r}, max_steps = 3 }}"
+    )
+    path = layout.site("alpha")
+    text = path.read_text()
+    assert text.count("epsilon = 8.0\n") == 1
+    menu = f'epsilon = 8.0\ncomposition = {{ rule = "menu", classes = [{steps}] }}\n'
+    path.write_text(text.replace("epsilon = 8.0\n", menu))
+    whole = [PoissonGaussian(privacy.sampling_rate, privacy.noise_multiplier, 3)]
+    for numbers, left, steps_left in (((), None, 3), ((1, 2), None, 1), ((3,), 0.0, 0)):
+        serve(world, layout, *numbers, signed=signed)
+        status = offline.status(path).domains["alpha"]
+        assert (status.left, status.epsilon_filter) == (left, None)
+        assert status.epsilon_menu == accounting.epsilon(whole, 1e-5) < status.limit
+        assert [entry.left for entry in status.menu or ()] == [steps_left]
+        said = bract("client", str(path), "--status").stdout
+        assert ("left 0.000" if left == 0 else f"left {steps_left} of 3 steps at q") in said
+    assert not gate_accepts(world, layout, proposed(layout))
+    path.write_text(path.read_text().replace("epsilon = 8.0\n", "epsilon = 0.1\n"))
+    assert offline.status(path).domains["alpha"].left == 0.0
 
 
 def test_the_status_of_a_running_site_is_what_it_last_said(world: Any, layout: Layout) -> None:

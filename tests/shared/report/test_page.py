@@ -87,11 +87,11 @@ def test_the_numbers_on_the_page_are_the_ledgers(bract: Bract, audited_run: Path
     assert len(budget) == 3
     for domain in budget:
         row = page.row(domain["site"])
-        spent, ceiling, by_filter, left = row[1:5]
-        assert spent == f"{domain['epsilon']:.4f}"
+        spent, delta, ceiling, by_filter, left = row[1:6]
+        assert (spent, float(delta)) == (f"{domain['epsilon']:.4f}", domain["delta"])
         assert by_filter == f"{domain['epsilon_filter']:.4f}"
         assert (float(ceiling), left) == (domain["limit"], f"{domain['left']:.4f}")
-        assert row[6] == str(domain["charges"])
+        assert row[7] == str(domain["charges"])
         assert domain["domain"] in row[0]
     agreed = contract.read(audited_run / "contract.json").contract
     pinned = {site.name: site.key for site in agreed.cohort}
@@ -327,10 +327,10 @@ def test_a_federations_folder_and_one_sites_are_read_alike(
     whole = Page(render(root))
     own = Page(render(run))
     for site in ("site-0", "site-1", "site-2"):
-        assert whole.row(site)[1:7] == own.row(site)[1:7]
+        assert whole.row(site)[1:8] == own.row(site)[1:8]
     assert "sites/site-1/head.json" in words(render(root))
     alone = render(root / "sites/site-1")
-    assert Page(alone).row("site-1")[1:7] == own.row("site-1")[1:7]
+    assert Page(alone).row("site-1")[1:8] == own.row("site-1")[1:8]
     assert "Not every site is covered No ledger of site-0, site-2 is here" in words(alone)
     (root / "sites/site-1/state/ledger.sqlite").rename(root / "sites/site-1/ledger.sqlite")
     assert "Every site’s ledger is here site-1 of 3 sites: none is here" in words(render(root))
@@ -359,7 +359,7 @@ def test_exports_prove_what_their_ledgers_do(bract: Bract, run: Path, render: Re
     assert "3 ledgers hold" in done.stdout
     page = Page(Path("report.html").read_text())
     for site in ("site-0", "site-1", "site-2"):
-        assert page.row(site)[1:7] == own.row(site)[1:7]
+        assert page.row(site)[1:8] == own.row(site)[1:8]
     text = copy.read_text().replace('"round":2', '"round":1', 1)
     copy.write_text(text)
     assert "The ledger ledgers/site-1.jsonl holds" in words(render(run))
