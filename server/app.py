@@ -88,6 +88,7 @@ def main(grid: Grid, context: Context) -> None:
         ),
     )
     state = loop.run(grid, state)
+    model_bytes = arrays.to_bytes({k: np.asarray(v) for k, v in state.weights.items()})
     result = {
         "rounds": state.round,
         "charges": state.charges,
@@ -97,8 +98,8 @@ def main(grid: Grid, context: Context) -> None:
         **fairness.last(state.metrics),
         **_traffic(state),
         **evaluator.report(state.weights, test),
+        "model_sha256": canonical.sha256(model_bytes),
     }
-    model_bytes = arrays.to_bytes({k: np.asarray(v) for k, v in state.weights.items()})
     canonical.write_atomically(out / "model.safetensors", model_bytes)
     canonical.write_atomically(out / "checkpoint" / "result.json", canonical.encode(result))
 

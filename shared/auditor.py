@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ CALL_SECONDS = 600.0
 GREATEST_MESSAGE = 4 * 1024 * 1024
 # A site shows three entries a round of a kilobyte each: enough for a hundred thousand rounds.
 GREATEST_TOTAL = 2**30
+_CONTRACT, _ENTRIES, _RECEIPTS = "contract.json", "entries.jsonl", "receipts.jsonl"
+_WITNESSES = "witnesses.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ def pull(
 ) -> Pulled:
     """Asks a server for all that an auditor may see, verifies it, and keeps it in a folder.
 
-    What an earlier pull left in the folder must be extended by it.
+    What an earlier pull left in the folder must be extended by it: the same contract, heads that
+    grow, and every entry and receipt again. Where they are not, the folder stays as it was.
 
     Args:
         address: HOST:PORT, as FEDERATION.toml's audit.listen.
@@ -67,6 +70,7 @@ def pull(
     before = _earlier(folder)
     with _asking(address, credentials) as stub:
         signed = _contract(stub, coordinator)
+        _check_same(folder, signed)
         agreed = signed.contract
         heads = _heads(stub, agreed)
         shown = {site: _shown(stub, head) for site, head in heads.items()}
@@ -74,7 +78,9 @@ def pull(
         for seen in before:
             _check_extended(stub, agreed, seen, heads.get(seen.site))
     pulled = Pulled(signed, shown, followed, tuple(seen.site for seen in before))
-    _keep(folder, pulled)
+    files = _files(pulled)
+    _check_held(folder, files)
+    _keep(folder, files)
     return pulled
 
 
@@ -188,7 +194,7 @@ def _check_extended(stub: _Stub, agreed: Contract, before: Witness, now: Witness
 
 def _earlier(folder: Path) -> tuple[Witness, ...]:
     """Returns the heads that an earlier pull left in a folder."""
-    path = folder / "witnesses.json"
+    path = folder / _WITNESSES
     if path.exists():
         return anchors.witnesses(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -196,15 +202,52 @@ def _earlier(folder: Path) -> tuple[Witness, ...]:
     return ()
 
 
-def _keep(folder: Path, pulled: Pulled) -> None:
+def _check_same(folder: Path, signed: SignedContract) -> None:
+    if _held(folder, _CONTRACT) not in (None, signed.to_bytes()):
+        raise VerificationFailed(
+            f"the server shows another contract than {folder / _CONTRACT}, which was pulled "
+            "before: name a new folder for it"
+        )
+
+
+def _check_held(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Returns where no entry and no receipt of an earlier pull is missing from this one."""
+    for name in (_ENTRIES, _RECEIPTS):
+        lines = (_held(folder, name) or b"").splitlines()
+        gone = len(set(lines) - set(files[name].splitlines()))
+        if gone:
+            raise VerificationFailed(
+                f"the server no longer shows {gone} of the {len(lines)} lines of {folder / name}: "
+                "keep that folder as evidence, and name a new one for what it shows now"
+            )
+
+
+def _held(folder: Path, name: str) -> bytes | None:
+    """Returns a file of an earlier pull, None where there was no such pull."""
+    path = folder / name
+    if not (folder / _WITNESSES).exists():
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path} of the earlier pull: {error.strerror}; put it back, or name a new "
+            "folder"
+        ) from error
+
+
+def _files(pulled: Pulled) -> dict[str, bytes]:
     shown = [one for _, one in sorted(pulled.shown.items())]
     updates = (update for one in shown for update in one.updates)
-    files = {
-        "contract.json": pulled.signed.to_bytes(),
-        "entries.jsonl": b"".join(line for one in shown for line in _lines(one)),
-        "receipts.jsonl": receipts.to_lines(updates),
-        "witnesses.json": anchors.to_bytes(one.head for one in shown),  # the last: see _earlier
+    return {
+        _CONTRACT: pulled.signed.to_bytes(),
+        _ENTRIES: b"".join(line for one in shown for line in _lines(one)),
+        _RECEIPTS: receipts.to_lines(updates),
+        _WITNESSES: anchors.to_bytes(one.head for one in shown),  # the last: see _earlier
     }
+
+
+def _keep(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():

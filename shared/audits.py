@@ -62,6 +62,7 @@ class MechanismAudit(Frozen):
     """
 
     experiment: str
+    mechanism: Literal["dp-sgd"] = "dp-sgd"
     model: str
     data: str
     made_up: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -49,7 +49,14 @@ _FIGURES: Final = {
 }
 
 
-def card(agreed: Contract, summary: Summary | ServerSummary, *, file: Path, form: str) -> str:
+def card(
+    agreed: Contract,
+    summary: Summary | ServerSummary,
+    *,
+    file: Path,
+    form: str,
+    unproven: Sequence[str] = (),
+) -> str:
     """Returns the card as Markdown.
 
     Args:
@@ -57,6 +64,7 @@ def card(agreed: Contract, summary: Summary | ServerSummary, *, file: Path, form
         summary: what is known of the run; the privacy that it claims is the card's.
         file: the exported model, which lies beside the card.
         form: its format, one of `exports.FORMATS`.
+        unproven: what nothing but the summary says, in sentences.
     """
     model, training = agreed.model, agreed.training
     options = "".join(f", {name} {value}" for name, value in sorted(model.options.items()))
@@ -69,7 +77,7 @@ def card(agreed: Contract, summary: Summary | ServerSummary, *, file: Path, form
         "",
         "## Privacy",
         "",
-        claim(agreed, summary),
+        " ".join([claim(agreed, summary), *unproven]),
         "",
         "## Data",
         "",
@@ -115,8 +123,9 @@ def claim(agreed: Contract, summary: Summary | ServerSummary) -> str:
     if claimed == GUARANTEE_UNPROTECTED:
         return f"{claimed}: nothing was clipped or noised."
     spent = "unbounded" if epsilon is None else f"{epsilon:.4f}"
+    privacy = agreed.privacy
     cost = (
-        f"ε = {spent} at δ = {summary.delta:g}, {summary.adjacency} adjacency, per {summary.unit}"
+        f"ε = {spent} at δ = {summary.delta:g}, {privacy.adjacency} adjacency, per {privacy.unit}"
     )
     if claimed != GUARANTEE_PRIVATE:
         return (

@@ -12,7 +12,7 @@ from bract.shared.contract import Contract
 from bract.shared.errors import VerificationFailed
 from bract.shared.privacy import entries, receipts, witness
 from bract.shared.privacy.entries import Head
-from bract.shared.privacy.receipts import Received
+from bract.shared.privacy.receipts import Received, Trace
 from bract.shared.privacy.witness import Extension, Witness
 from bract.shared.terms import SiteTerms
 
@@ -65,11 +65,38 @@ def check(shown: Shown, agreed: Contract) -> Followed:
         assert terms is not None  # noqa: S101  check_witness asked
         heads, bodies = _follow(shown, agreed)
         for one in shown.updates:
-            _check_update(one, agreed, terms, heads)
+            check_update(one, agreed, terms)
+            _check_history(one, heads)
         _check_order(shown.updates)
     except VerificationFailed as error:
         raise VerificationFailed(f"what the server shows of {site!r}: {error}") from error
     return Followed(heads=heads, paid=len(shown.updates), shown=bodies)
+
+
+def check_update(one: Received, agreed: Contract, terms: SiteTerms) -> Trace:
+    """Returns where an update's links lead, where its site signed it and charged for it.
+
+    Raises:
+        VerificationFailed: naming the update's round and the fault.
+    """
+    receipt = one.receipt
+    which = f"the update of round {receipt.round}"
+    one.verify(terms.key)
+    if (receipt.contract, receipt.site, receipt.head_domain) != (
+        agreed.sha256,
+        terms.name,
+        terms.domain,
+    ):
+        raise VerificationFailed(f"{which} is of another run, site or domain")
+    since = one.ledger.since
+    if since is not None:
+        check_witness(since, agreed)
+        if since.site != terms.name:
+            raise VerificationFailed(f"{which} came with another site's links")
+    found = receipts.trace(receipt, one.ledger, agreed)
+    if not found.paid:
+        raise VerificationFailed(f"{which} stands behind no charge")
+    return found
 
 
 def check_consistent(first: Witness, second: Witness, links: Sequence[tuple[int, bytes]]) -> None:
@@ -117,28 +144,13 @@ def _follow(shown: Shown, agreed: Contract) -> tuple[dict[int, str], int]:
     return heads, bodies
 
 
-def _check_update(
-    one: Received, agreed: Contract, terms: SiteTerms, heads: Mapping[int, str]
-) -> None:
+def _check_history(one: Received, heads: Mapping[int, str]) -> None:
     receipt = one.receipt
-    which = f"the update of round {receipt.round}"
-    one.verify(terms.key)
-    if (receipt.contract, receipt.site, receipt.head_domain) != (
-        agreed.sha256,
-        terms.name,
-        terms.domain,
-    ):
-        raise VerificationFailed(f"{which} is of another run, site or domain")
-    since = one.ledger.since
-    if since is not None:
-        check_witness(since, agreed)
-        if since.site != terms.name:
-            raise VerificationFailed(f"{which} came with another site's links")
-    if not receipts.trace(receipt, one.ledger, agreed).paid:
-        raise VerificationFailed(f"{which} stands behind no charge")
     # A void round's may go on beyond the head that was witnessed.
     if one.counted and heads.get(receipt.head_sequence, receipt.head_hash) != receipt.head_hash:
-        raise VerificationFailed(f"{which} is of another history than the head")
+        raise VerificationFailed(
+            f"the update of round {receipt.round} is of another history than the head"
+        )
 
 
 def _check_order(updates: Sequence[Received]) -> None:

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bract.shared import arrays, contract, models, tasks
+from bract.shared import arrays, canonical, contract, cost, models, tasks
 from bract.shared.arrays import Arrays
 from bract.shared.configuration import parse
 from bract.shared.contract import Contract
 from bract.shared.errors import UsageError, VerificationFailed
+from bract.shared.privacy import accounting
+from bract.shared.privacy.verification import TOLERANCE
 from bract.shared.reports.runs import ServerSummary, Summary
 from bract.shared.terms import DataTerms
+
+SUMMARY = "summary.json"
 
 
 class RawModel(nn.Module):
@@ -40,12 +44,16 @@ class RawModel(nn.Module):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """A trained model beside the contract that says what it is; `model` has the weights in it."""
+    """A trained model beside the contract that says what it is; `model` has the weights in it.
+
+    `sha256` is that of the weights' file.
+    """
 
     folder: Path
     contract: Contract
     weights: Arrays
     model: nn.Module
+    sha256: str
 
     def raw_model(self) -> RawModel:
         """Returns the model with its weights, for inputs as they are read."""
@@ -56,9 +64,10 @@ class Trained:
 
         Raises:
             UsageError: where the run has not come to its end.
-            VerificationFailed: where the summary is of another run.
+            VerificationFailed: where the summary is of another run or other weights, or tells less
+                of ε than receipts beside it show.
         """
-        path = self.folder / "summary.json"
+        path = self.folder / SUMMARY
         found = _json(path)
         read: Summary | ServerSummary = (
             parse(Summary, found, source=str(path))
@@ -67,7 +76,38 @@ class Trained:
         )
         if read.contract_sha256 != self.contract.sha256:
             raise VerificationFailed(f"{path} is of another contract than contract.json beside it")
+        if read.model_sha256 not in (None, self.sha256):
+            raise VerificationFailed(
+                f"{path} is of other weights than model.safetensors beside it: copy both again"
+            )
+        self._check_cost(read, path)
         return read
+
+    def _check_cost(self, said: Summary | ServerSummary, path: Path) -> None:
+        # A simulation's summary is of its ledgers, which bract audit verify reads.
+        if said.epsilon_run is None or not self._is_receipted(said):
+            return
+        epsilon = accounting.epsilon(cost.shown(self.folder, self.contract), said.delta)
+        if epsilon > said.epsilon_run + TOLERANCE:
+            raise VerificationFailed(
+                f"{path} says ε {said.epsilon_run:.4f} of this run, and the receipts beside it "
+                f"show {epsilon:.4f}: copy it again"
+            )
+
+    def _is_receipted(self, said: Summary | ServerSummary) -> bool:
+        return isinstance(said, ServerSummary) and cost.is_shown(self.folder, self.contract)
+
+    def unproven(self, said: Summary | ServerSummary) -> list[str]:
+        """Returns what a summary says by its own word alone, in sentences for whoever reads it."""
+        found = []
+        if said.model_sha256 is None:
+            found.append(
+                "The scores are by the run's own word: its summary does not name these weights."
+            )
+        claims = not self.contract.simulation and self.contract.privacy.mechanism != "none"
+        if claims and not self._is_receipted(said):
+            found.append("ε is by the run's own word: no receipts lie beside its summary.")
+        return found
 
 
 def read(folder: Path) -> Trained:
@@ -83,7 +123,8 @@ def read(folder: Path) -> Trained:
     agreed = signed.verify(signed.contract.coordinator)
     path = folder / "model.safetensors"
     try:
-        weights = arrays.from_bytes(path.read_bytes())
+        content = path.read_bytes()
+        weights = arrays.from_bytes(content)
     except OSError as error:
         raise UsageError(
             f"cannot read the model {path}: {error.strerror}; it is written when a run ends"
@@ -94,7 +135,13 @@ def read(folder: Path) -> Trained:
     fault = arrays.fault(weights, models.released_shapes(model))
     if fault is not None:
         raise VerificationFailed(f"{path} does not fit contract.json beside it: {fault}")
-    return Trained(folder=folder, contract=agreed, weights=weights, model=_filled(model, weights))
+    return Trained(
+        folder=folder,
+        contract=agreed,
+        weights=weights,
+        model=_filled(model, weights),
+        sha256=canonical.sha256(content),
+    )
 
 
 def _filled(model: nn.Module, weights: Arrays) -> nn.Module:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from bract.shared import garbage
-from bract.shared.cli import AS_JSON, DATA_DIR, print_json, shown
-from bract.shared.errors import UsageError, VerificationFailed
+from bract.shared.cli import AS_JSON, DATA_DIR, fail_reported, print_json, shown
+from bract.shared.errors import BractError, UsageError, VerificationFailed
 from bract.shared.reports.models import ModelExport, ModelPredictions, ModelScores
+from bract.shared.reports.runs import Scores
 
 if TYPE_CHECKING:
     from bract.shared.contract import Contract
+    from bract.shared.trained import Trained
 
 RUN = click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 OUTPUT = click.option(
@@ -42,7 +44,10 @@ def model() -> None:
 )
 @AS_JSON
 def evaluate(run: Path, data_dir: Path | None, public_data: Path | None, as_json: bool) -> None:
-    """Score a model on the public test examples of its contract; opens nothing private."""
+    """Score a model on the public test examples of its contract; opens nothing private.
+
+    Fails, after its report, where the summary beside the model is not of it, or says otherwise.
+    """
     with garbage.unwatched():
         from bract.shared import trained as runs
         from bract.shared.data import load_public
@@ -52,19 +57,45 @@ def evaluate(run: Path, data_dir: Path | None, public_data: Path | None, as_json
     agreed = trained.contract
     where = _public(agreed, data_dir, public_data)
     _, test = load_public(agreed.data, where)
+    scores = Scores(**Evaluator(trained.model, agreed.data).report(trained.weights, test))
+    summarised = (run / runs.SUMMARY).exists()
+    fault = _departure(trained, scores) if summarised else None
     report = ModelScores(
         run=agreed.run,
         examples=len(test),
         contract_sha256=agreed.sha256,
-        **Evaluator(trained.model, agreed.data).report(trained.weights, test),
+        agrees=fault is None if summarised else None,
+        **scores.model_dump(),
     )
     if as_json:
         print_json(report.model_dump(mode="json"))
-        return
+    else:
+        _print_scores(report)
+    if fault is not None:
+        fail_reported(fault)
+
+
+def _departure(trained: Trained, found: Scores) -> str | None:
+    """Returns why a summary is not of what was found, None where it is."""
+    try:
+        said = trained.summary()
+    except BractError as error:
+        return str(error)
+    names = ", ".join(found.departures(said))
+    if not names:
+        return None
+    return (
+        f"{trained.folder / 'summary.json'} says otherwise of this model ({names}): copy it again"
+    )
+
+
+def _print_scores(report: ModelScores) -> None:
     click.echo(f"{report.run}, {report.examples} public test examples: {report.line}")
     areas = report.test_auc_by_group or {}
     for group, accuracy in (report.test_accuracy_by_group or {}).items():
         click.echo(f"{group}: test accuracy {shown(accuracy)}   AUC {shown(areas.get(group))}")
+    if report.agrees is None:
+        click.echo("no summary.json lies beside it to hold these figures against")
 
 
 @model.command(epilog="Example: bract model predict runs/mine patients.csv -o answers.csv")
@@ -125,7 +156,8 @@ def export(run: Path, form: str, output: Path, as_json: bool) -> None:
     trained = runs.read(run)
     summary = trained.summary()
     made = exports.export(trained, form)
-    text = card.card(trained.contract, summary, file=output, form=form)
+    unproven = trained.unproven(summary)
+    text = card.card(trained.contract, summary, file=output, form=form, unproven=unproven)
     encoding.write(made.content, output)
     encoding.write(text.encode(), beside)
     report = ModelExport.model_validate(
@@ -138,13 +170,15 @@ def export(run: Path, form: str, output: Path, as_json: bool) -> None:
             "bytes": len(made.content),
             "greatest_difference": made.greatest_difference,
             "guarantee": card.guarantee(trained.contract, summary),
+            "unproven": unproven,
             "contract_sha256": trained.contract.sha256,
         }
     )
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
-        click.echo(f"{report.output} and {report.card}: {card.claim(trained.contract, summary)}")
+        told = " ".join([card.claim(trained.contract, summary), *unproven])
+        click.echo(f"{report.output} and {report.card}: {told}")
 
 
 def _public(agreed: Contract, root: Path | None, named: Path | None) -> Path | None:

@@ -266,14 +266,24 @@ def _both_numbers(*values: object) -> bool:
 
 
 def _mechanism(found: Evidence) -> Check:
-    name = "The mechanism is as claimed"
-    if found.mechanism is None:
+    name, audit, agreed = "The mechanism is as claimed", found.mechanism, found.contract
+    if audit is None:
         return Check(name, "not done", "no audit.json was given")
-    if found.mechanism.passed:
+    used = (agreed.privacy.mechanism, agreed.model.name)
+    # In its own folder the audited model stands within the one that carries the canaries.
+    own = f'"name":"{audit.model}"' in str(agreed.model.options.get("audited", ""))
+    if (audit.mechanism, used[1] if own else audit.model) != used:
+        return Check(
+            name,
+            "not done",
+            f"audit.json is of {audit.mechanism} with the model {audit.model!r}, this run of "
+            f"{used[0]} with {used[1]!r}",
+        )
+    if audit.passed:
         return Check(
             name, "passed", "an experiment on terms of its own recovered what was claimed there"
         )
-    which = _listed(found.mechanism.failed) or "see its tests"
+    which = _listed(audit.failed) or "see its tests"
     return Check(name, "failed", f"the experiment in audit.json found it different: {which}")
 
 

@@ -9,11 +9,16 @@ from bract.shared.reports.runs import Guarantee, Scores
 
 
 class ModelScores(Scores):
-    """`bract model evaluate --json`: a run's model on public test examples."""
+    """`bract model evaluate --json`: a run's model on public test examples.
+
+    `agrees` is whether the summary beside it is of this model and these figures are its; null where
+    there is no summary.
+    """
 
     run: str
     examples: int
     contract_sha256: str
+    agrees: bool | None
 
 
 class ModelPredictions(Frozen):
@@ -29,7 +34,8 @@ class ModelExport(Frozen):
     """`bract model export --json`.
 
     `greatest_difference` is of the file's answers from the model's on made-up inputs, relative to
-    the greatest answer where that is over 1; `sha256` and `bytes` are the file's.
+    the greatest answer where that is over 1; `sha256` and `bytes` are the file's. `unproven` says
+    what on the card is the run's own word.
     """
 
     run: str
@@ -40,4 +46,5 @@ class ModelExport(Frozen):
     bytes: int
     greatest_difference: float
     guarantee: Guarantee
+    unproven: list[str]
     contract_sha256: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
@@ -9,12 +10,14 @@ from pydantic import Field
 from bract.shared import versions
 from bract.shared.configuration import Frozen
 from bract.shared.contract import Contract
+from bract.shared.terms import Hex32
 
 GUARANTEE_PRIVATE: Final = "(ε, δ)-DP per example"
 GUARANTEE_SIMULATION: Final = "none: simulation"
 GUARANTEE_UNPROTECTED: Final = "none: unprotected"
 Guarantee = Literal["none: simulation", "none: unprotected", "(ε, δ)-DP per example"]
 Probability = Field(ge=0, le=1)
+_ROUNDING = 1e-3
 
 
 class RefusedRound(Frozen):
@@ -69,6 +72,15 @@ class Scores(Frozen):
     test_accuracy_mean_of_groups: Annotated[float, Probability] | None = None
     test_auc_by_group: dict[str, Annotated[float, Probability] | None] | None = None
 
+    def departures(self, said: Scores) -> list[str]:
+        """Returns the figures that are not what an earlier report of the same weights said.
+
+        A thousandth is rounding, of another device or another version; what the report does not
+        say is passed over, and so is the confusion matrix, of which other figures come.
+        """
+        names = Scores.model_fields.keys() - {"confusion"}
+        return sorted(n for n in names if not _is_as_said(getattr(self, n), getattr(said, n)))
+
     @property
     def line(self) -> str:
         """The scores that there are, in words."""
@@ -112,7 +124,8 @@ class RunFacts(Scores, LocalAccuracy, Traffic):
     """What is known of a run on either side of the network.
 
     Local accuracy is that of the last round which asked for it, `local_accuracy_round`; bytes are
-    those of one site in one round.
+    those of one site in one round. `model_sha256` is that of model.safetensors, which the scores
+    are of; null in a summary of before it was told.
     """
 
     local_accuracy_round: int | None = None
@@ -137,6 +150,7 @@ class RunFacts(Scores, LocalAccuracy, Traffic):
     out: str
     rows_per_person: int | None = None
     epsilon_person: float | None = None
+    model_sha256: Hex32 | None = None
 
 
 class Summary(RunFacts):
@@ -191,6 +205,14 @@ class FederationSummary(Summary):
     plain_accuracy: float = Probability
     plain_accuracy_mean_of_groups: Annotated[float, Probability] | None
     repeats: Repeats
+
+
+def _is_as_said(found: object, said: object) -> bool:
+    if isinstance(found, dict) and isinstance(said, dict):
+        return all(_is_as_said(found.get(name), value) for name, value in said.items())
+    if isinstance(found, float) and isinstance(said, float):
+        return math.isclose(found, said, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+    return said is None or found == said
 
 
 def facts_of(agreed: Contract) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from bract.client.training import admission
 from bract.shared import canonical, models, versions
 from bract.shared.audits import FoundRate, MechanismAudit, MechanismCheck, MechanismParameters
 from bract.shared.data import load_part
-from bract.shared.errors import BractError, ModelRejected
+from bract.shared.errors import BractError, ModelRejected, UsageError
 from bract.shared.privacy import accounting
 from bract.shared.privacy.events import PoissonGaussian
 from bract.simulations import simulation
@@ -75,7 +75,15 @@ def subject_of(chosen: Experiment, data_dir: Path | None, *, made_up: bool) -> S
     """Returns what an experiment trains, on public data alone.
 
     Files of one's own may be private: their canaries are made up, in the shape of the data.
+
+    Raises:
+        UsageError: for a mechanism that the audit has no tests for.
     """
+    if chosen.privacy.mechanism != "dp-sgd":
+        raise UsageError(
+            f"experiment {chosen.name!r} has the mechanism {chosen.privacy.mechanism!r}, and this "
+            "audit tests 'dp-sgd' alone: name an experiment with it, or leave privacy.mechanism"
+        )
     settings = chosen.data
     own_files = settings.file is not None or settings.dir is not None or ":" in settings.name
     where = simulation.where(chosen, data_dir)

@@ -23,7 +23,7 @@ from typing import Any, Self
 import pytest
 
 from bract.server import checkpoint
-from bract.shared import canonical, contract
+from bract.shared import canonical, contract, trained
 from bract.shared.privacy import head_file, receipts, verification
 from bract.shared.privacy.chain import Chain
 from bract.simulations.federations import loopback
@@ -234,7 +234,8 @@ def outcome(layout: Layout) -> Outcome:
     """Returns what a run left, once everything that must hold after any fault was checked.
 
     No round is aggregated twice; every ledger is whole against its head file and against what the
-    server witnessed; every update that was received stands behind an earlier charge.
+    server witnessed; every update that was received stands behind an earlier charge; the summary
+    is of the model beside it, and tells no less of ε than the receipts.
     """
     agreed = contract.read(layout.contract).contract
     summary = json.loads((layout.out / "summary.json").read_text())
@@ -247,6 +248,8 @@ def outcome(layout: Layout) -> Outcome:
     assert state.round <= state.attempts <= agreed.max_attempts
     assert 0 < summary["seconds"] == state.seconds < 600
     assert summary["epsilon_run"] >= metrics[-1]["epsilon_run"] > 0
+    told = trained.read(layout.out)
+    assert told.unproven(told.summary()) == []
     assert not list(layout.out.rglob(".*.tmp"))
     assert not list(layout.root.glob("sites/*/state/updates/.*.tmp"))
     keys = {site.name: site.key for site in agreed.cohort}

@@ -112,6 +112,9 @@ class Run:
             folder=self.folder / name,
         )
 
+    def kept(self, name: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (self.folder / name).iterdir()}
+
     def channel(self, identity: pki.Identity) -> grpc.Channel:
         credentials = grpc.ssl_channel_credentials(
             self.authority.certificate_pem(), identity.key_pem(), identity.certificate_pem()
@@ -208,6 +211,53 @@ def test_a_second_pull_must_extend_the_first(run: Run, erin: pki.Identity) -> No
         run.pull(erin)
     with pytest.raises(UsageError, match="is not empty and holds no earlier pull"):
         run.pull(erin, "run")
+
+
+def test_what_a_pull_brought_must_come_again(run: Run, erin: pki.Identity) -> None:
+    """The server leaves out a void round's receipt, and later alters one that it has shown."""
+    run.pull(erin)
+    before = run.kept("pulled")
+    run.save(run.replies[:1] + run.replies[2:])
+    run.serve(erin)
+    said = r"no longer shows 2 of the 3 lines of .*pulled/receipts\.jsonl: keep that folder"
+    with pytest.raises(VerificationFailed, match=said):
+        run.pull(erin)
+    assert run.kept("pulled") == before
+    run.save(run.replies, void=(1, 2))
+    run.serve(erin)
+    with pytest.raises(VerificationFailed, match="no longer shows"):
+        run.pull(erin)
+    assert run.kept("pulled") == before
+    run.save(run.replies, void=(2,))
+    run.serve(erin)
+    assert run.pull(erin).extended == ("alpha",)
+    assert run.kept("pulled") == before
+
+
+def test_another_contract_is_no_extension(run: Run, erin: pki.Identity) -> None:
+    """Before the first round no head is there that could tell."""
+    state = run.out / "checkpoint" / "state.json"
+    text = state.read_bytes()
+    state.unlink()
+    assert run.pull(erin).extended == ()
+    before = run.kept("pulled")
+    other = run.world.sign(run.world.contract(witness=run.witness.public, rounds=4))
+    (run.out / "contract.json").write_bytes(other.to_bytes())
+    with pytest.raises(VerificationFailed, match=r"another contract than .*pulled/contract\.json"):
+        run.pull(erin)
+    assert run.kept("pulled") == before
+    (run.out / "contract.json").write_bytes(run.signed.to_bytes())
+    state.write_bytes(text)
+    assert len(run.pull(erin).shown["alpha"].updates) == 3
+
+
+def test_a_pull_that_lacks_a_file_is_not_extended(run: Run, erin: pki.Identity) -> None:
+    run.pull(erin)
+    (run.folder / "pulled" / "receipts.jsonl").unlink()
+    before = run.kept("pulled")
+    with pytest.raises(UsageError, match=r"cannot read .*receipts\.jsonl of the earlier pull"):
+        run.pull(erin)
+    assert run.kept("pulled") == before
 
 
 def test_another_history_is_no_extension(run: Run, erin: pki.Identity) -> None:

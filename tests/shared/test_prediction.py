@@ -54,7 +54,7 @@ def made(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             for parameter in model.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
-        return Trained(folder=tmp_path, contract=agreed, weights=weights, model=model)
+        return Trained(tmp_path, agreed, weights, model, sha256="0" * 64)
 
     return make
 

@@ -19,8 +19,11 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from bract.shared import arrays, trained
+from bract.shared import arrays, canonical, keys, trained
 from bract.shared.data import describe, load
+from bract.shared.privacy import accounting, entries, receipts
+from bract.shared.privacy.receipts import Received
+from bract.shared.reports.runs import Scores, ServerSummary, facts_of
 from bract.simulations import experiment, simulation
 from bract.simulations.engines import LocalEngine
 
@@ -75,6 +78,56 @@ def test_evaluate_gives_the_figures_of_the_summary(bract: Bract, run: Path) -> N
     assert {"test_accuracy", "test_loss", "precision", "recall", "f1", "auc"} <= set(figures)
     assert {name: found[name] for name in figures} == {name: said[name] for name in figures}
     assert found["examples"] == 360
+    assert found["agrees"] is True
+    assert said["model_sha256"] == canonical.sha256((run / "model.safetensors").read_bytes())
+
+
+def test_evaluate_reports_and_fails_where_the_weights_are_not_the_summarys(
+    bract: Bract, copy: Path
+) -> None:
+    _other_weights(copy)
+    done = bract("model", "evaluate", "copy", "--json")
+    assert done.returncode == 1
+    assert "copy/summary.json is of other weights than model.safetensors" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["agrees"] is False
+    assert found["test_accuracy"] < summary(copy)["test_accuracy"]
+
+
+def test_a_summary_that_names_no_weights_is_held_to_its_figures(bract: Bract, copy: Path) -> None:
+    """As an earlier version wrote it."""
+    said = summary(copy)
+    del said["model_sha256"]
+    (copy / "summary.json").write_text(json.dumps(said))
+    assert report("evaluate", bract("model", "evaluate", "copy", "--json"))["agrees"] is True
+    _other_weights(copy)
+    done = bract("model", "evaluate", "copy")
+    assert done.returncode == 1
+    assert "360 public test examples: test accuracy" in done.stdout
+    assert "copy/summary.json says otherwise of this model (auc, f1, precision, " in done.stderr
+
+
+def test_evaluate_says_where_no_summary_lies_beside_the_model(bract: Bract, copy: Path) -> None:
+    (copy / "summary.json").unlink()
+    assert report("evaluate", bract("model", "evaluate", "copy", "--json"))["agrees"] is None
+    assert "no summary.json lies beside it" in bract("model", "evaluate", "copy").stdout
+
+
+def test_figures_within_rounding_are_as_said_and_what_is_not_said_is_passed_over() -> None:
+    said = {"test_accuracy": 0.5, "test_loss": 2.0, "test_accuracy_by_group": {"north": 0.5}}
+    found = Scores(**said, f1=0.4, confusion=[[1]])
+    assert found.departures(Scores(**said)) == []
+    near = {"test_accuracy": 0.5001, "test_loss": 2.001, "test_accuracy_by_group": {"north": 0.5}}
+    assert found.departures(Scores(**near)) == []
+    for name, value in (
+        ("test_accuracy", 0.51),
+        ("test_loss", 1.9),
+        ("f1", 0.5),
+        ("auc", 0.9),
+        ("test_accuracy_by_group", {"north": 0.7}),
+        ("test_accuracy_by_group", {"north": 0.5, "south": 0.5}),
+    ):
+        assert found.departures(Scores(**{**said, name: value})) == [name]
 
 
 def test_evaluate_tells_of_other_examples_than_the_contract_declares(
@@ -161,7 +214,6 @@ def test_the_card_of_a_real_run_states_its_claim_whatever_is_simulated_states_no
     world: Any, run: Path, tmp_path: Path
 ) -> None:
     from bract.shared import card
-    from bract.shared.reports.runs import ServerSummary
 
     said = summary(run)
     facts = {name: said[name] for name in ServerSummary.model_fields}
@@ -176,6 +228,103 @@ def test_the_card_of_a_real_run_states_its_claim_whatever_is_simulated_states_no
         update={"privacy": simulated.privacy.model_copy(update={"mechanism": "none"})}
     )
     assert card.claim(plain, real) == "none: unprotected: nothing was clipped or noised."
+
+
+@pytest.fixture
+def real(world: Any, tmp_path: Path) -> Any:
+    """A run folder as a server leaves it: three attempts, the second void, by a real gate."""
+    desk, folder = keys.generate(), tmp_path / "real"
+    agreed = world.contract(witness=desk.public)
+    signed, gate = world.sign(agreed), world.gate()
+    replies = [world.serve(gate, world.order(signed, number)) for number in (1, 2, 3)]
+    gate.ledger.close()
+    folder.mkdir()
+    (folder / "contract.json").write_bytes(signed.to_bytes())
+    lines = receipts.to_lines(
+        Received(reply.receipt, reply.signature, reply.ledger, number, number != 2)
+        for number, reply in enumerate(replies, start=1)
+    )
+    (folder / "receipts.jsonl").write_bytes(lines)
+    content = arrays.to_bytes(world.order(signed).weights)
+    (folder / "model.safetensors").write_bytes(content)
+    spent = entries.events_of_attempts(agreed, attempts=3, completed=2)
+    told = ServerSummary(
+        **facts_of(agreed),
+        epsilon_run=accounting.epsilon(spent, 1e-5),
+        delta=1e-5,
+        refused=[],
+        heads={},
+        rounds=2,
+        seconds=1.0,
+        guarantee="(ε, δ)-DP per example",
+        out="run",
+        test_accuracy=0.5,
+        test_loss=1.0,
+        model_sha256=canonical.sha256(content),
+    )
+    (folder / "summary.json").write_bytes(canonical.encode(told.model_dump(mode="json")))
+    return folder
+
+
+def retell(run: Path, **facts: Any) -> None:
+    (run / "summary.json").write_text(json.dumps({**summary(run), **facts}))
+
+
+def export(bract: Bract, out: str = "m") -> Any:
+    return bract("model", "export", "real", "--format", "safetensors", "-o", out, "--json")
+
+
+def test_the_epsilon_on_a_card_is_what_receipts_show(
+    bract: Bract, real: Path, tmp_path: Path
+) -> None:
+    epsilon = summary(real)["epsilon_run"]
+    assert report("export", export(bract))["unproven"] == []
+    text = (tmp_path / "m.md").read_text()
+    assert f"(ε, δ)-DP per example: ε = {epsilon:.4f} at δ = 1e-05" in text
+    assert "own word" not in text
+    retell(real, epsilon_run=epsilon + 0.1)  # an attempt that nobody answered
+    assert export(bract, "more").returncode == 0
+    # Two attempts of three.
+    retell(real, epsilon_run=0.9 * epsilon)
+    done = export(bract, "less")
+    assert done.returncode == 1
+    assert "says ε" in done.stderr
+    assert f"the receipts beside it show {epsilon:.4f}" in done.stderr
+    assert not (tmp_path / "less").exists()
+
+
+def test_what_no_receipt_and_no_weights_prove_is_said_to_be_the_runs_own_word(
+    bract: Bract, real: Path, tmp_path: Path
+) -> None:
+    (real / "receipts.jsonl").unlink()
+    retell(real, model_sha256=None)
+    said = report("export", export(bract))["unproven"]
+    assert [line.split(" by ")[0] for line in said] == ["The scores are", "ε is"]
+    privacy = (tmp_path / "m.md").read_text().split("## Privacy")[1].split("##")[0]
+    assert all(line in privacy for line in said)
+
+
+@pytest.mark.parametrize(
+    ("altered", "fault"),
+    [
+        (lambda line: line["receipt"].update(attempt=2), "receipts.jsonl: "),
+        (lambda line: line["links"].pop(), "receipts.jsonl: the links do not lead to the head"),
+        (lambda line: line["receipt"].update(site="beta"), "lists no site 'beta'"),
+    ],
+    ids=["receipt", "links", "site"],
+)
+def test_receipts_that_do_not_hold_prove_no_epsilon(
+    bract: Bract, real: Path, tmp_path: Path, altered: Callable[[Any], Any], fault: str
+) -> None:
+    path = real / "receipts.jsonl"
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    altered(lines[1])
+    path.write_bytes(b"".join(canonical.encode(line) + b"\n" for line in lines))
+    done = export(bract)
+    assert done.returncode == 1
+    assert fault in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_missing_extra_is_named(
@@ -323,6 +472,11 @@ def _not_finite(copy: Path) -> None:
     save_file({**held, "1.bias": np.full(10, np.inf, np.float32)}, copy / "model.safetensors")
 
 
+def _other_weights(copy: Path) -> None:
+    held = load_file(copy / "model.safetensors")
+    save_file({name: 0 * value for name, value in held.items()}, copy / "model.safetensors")
+
+
 def _other_contract(copy: Path) -> None:
     path = copy / "contract.json"
     path.write_bytes(path.read_bytes().replace(b'"rounds":2', b'"rounds":1'))
@@ -347,6 +501,7 @@ def _no_summary(copy: Path) -> None:
         (_not_finite, 1, "array '1.bias' holds a value that is not finite"),
         (_other_contract, 1, "signature"),
         (_other_summary, 1, "is of another contract than contract.json"),
+        (_other_weights, 1, "copy/summary.json is of other weights than model.safetensors"),
         (_no_summary, 2, "cannot read copy/summary.json"),
         (shutil.rmtree, 2, "no run folder copy"),
     ],

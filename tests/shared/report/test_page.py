@@ -126,6 +126,7 @@ def test_audits_stand_beside_what_they_are_of(audited_run: Path, render: Render)
     assert found.row("true positives at 0.1")[1] == "0.200 (0.100–0.300)"
     assert found.row("0.1") == ["0.1", "1.25", "1.2534"]
     assert "By that experiment: the noise of a GPU" in words(page)
+    assert "passed The mechanism is as claimed" in words(page)
 
 
 def test_what_was_not_given_is_named_as_not_checked(
@@ -223,6 +224,34 @@ def test_an_audit_that_failed_and_metrics_that_say_less_are_failed_checks(
     assert "“The mechanism is as claimed” failed" in text
     assert "found it different: noise of canaries" in text
     assert "“The metrics’ ε covers the ledgers’” failed: round 3" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "said"),
+    [
+        ("linear", ["privacy.mechanism=user-level"], "this run of user-level with 'linear'"),
+        ("cnn", [], "this run of dp-sgd with 'cnn'"),
+    ],
+    ids=["mechanism", "model"],
+)
+def test_an_audit_of_another_mechanism_or_model_says_nothing_of_a_run(
+    audited_run: Path,
+    render: Render,
+    tmp_path: Path,
+    model: str,
+    settings: list[str],
+    said: str,
+) -> None:
+    from bract.simulations import experiment, simulation
+    from bract.simulations.engines import LocalEngine
+
+    size = {"rounds": 1, "sites": 2}
+    chosen = experiment.load("digits", model=model, overrides=size, settings=settings)
+    out = tmp_path / "other"
+    simulation.begin(chosen, out=out, state=None, data_dir=None, workers=1).complete(LocalEngine())
+    shutil.copy(audited_run / "audit.json", out)
+    name, of = "The mechanism is as claimed", "audit.json is of dp-sgd with the model 'linear'"
+    assert f"not done {name} {of}, {said}" in words(render(out))
 
 
 @pytest.mark.parametrize(("epsilon", "result"), [(1.2534, "passed"), (1.28, "failed")])

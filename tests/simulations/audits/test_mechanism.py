@@ -118,6 +118,9 @@ def test_command_prints_its_schema_and_leaves_a_folder_whose_ledgers_verify(
     assert printed["passed"]
     assert printed["claimed"]["clip_norm"] == 0.3
     assert json.loads((out / "audit.json").read_text()) == printed
+    page = tmp_path / "report.html"
+    assert CliRunner().invoke(audit, ["report", str(out), "-o", str(page)]).exit_code == 0
+    assert "an experiment on terms of its own recovered what was claimed" in page.read_text()
     ledgers = sorted((out / "ledgers").glob("*.sqlite"))
     assert [path.name for path in ledgers] == ["blank.sqlite", "canary-0.sqlite", "canary-1.sqlite"]
     checked = CliRunner().invoke(audit, ["verify", *map(str, ledgers)])
@@ -134,6 +137,20 @@ def test_command_fails_and_says_which_test_did(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "FAILED" in done.stdout
     assert "does not do what its contract says" in done.stderr
+
+
+@pytest.mark.parametrize("mechanism", ["user-level", "none"])
+def test_command_refuses_a_mechanism_that_it_has_no_tests_for(
+    mechanism: str, tmp_path: Path
+) -> None:
+    out, chosen = tmp_path / "audit", f"privacy.mechanism={mechanism}"
+    small = ("--model", "linear", "--canaries", "100", "--rounds", "8")
+    done = experiment("digits", *small, "--set", chosen, "--out", str(out))
+    assert isinstance(done.exception, UsageError)
+    said = str(done.exception)
+    assert f"has the mechanism '{mechanism}', and this audit tests 'dp-sgd' alone" in said
+    assert "leave privacy.mechanism" in said
+    assert not out.exists()
 
 
 def test_command_says_how_many_canaries_a_bound_takes() -> None:
