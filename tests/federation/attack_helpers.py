@@ -216,9 +216,9 @@ class Logged(Processes):
         process.wait(timeout=WAIT_SECONDS)
 
     def ended(self, name: str) -> tuple[int, str]:
-        """Returns how a process ended, and its last line."""
+        """Returns how a process ended, and what the last line of its log says."""
         code = self.running[name].wait(timeout=WAIT_SECONDS)
-        return code, self.log(name).strip().splitlines()[-1]
+        return code, json.loads(self.log(name).strip().splitlines()[-1])["message"]
 
 
 def summary(layout: Layout) -> dict[str, Any]:

@@ -552,7 +552,7 @@ def test_a_site_ends_with_one_clear_line_where_the_certificate_has_expired(tmp_p
         processes.join(SITE)
         code, line = processes.ended(SITE)
         assert code == 1
-        assert line.startswith(f"bract: the certificate of {LOOPBACK}:{layout.port} is not")
+        assert line.startswith(f"the certificate of {LOOPBACK}:{layout.port} is not")
         assert line.endswith("(certificate has expired): nothing was sent")
         assert "Traceback" not in processes.log(SITE)
         assert server.asked == []
