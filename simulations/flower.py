@@ -21,6 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from bract.shared.errors import BractError, UsageError
 
 _KNOCK_SECONDS = 5.0
+_INTERRUPTED_SECONDS = 15.0  # that an end may take
 
 __all__ = ["Cluster", "Run", "bind_server", "context", "empty_run", "number", "run_on_ray"]
 
@@ -102,6 +103,12 @@ def run_on_ray(
             server_app_context=context(run=0, node=0, node_config={}, run_config=run_config),
             backend_config={"client_resources": resources},  # type: ignore[dict-item]
         )
+    except KeyboardInterrupt:
+        # A thread of Flower's or Ray's may wait for ever, and Python for it.
+        ended = threading.Timer(_INTERRUPTED_SECONDS, os._exit, [130])
+        ended.daemon = True
+        ended.start()
+        raise
     finally:
         stopped.set()
         _disconnect()

@@ -8,7 +8,15 @@ import click
 
 from bract.shared.cli import AS_JSON, GroupWithAbove, print_json
 from bract.shared.commands.budget import budget
-from bract.shared.commands.ledgers import LEDGERS, Evidence, check_forks, pinned, verified
+from bract.shared.commands.ledgers import (
+    HEAD,
+    LEDGERS,
+    Evidence,
+    check_forks,
+    known_end,
+    pinned,
+    verified,
+)
 from bract.shared.commands.pull import pull
 from bract.shared.commands.report import report
 from bract.shared.errors import BractError, UsageError, VerificationFailed
@@ -27,12 +35,7 @@ for command in (budget, pull, report):
 @audit.command(epilog="Example: bract audit verify runs/demo/ledgers/*.sqlite")
 @LEDGERS
 @pinned
-@click.option(
-    "--head",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Heads or witnesses seen elsewhere (as in summary.json): the anchor.",
-)
+@HEAD
 @click.option(
     "--received",
     type=click.Path(path_type=Path),
@@ -148,9 +151,7 @@ def _verified(path: Path, evidence: Evidence) -> list[VerifiedChain]:
 
 
 def _line(chain: VerifiedChain) -> str:
-    known = "whole" if chain.anchor is None else "anchored"
-    last = chain.entries - 1 if chain.anchor is None else chain.anchor
-    said = f"{known} up to entry {last}, later ones cannot be excluded"
+    said = known_end(chain.entries, chain.anchor)
     if chain.witnessed is not None:
         said += f", witnessed up to entry {chain.witnessed}"
     if chain.received is not None:

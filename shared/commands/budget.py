@@ -10,7 +10,15 @@ import click
 
 from bract.shared import garbage
 from bract.shared.cli import AS_JSON, print_json, shown
-from bract.shared.commands.ledgers import LEDGERS, Evidence, check_forks, pinned, verified
+from bract.shared.commands.ledgers import (
+    HEAD,
+    LEDGERS,
+    Evidence,
+    check_forks,
+    known_end,
+    pinned,
+    verified,
+)
 from bract.shared.contract import Contract
 from bract.shared.reports.audits import Budget, DomainBudget, RunCost
 from bract.shared.terms import ADJACENCY
@@ -26,6 +34,7 @@ PRV_KINDS = 8
 @click.command(epilog="Example: bract audit budget runs/demo/ledgers/*.sqlite --json")
 @LEDGERS
 @pinned
+@HEAD
 @click.option("--thorough", is_flag=True, help="PLD on a grid of 1e-4, not 1e-3; PRV always.")
 @click.option("--replace-one", is_flag=True, help="Also ε where one example replaces another.")
 @click.option(
@@ -42,6 +51,7 @@ def budget(
     ledgers: tuple[Path, ...],
     site_key: str | None,
     contract: Path | None,
+    head: Path | None,
     thorough: bool,
     replace_one: bool,
     group: int | None,
@@ -53,7 +63,7 @@ def budget(
 
     interval = accounting.THOROUGH_INTERVAL if thorough else accounting.ONLINE_INTERVAL
     following = _contract(forecast) if forecast is not None else None
-    evidence = Evidence(site_key=site_key, contract=contract)
+    evidence = Evidence(site_key=site_key, contract=contract, head=head)
     domains = [
         _domain(path, found, interval, following).model_copy(
             update=_others(found, interval, replace_one, group)
@@ -101,6 +111,9 @@ def _domain(
         left=budget.left(chain, limit.epsilon, spent, budget.adaptive(chain, limit.delta)),
         delta=limit.delta,
         adjacency=ADJACENCY,
+        unit=chain.genesis.unit if chain.genesis else "example",
+        entries=chain.length,
+        anchor=found.anchor,
         charges=sum(chain.attempts.values()),
         steps=sum(getattr(event, "steps", 0) for event in events),
         seeded=chain.seeded,
@@ -215,11 +228,13 @@ def _print(domains: list[DomainBudget]) -> None:
     console.print(table)
     console.print(runs)
     for line in [
-        line for domain in domains for line in (*_menu_lines(domain), *_other_lines(domain))
+        line
+        for domain in domains
+        for line in (*_menu_lines(domain), *_other_lines(domain), _end_line(domain))
     ]:
         console.print(line)
-    for note in sorted({domain.note for domain in domains}):
-        console.print(f"Each ε is at its domain's δ, {ADJACENCY}, per example; {note}")
+    for unit, note in sorted({(domain.unit, domain.note) for domain in domains}):
+        console.print(f"Each ε is at its domain's δ, {ADJACENCY}, per {unit}; {note}")
     console.print(
         "The claim is of the idealised real-valued mechanism: floating-point and timing attacks "
         "are mitigated, not excluded."
@@ -236,12 +251,17 @@ def _menu_lines(domain: DomainBudget) -> list[str]:
     return [f"{whose}: ε {shown(domain.epsilon_menu)} of its whole menu; left are {steps}"]
 
 
+def _end_line(domain: DomainBudget) -> str:
+    return f"{domain.site}, {domain.domain}: {known_end(domain.entries, domain.anchor)}"
+
+
 def _other_lines(domain: DomainBudget) -> list[str]:
+    unit = domain.unit
     named = {
-        "one example replaced": domain.epsilon_replace_one,
-        f"a person with {domain.rows_per_person} examples, at the most": domain.epsilon_person,
-        f"{domain.group} examples together, at the most": domain.epsilon_group,
-        f"{domain.group} examples replaced, at the most": domain.epsilon_group_replace_one,
+        f"one {unit} replaced": domain.epsilon_replace_one,
+        f"a person with {domain.rows_per_person} {unit}s, at the most": domain.epsilon_person,
+        f"{domain.group} {unit}s together, at the most": domain.epsilon_group,
+        f"{domain.group} {unit}s replaced, at the most": domain.epsilon_group_replace_one,
     }
     return [
         f"{domain.site}, {domain.domain}: ε {value:.4f} of {what}"

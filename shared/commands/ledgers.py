@@ -31,6 +31,20 @@ class Evidence:
     received: Path | None = None
 
 
+HEAD = click.option(
+    "--head",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Heads or witnesses seen elsewhere (as in summary.json): the anchor.",
+)
+
+
+def known_end(entries: int, anchor: int | None) -> str:
+    """Returns in words up to where a chain is known to be whole."""
+    known, last = ("whole", entries - 1) if anchor is None else ("anchored", anchor)
+    return f"{known} up to entry {last}, later ones cannot be excluded"
+
+
 def pinned(command: _Command) -> _Command:
     """Returns a command with the options that pin a ledger's key."""
     for option in (

@@ -101,6 +101,7 @@ class DomainBudget(Frozen):
     `epsilon_person` bounds that of a person with `rows_per_person` examples, as every contract
     charged bounds them; null where one does not. `epsilon_menu` is of the whole of a menu, which
     holds however contracts were chosen; under a menu `left` is null while `menu` has steps left.
+    `anchor` is the last entry that was seen elsewhere: what came after it can have been cut off.
     """
 
     ledger: str
@@ -117,6 +118,9 @@ class DomainBudget(Frozen):
     left: float | None
     delta: float
     adjacency: str
+    unit: str
+    entries: int
+    anchor: int | None
     charges: int
     steps: int
     seeded: bool

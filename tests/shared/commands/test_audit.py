@@ -228,6 +228,16 @@ def test_the_second_accountant_is_left_out_where_it_is_slow_unless_asked_for(
     assert "--thorough" not in thorough["note"]
 
 
+def test_a_budget_says_up_to_where_its_ledger_is_known(bract: Bract, site: Any) -> None:
+    path = exported(bract, site)
+    held = ("audit", "budget", str(path), "--contract", str(site.pinned))
+    assert "alpha, ward: whole up to entry 7, later ones cannot be excluded" in bract(*held).stdout
+    seen = (*held, "--head", str(site.seen))
+    assert "alpha, ward: anchored up to entry 7, later ones" in bract(*seen).stdout
+    (domain,) = printed(bract(*seen, "--json"), "audit-budget")["domains"]
+    assert (domain["entries"], domain["anchor"], domain["unit"]) == (8, 7, "example")
+
+
 def test_two_histories_of_one_domain_are_not_verified_together(bract: Bract, site: Any) -> None:
     first = exported(bract, site)
     site.ledger_path.unlink()
