@@ -18,7 +18,7 @@ from bract.client.training.randomness import SecureRandomness
 from bract.client.updates import UpdateStore
 from bract.shared import arrays, keys, wire
 from bract.shared.contract import SignedContract
-from bract.shared.errors import Reason, Refusal, VerificationFailed
+from bract.shared.errors import Reason, Refusal, UsageError, VerificationFailed
 from bract.shared.messages import RefusalReply, TrainOrder, TrainReply
 from bract.shared.policy import DomainPolicy, Menu, MenuClass
 from bract.shared.privacy import accounting, ledger, verification
@@ -527,8 +527,11 @@ def test_what_genesis_fixed_cannot_be_changed_by_a_later_policy(
     world.serve(world.gate(), world.order(signed, 1))
     before = written(world)
     changed = world.gate(policy=world.policy(domain=domain))
+    with pytest.raises(UsageError, match=r"the ledger fixed .* put it back, or begin another"):
+        changed.check_ledger()
     assert refused(changed, world.order(signed, 2)) is Reason.LEDGER_UNAVAILABLE
     assert written(world) == before
+    world.gate().check_ledger()
     assert isinstance(world.gate().admit(world.order(signed, 2)), Permit)
 
 
