@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bract.client import cohort
 from bract.client.gate import Gate, Permit
 from bract.client.site import Site, Trainers
 from bract.client.training.execution import Execution
@@ -581,6 +582,17 @@ def test_a_ledger_that_cannot_be_read_refuses_before_the_data(world: Any) -> Non
     reply = site(world, gate).train(world.order(world.sign(world.contract())))
     assert reply == RefusalReply("alpha", 1, Reason.LEDGER_UNAVAILABLE)
     assert world.opened == 0
+
+
+def test_a_release_that_a_ledger_does_not_take_is_a_failure_since_it_was_charged(
+    world: Any,
+) -> None:
+    admitted = world.gate().admit(world.order(world.sign(world.contract())))
+    spoilt = site(world, world.gate(policy=world.policy(domain={"delta": 1e-6})))
+    with spoilt.gate.ledger.transaction() as transaction:
+        reply = cohort.release(transaction, spoilt, admitted, "f" * 64, None)
+    assert reply == RefusalReply("alpha", 1, Reason.SITE_FAILED)
+    assert charges(world) == [(1, 1)]
 
 
 def test_a_failure_tells_neither_server_nor_log_what_the_exception_said(
