@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from bract.client.site import Site
 from bract.shared import wire
-from bract.shared.errors import BractError, Reason, Refusal, UsageError
+from bract.shared.errors import BractError, LedgerError, Reason, Refusal, UsageError
 from bract.shared.messages import RefusalReply
 
 logger = logging.getLogger("bract.client")
@@ -29,7 +29,10 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answers one train order: through the gate, or with a refusal."""
-    site = _site(context)
+    try:
+        site = _site(context)
+    except LedgerError as error:  # a full disk, say: a site without its ledger charges nothing
+        return Message(wire.encode_refusal(_unopened(context, error)), reply_to=message)
     try:
         reply = site.train(wire.decode_order(message.content))
     except Exception as error:  # an order is the server's: what it makes a reader raise is refused
@@ -68,6 +71,12 @@ def _untrusted(site: Site, error: Exception) -> RefusalReply:
         extra={"event": "refused", "site": site.name, "reason": reason.value},
     )
     return RefusalReply(site=site.name, round=0, reason=reason)
+
+
+def _unopened(context: Context, error: LedgerError) -> RefusalReply:
+    reason = Reason.LEDGER_UNAVAILABLE
+    logger.error("%s", error, extra={"event": "refused", "reason": reason.value})
+    return RefusalReply(site=f"node {context.node_id}", round=0, reason=reason)
 
 
 def _site(context: Context) -> Site:

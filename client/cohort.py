@@ -63,9 +63,9 @@ def release(
 ) -> SignedReceipt | RefusalReply:
     """Returns the receipt of an update, by its hash; it may leave once the transaction commits."""
     try:
-        with transaction.part(), as_refusals():
+        with transaction.part():
             return site.gate.record(transaction, permit, update, score)
-    except Exception as error:
+    except Exception as error:  # site-failed: a refusal for the ledger's sake charges nothing
         return site.refusal(error, permit.round)
 
 

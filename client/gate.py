@@ -133,14 +133,18 @@ class Gate:
         )
 
     def check_ledger(self) -> None:
-        """Returns where the ledger holds everything that was seen of it before.
+        """Returns where the ledger holds what was seen of it before, on the policy's terms.
 
         Raises:
             RolledBack: where an older copy was put back; nothing is trained on it.
+            UsageError: where the policy departs from what a domain's first entry fixed.
         """
         with self.ledger.transaction() as transaction:
             for domain in self.policy.domains:
-                transaction.chain(self.policy.site, domain, key=self.key.public)
+                chain = transaction.chain(self.policy.site, domain, key=self.key.public)
+                fault = budget.genesis_fault(chain, self.policy) if chain.genesis else None
+                if fault:  # else every order would be refused, and a run's rounds be void
+                    raise UsageError(fault)
 
     def recover(self, domain: str, lost: Head | None, allowed: float = 0.0) -> float:
         """Returns the ε that a domain counts as spent, now that its ledger lost entries.

@@ -70,7 +70,8 @@ def opened(path: str) -> Site:
     """Returns the site of a SITE.toml; its state folder is locked while this process lives.
 
     Raises:
-        UsageError: where the file, a key or a data root will not do.
+        UsageError: where the file, a key or a data root will not do, or the ledger fixed other
+            terms than the file has.
         BractError: where another process uses the state.
     """
     chosen = settings.read(Path(path))

@@ -3,7 +3,8 @@
 Its run configuration names files on the server's own disk: `contract` (signed), `out` (the run
 folder), `data-dir` or `data-folder` (public examples; private ones beside them are not opened),
 `delta`, `init-seed`, `wait-seconds` (how long to wait for the whole cohort before the first round),
-`minimum-cohort`, `sites-seconds`, `round-seconds` and `close-seconds` (see `rounds.Patience`),
+`minimum-cohort`, `sites-seconds`, `pause-seconds`, `round-seconds` and `close-seconds` (see
+`rounds.Patience`),
 `witness-key`, by which ledger heads are countersigned, `head-file`, which keeps them over runs, and
 `device`, where public examples are scored.
 """
@@ -83,6 +84,7 @@ def main(grid: Grid, context: Context) -> None:
             minimum_cohort=int(configured.get("minimum-cohort", 1)),
             gather_seconds=float(configured.get("wait-seconds", _WAIT_SECONDS)),
             sites_seconds=float(configured.get("sites-seconds", _WAIT_SECONDS)),
+            pause_seconds=float(configured.get("pause-seconds", 0.0)),
             round_seconds=_seconds(configured.get("round-seconds")),
             close_seconds=_seconds(configured.get("close-seconds")),
         ),

@@ -20,12 +20,13 @@ from bract.shared.errors import VerificationFailed
 class RoundState:
     """Everything the round loop carries from one round to the next.
 
-    `round` is the last completed one; `attempts` counts rounds sent, void ones included; `charges`
-    is the most that one site was charged, as receipts show, and `tries` what of it is for the
-    round that comes next: more than were sent where a site was killed and took an order up anew;
-    `paid` counts the charges that each site's links showed, up to an entry of its ledger; `heads`
-    are the ledger heads that sites last signed; `refused` lists {site, round, reason};
-    `velocity` is the server's momentum; `seconds` is the time spent so far.
+    `round` is the last completed one; `attempts` counts rounds sent, void ones included but for
+    those of which it is known that they charged no site; `charges` is the most that one site was
+    charged, as receipts show, and `tries` what of it is for the round that comes next: more than
+    were sent where a site was killed and took an order up anew; `paid` counts the charges that each
+    site's links showed, up to an entry of its ledger; `heads` are the ledger heads that sites last
+    signed; `refused` lists {site, round, reason}; `velocity` is the server's momentum; `seconds` is
+    the time spent so far.
     """
 
     contract: str

@@ -30,10 +30,12 @@ from bract.shared.reports.runs import MetricsLine
 logger = logging.getLogger("bract.server")
 
 POLL_SECONDS = 0.1
+FIRST_PAUSE_SECONDS = 1.0
+UNCHARGED_TRIES = 3  # in a row, where no time passes between them
 
 
 class CohortTooSmall(BractError):
-    """Too few sites were connected for as long as the federation allows."""
+    """Too few sites were connected, or could train, for as long as the federation allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Patience:
         minimum_cohort: with fewer updates a round is void, with fewer sites it is not begun.
         gather_seconds: how long to wait for the whole cohort before the first round.
         sites_seconds: how long to wait for that many sites; None waits for ever.
+        pause_seconds: how long to wait at most before a void round is asked again; 0 where sites
+            answer from this process, and waiting changes nothing.
         round_seconds: how long to wait for answers; None waits for all.
         close_seconds: how long to wait in the last exchange.
     """
@@ -51,8 +55,22 @@ class Patience:
     minimum_cohort: int = 1
     gather_seconds: float = 0.0
     sites_seconds: float | None = None
+    pause_seconds: float = 0.0
     round_seconds: float | None = None
     close_seconds: float | None = None
+
+    def before(self, void: int) -> float:
+        """Returns how long to wait before a round of which so many attempts in a row were void."""
+        if void < 2:  # the first fault may have passed already
+            return 0.0
+        return min(FIRST_PAUSE_SECONDS * 2.0 ** min(void - 2, 60), self.pause_seconds)
+
+    def is_over(self, void: int) -> bool:
+        """Returns whether sites that cannot train were asked often, or for long, enough."""
+        if not self.pause_seconds:
+            return void >= UNCHARGED_TRIES
+        waited = sum(self.before(count) for count in range(void))
+        return self.sites_seconds is not None and waited >= self.sites_seconds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,21 +96,47 @@ class RoundLoop:
     patience: Patience = Patience()
 
     def run(self, grid: Grid, state: RoundState) -> RoundState:
-        """Returns the state after the last round that sites could serve, saved round by round."""
+        """Returns the state after the last round that sites could serve, saved round by round.
+
+        Raises:
+            CohortTooSmall: where too few sites come, or their ledgers cannot be used, for longer
+                than allowed; the run can go on later.
+        """
         # Lines after the checkpoint are of a round that was killed and is run again.
         canonical.write_atomically(
             self.out / "metrics.jsonl", "".join(map(_line, state.metrics)).encode()
         )
         received.settle(self.out, attempts=state.attempts)
         self._gather(grid)
+        void = 0  # attempts in a row
         while state.round < self.contract.rounds and state.attempts < self.contract.max_attempts:
+            self._pause(void)
             following = self._round(grid, state)
             if following is None:
                 logger.info("no site is left to ask", extra={"event": "stopped"})
                 break
+            void = 0 if following.round > state.round else void + 1
+            if following.attempts == state.attempts and self.patience.is_over(void):
+                raise self._given_up(state.round + 1, void)
             state = following
         self._close(grid, state)
         return state
+
+    def _pause(self, void: int) -> None:
+        """Waits before a void round is asked again where a site refused for what may pass."""
+        seconds = self.patience.before(void)
+        if seconds and self.strategy.may_pass:
+            logger.info("asking again in %g s", seconds, extra={"event": "waiting"})
+            time.sleep(seconds)
+
+    def _given_up(self, number: int, void: int) -> CohortTooSmall:
+        sites = sorted({site for site, _ in self.strategy.refused})
+        named = ", ".join(sites[:3]) + (" and others" if len(sites) > 3 else "")
+        return CohortTooSmall(
+            f"round {number} was void {void} times in a row, the last without any charge: "
+            f"{len(sites)} of {len(self.contract.cohort)} sites refused with ledger-unavailable "
+            f"({named}): mend what their logs name, then start the run again; it goes on from here"
+        )
 
     def _close(self, grid: Grid, state: RoundState) -> None:
         """Delivers the last witnesses; a site that is away keeps an unwitnessed tail."""
@@ -107,8 +151,7 @@ class RoundLoop:
         if not self._wait_for_sites(grid):
             return None
         self.strategy.desk.remember(state.heads)  # what is saved, and nothing newer
-        most = self.contract.max_attempts  # a gate refuses more charges, whatever a receipt says
-        expected = min(state.charges + 1, most)
+        expected = min(state.charges + 1, self.contract.max_attempts)
         epsilon = self._epsilon(grid, expected, number)
         packed = packing.pack(state.weights)
         messages = self.strategy.configure_train(number, packed, ConfigRecord(), grid)
@@ -119,23 +162,7 @@ class RoundLoop:
         del replies
         if len(self.strategy.replied) < self.patience.minimum_cohort:
             average = None  # void: a mean over too few would say too much of each
-        refused = tuple(
-            {"site": site, "round": number, "reason": reason}
-            for site, reason in sorted(self.strategy.refused)
-        )
-        # A receipt counts its site's charges for the round; its links show those of rounds that
-        # went on without it.
-        seen = max((receipt.attempt for receipt in self.strategy.replied.values()), default=0)
-        tries, paid = max(state.tries + 1, seen), self._paid(state)
-        shown = max((each["charges"] for each in paid.values()), default=0)
-        state = replace(
-            state,
-            attempts=state.attempts + 1,
-            charges=min(max(state.charges + tries - state.tries, shown), most),
-            paid=paid,
-            tries=tries if average is None else 0,
-            refused=(*state.refused, *refused),
-        )
+        state = self._counted(state, completed=average is not None)
         # Before the checkpoint: a head that is countersigned has what led to it on disk.
         received.append(self.out, self.strategy.received(state.attempts, average is not None))
         if average is not None:
@@ -150,6 +177,32 @@ class RoundLoop:
                 file.write(_line(state.metrics[-1]))
         self._tell(state, completed=average is not None)
         return state
+
+    def _counted(self, state: RoundState, *, completed: bool) -> RoundState:
+        """Returns the state with what the last attempt may have charged, and who refused.
+
+        A receipt counts its site's charges for the round; its links show those of rounds that
+        went on without it. An attempt that charged no site is none of the contract's: each gate
+        bounds those by its own ledger.
+        """
+        most = self.contract.max_attempts  # a gate refuses more charges, whatever a receipt says
+        seen = max((receipt.attempt for receipt in self.strategy.replied.values()), default=0)
+        free = not completed and self.strategy.uncharged and seen <= state.tries
+        tries = state.tries if free else max(state.tries + 1, seen)
+        paid = self._paid(state)
+        shown = max((each["charges"] for each in paid.values()), default=0)
+        refused = tuple(
+            {"site": site, "round": state.round + 1, "reason": reason}
+            for site, reason in sorted(self.strategy.refused)
+        )
+        return replace(
+            state,
+            attempts=state.attempts + (not free),
+            charges=min(max(state.charges + tries - state.tries, shown), most),
+            paid=paid,
+            tries=0 if completed else tries,
+            refused=(*state.refused, *refused),
+        )
 
     def _paid(self, state: RoundState) -> dict[str, dict[str, int]]:
         """Returns how many charges each site's links have shown, those of a round ago but once."""

@@ -33,6 +33,7 @@ from bract.shared.reports.services import ServerStatus
 logger = logging.getLogger("bract.server")
 
 STATUS_SECONDS = 1.0
+PAUSE_SECONDS = 60.0  # at most, before sites that refused for what may pass are asked again
 
 
 def serve(path: Path, trackers: Sequence[str] = ()) -> ServerSummary:
@@ -308,6 +309,7 @@ def _context(chosen: Federation, run: int) -> Context:
             "wait-seconds": chosen.deadlines.gather,
             "minimum-cohort": chosen.minimum_cohort,
             "sites-seconds": chosen.deadlines.sites,
+            "pause-seconds": min(chosen.deadlines.sites, PAUSE_SECONDS),
             "round-seconds": chosen.deadlines.round,
             "close-seconds": chosen.deadlines.close,
             "witness-key": chosen.server.witness_key,

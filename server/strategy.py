@@ -35,6 +35,7 @@ logger = logging.getLogger("bract.server")
 
 INVALID_UPDATE = "invalid-update"
 FAILED = "node-failed"
+_FINAL = frozenset(reason.value for reason in Reason if reason.final)
 # How far beyond its expectation the norm of an honest update may be; see greatest_norm.
 NORM_SLACK = 10.0
 
@@ -141,6 +142,20 @@ class PublicFedAvg(FedAvg):
     def retired(self) -> int:
         """How many nodes have refused for good."""
         return len(self._retired)
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether a site that gave no update in the last round may give one when asked again."""
+        return any(reason not in _FINAL for _, reason in self.refused)
+
+    @property
+    def uncharged(self) -> bool:
+        """Whether each site without an update in the last round said that nothing was charged.
+
+        A failure may have come behind a charge; a refusal of weights is the same however often.
+        """
+        reasons = {reason for _, reason in self.refused}
+        return reasons == {Reason.LEDGER_UNAVAILABLE.value}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -146,7 +146,10 @@ def genesis_fault(chain: Chain, policy: Policy) -> str | None:
     free = isinstance(domain.composition, Filter) and domain.composition.order is None
     fixed = genesis.composition
     if fixed.get("rule") != rule["rule"] or not (_has_order(fixed) if free else fixed == rule):
-        return f"domain {chain.domain!r}: the ledger fixed another composition rule at genesis"
+        return (
+            f"domain {chain.domain!r}: the ledger fixed another composition rule at genesis than "
+            "the policy's; put it back, or begin another domain on other data"
+        )
     return None
 
 

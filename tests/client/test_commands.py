@@ -116,6 +116,28 @@ def test_a_ledger_signed_by_another_key_is_one_line_and_a_failure(
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("delta = 1e-05", "delta = 1e-06", "the ledger fixed delta 1e-05, the policy says 1e-06"),
+        ("epsilon = 8.0", 'epsilon = 8.0\ncomposition = {rule = "filter", order = 3}', "rule"),
+    ],
+    ids=["delta", "order"],
+)
+def test_a_policy_on_other_terms_than_its_ledger_ends_before_it_connects(
+    layout: Layout, bract: Bract, old: str, new: str, said: str
+) -> None:
+    site = installed.opened(str(layout.site("alpha")))
+    site.gate.recover("alpha", None)  # a first entry
+    site.gate.ledger.close()
+    installed.opened.cache_clear()
+    replaced(old, new)(layout)
+    done = bract("client", str(layout.site("alpha")))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert said in done.stderr
+    assert "put it back" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (("nowhere.toml",), "cannot read nowhere.toml"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bract.client import cohort
 from bract.client.gate import Gate, Permit
 from bract.client.site import Site, Trainers
 from bract.client.training.execution import Execution
@@ -18,7 +19,7 @@ from bract.client.training.randomness import SecureRandomness
 from bract.client.updates import UpdateStore
 from bract.shared import arrays, keys, wire
 from bract.shared.contract import SignedContract
-from bract.shared.errors import Reason, Refusal, VerificationFailed
+from bract.shared.errors import Reason, Refusal, UsageError, VerificationFailed
 from bract.shared.messages import RefusalReply, TrainOrder, TrainReply
 from bract.shared.policy import DomainPolicy, Menu, MenuClass
 from bract.shared.privacy import accounting, ledger, verification
@@ -527,8 +528,11 @@ def test_what_genesis_fixed_cannot_be_changed_by_a_later_policy(
     world.serve(world.gate(), world.order(signed, 1))
     before = written(world)
     changed = world.gate(policy=world.policy(domain=domain))
+    with pytest.raises(UsageError, match=r"the ledger fixed .* put it back, or begin another"):
+        changed.check_ledger()
     assert refused(changed, world.order(signed, 2)) is Reason.LEDGER_UNAVAILABLE
     assert written(world) == before
+    world.gate().check_ledger()
     assert isinstance(world.gate().admit(world.order(signed, 2)), Permit)
 
 
@@ -578,6 +582,17 @@ def test_a_ledger_that_cannot_be_read_refuses_before_the_data(world: Any) -> Non
     reply = site(world, gate).train(world.order(world.sign(world.contract())))
     assert reply == RefusalReply("alpha", 1, Reason.LEDGER_UNAVAILABLE)
     assert world.opened == 0
+
+
+def test_a_release_that_a_ledger_does_not_take_is_a_failure_since_it_was_charged(
+    world: Any,
+) -> None:
+    admitted = world.gate().admit(world.order(world.sign(world.contract())))
+    spoilt = site(world, world.gate(policy=world.policy(domain={"delta": 1e-6})))
+    with spoilt.gate.ledger.transaction() as transaction:
+        reply = cohort.release(transaction, spoilt, admitted, "f" * 64, None)
+    assert reply == RefusalReply("alpha", 1, Reason.SITE_FAILED)
+    assert charges(world) == [(1, 1)]
 
 
 def test_a_failure_tells_neither_server_nor_log_what_the_exception_said(

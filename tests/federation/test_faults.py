@@ -296,6 +296,35 @@ def test_full_disk_is_refused_and_outlived(
     assert client.poll() is None, "it never had to be started again"
 
 
+def test_full_disk_without_which_no_round_is_whole_does_not_use_up_the_contract(
+    federate: Callable[..., Any], fault: Callable[[str], None]
+) -> None:
+    fault("disk full at a client that every round needs")
+    federation = federate(minimum_cohort=2, spare_attempts=1)
+    federation.server(f"{WAIT_BEFORE_ROUND} 1", f"{WAIT_BEFORE_ROUND} 2")
+    client = federation.client("alpha")
+    federation.client("beta")
+    federation.connected()
+    federation.waits("server")
+    federation.go("server")
+    federation.waits("server", 2)  # round 1 is over
+    resource.prlimit(client.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    federation.go("server")
+    # As many void rounds as the contract had attempts left; then it is stopped as it waits.
+    federation.until(lambda: federation.count("server", event="waiting") == 2, "it was void thrice")
+    federation.signal("server", signal.SIGTERM)
+    federation.ended("server", 130)
+    resource.prlimit(client.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    federation.server()
+    outcome = federation.done()
+    # Beta was charged in the first of them, whose update was sent again after that.
+    assert outcome.attempts == 4
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
+    reasons = {(r["site"], r["round"], r["reason"]) for r in outcome.summary["refused"]}
+    assert reasons == {("alpha", 2, "ledger-unavailable")}
+    assert client.poll() is None, "it never had to be started again"
+
+
 def test_idle_client_stops_cleanly_and_comes_back(
     federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
 ) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +23,16 @@ from bract.server.rounds import CohortTooSmall, Patience, RoundLoop, initial_sta
 from bract.server.strategy import PublicFedAvg
 from bract.server.witnesses import WitnessDesk
 from bract.shared import keys, models, wire
+from bract.shared.errors import Refusal
 from bract.shared.evaluation import Evaluator
+from bract.shared.messages import RefusalReply
 from bract.shared.privacy import accounting, entries, ledger
 from bract.shared.privacy.entries import Head
+from bract.shared.privacy.ledger import Ledger
 from bract.shared.privacy.witness import Witness
 from bract.shared.terms import SiteTerms, TrainingTerms
 from bract.shared.updates import ProtectedUpdate
-from bract.simulations.grid import LocalGrid
+from bract.simulations.grid import FIRST_NODE, LocalGrid
 
 
 class Arriving:
@@ -288,3 +297,156 @@ def test_a_server_killed_before_it_saved_goes_on_with_what_was_saved(
     assert sum(b'"kind":"charge"' in text for text in bodies) == 5
     for _, seen, kept in site.brought:
         assert seen is None or seen.head == kept["alpha"]
+
+
+# Void rounds
+
+
+class Ailing:
+    """A site of which another process holds the ledger when some of its orders come."""
+
+    def __init__(self, world: Any, *held: int, **policy: Any) -> None:
+        self.path, self.held, self.orders = world.ledger_path, set(held), 0
+        self.lost: set[int] = set()
+        impatient = Ledger(world.ledger_path, timeout_seconds=0.01)
+        self.gate = world.gate(policy=world.policy(**policy), ledger=impatient)
+
+    def __call__(self, message: Message, context: Any) -> Message:
+        if message.metadata.message_type == MessageType.QUERY:
+            return Message(wire.encode_closed(self.gate.policy.site), reply_to=message)
+        order, self.orders = wire.decode_order(message.content), self.orders + 1
+        try:
+            with self.taken() if self.orders in self.held else nullcontext():
+                admitted = self.gate.admit(order)
+        except Refusal as refusal:
+            said = RefusalReply(self.gate.policy.site, order.round, refusal.reason)
+            return Message(wire.encode_refusal(said), reply_to=message)
+        if isinstance(admitted, Permit):
+            admitted = self.gate.release(admitted, ProtectedUpdate(order.weights))
+        content = RecordDict() if self.orders in self.lost else wire.encode_reply(admitted)
+        return Message(content, reply_to=message)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            yield
+
+    def charges(self) -> dict[int, int]:
+        """Returns how often each round was charged."""
+        ((_, rows),) = ledger.contents(self.path).rows.items()
+        bodies = [json.loads(text) for _, text, _ in rows]
+        return dict(Counter(body["round"] for body in bodies if body["kind"] == "charge"))
+
+
+def ailing(
+    world: Any, out: Path, sites: list[Ailing], *, asked: int | None = None, **patience: Any
+) -> tuple[RoundLoop, LocalGrid, Any]:
+    """Returns a loop over sites that share the world's key, with its grid and first state."""
+    cohort = tuple(
+        SiteTerms(name=site.gate.policy.site, key=world.key.public, domain="ward", nominal_size=100)
+        for site in sites
+    )
+    server = keys.generate()
+    world.agreed = world.contract(witness=server.public, cohort=cohort, sites_per_round=asked)
+    model = models.build("linear", (1, 8, 8), 10, {})
+    rounds = RoundLoop(
+        contract=world.agreed,
+        strategy=PublicFedAvg(
+            world.sign(world.agreed), models.released_shapes(model), WitnessDesk(server)
+        ),
+        evaluator=Evaluator(model, world.agreed.data),
+        validation=world.examples(),
+        out=out,
+        delta=1e-5,
+        patience=Patience(**patience),
+    )
+    first = FIRST_NODE
+
+    def answer(message: Message, context: Any) -> Message:
+        return sites[message.metadata.dst_node_id - first](message, context)
+
+    return rounds, LocalGrid(answer, [{} for _ in sites], workers=1), begun(world)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds for which the loop would have slept."""
+    seconds: list[float] = []
+    clock = SimpleNamespace(sleep=seconds.append, monotonic=time.monotonic)
+    monkeypatch.setattr("bract.server.rounds.time", clock)
+    return seconds
+
+
+LONG = {"pause_seconds": 5.0, "sites_seconds": 3600.0}
+
+
+def test_void_rounds_are_asked_ever_later_and_use_up_no_attempt_that_none_paid(
+    world: Any, tmp_path: Path, asked: list[float]
+) -> None:
+    site = Ailing(world, *range(2, 12), 13, 14)  # ten times in round 2, twice in round 3
+    rounds, grid, state = ailing(world, tmp_path, [site], **LONG)
+    state = rounds.run(grid, state)
+    assert (state.round, state.attempts, state.charges, site.orders) == (5, 5, 5, 17)
+    assert asked == [1.0, 2.0, 4.0, *[5.0] * 6, 1.0]
+    assert site.charges() == {number: 1 for number in range(1, 6)}
+    assert [refused["round"] for refused in state.refused] == [2] * 10 + [3] * 2
+    whole = entries.events_of_attempts(world.agreed, attempts=5, completed=5)
+    assert state.metrics[-1]["epsilon_run"] == pytest.approx(accounting.epsilon(whole, 1e-5))
+
+
+def test_another_sites_stored_update_makes_a_void_round_no_attempt_either(
+    world: Any, new_world: Any, tmp_path: Path, asked: list[float]
+) -> None:
+    (tmp_path / "beta").mkdir()
+    other = new_world(tmp_path / "beta", coordinator=world.coordinator, key=world.key)
+    sites = [Ailing(world), Ailing(other, *range(2, 12), site="beta")]
+    rounds, grid, state = ailing(world, tmp_path, sites, minimum_cohort=2, **LONG)
+    state = rounds.run(grid, state)
+    # Alpha was charged in the first of ten: one attempt of the two that may be void.
+    assert (state.round, state.attempts, state.charges) == (5, 6, 6)
+    assert sites[0].charges() == sites[1].charges() == {number: 1 for number in range(1, 6)}
+    assert len(asked) == 9
+
+
+def test_a_void_round_that_may_have_been_charged_is_an_attempt(
+    world: Any, tmp_path: Path, asked: list[float]
+) -> None:
+    site = Ailing(world)
+    site.lost = set(range(2, 20))
+    rounds, grid, state = ailing(world, tmp_path, [site], **LONG)
+    state = rounds.run(grid, state)
+    assert (state.round, state.attempts, site.orders) == (1, 7, 7)
+    assert asked == [1.0, 2.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("patience", "pauses"),
+    [({}, []), ({"pause_seconds": 60.0, "sites_seconds": 10.0}, [1.0, 2.0, 4.0, 8.0])],
+    ids=["sites in this process", "sites elsewhere"],
+)
+def test_a_run_whose_sites_cannot_charge_ends_for_now_and_goes_on_later(
+    world: Any, tmp_path: Path, asked: list[float], patience: Any, pauses: list[float]
+) -> None:
+    site = Ailing(world, *range(2, 100))
+    rounds, grid, state = ailing(world, tmp_path, [site], **patience)
+    with pytest.raises(
+        CohortTooSmall, match=r"round 2 was void \d times .* 1 of 1 .* ledger-unavailable \(alpha\)"
+    ):
+        rounds.run(grid, state)
+    assert asked == pauses
+    kept = checkpoint.load(tmp_path / "checkpoint", world.agreed.sha256)
+    assert kept is not None
+    assert (kept.round, kept.attempts) == (1, 1)
+    site.held = set()
+    state = rounds.run(grid, kept)
+    assert (state.round, state.attempts, state.charges) == (5, 5, 5)
+
+
+def test_a_round_that_was_refused_for_good_is_not_waited_for(
+    world: Any, tmp_path: Path, asked: list[float]
+) -> None:
+    sites = [Ailing(world, site=name, models=("mlp",)) for name in ("alpha", "beta", "gamma")]
+    rounds, grid, state = ailing(world, tmp_path, sites, asked=1, **LONG)
+    state = rounds.run(grid, state)
+    assert (state.round, state.attempts, asked) == (0, 3, [])

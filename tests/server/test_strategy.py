@@ -167,6 +167,37 @@ def test_a_final_refusal_is_not_asked_again_and_a_passing_one_is(
     assert [message.metadata.dst_node_id for message in again] == [1001]
 
 
+@pytest.mark.parametrize(
+    ("reasons", "may_pass", "uncharged"),
+    [
+        ([Reason.LEDGER_UNAVAILABLE], True, True),
+        ([Reason.LEDGER_UNAVAILABLE, Reason.SITE_FAILED], True, False),
+        ([Reason.LEDGER_UNAVAILABLE, None], True, False),
+        ([Reason.SITE_FAILED], True, False),  # it may have come behind a charge
+        ([Reason.WEIGHTS_INVALID], True, False),  # the same however often they are sent
+        ([None], True, False),
+        ([Reason.BUDGET_EXHAUSTED, Reason.POLICY_NOISE], False, False),
+        ([], False, False),
+    ],
+)
+def test_what_refusals_say_of_asking_again(
+    signed: SignedContract,
+    carry: Any,
+    reasons: list[Reason | None],
+    may_pass: bool,
+    uncharged: bool,
+) -> None:
+    contents = {
+        node: wire.encode_refusal(RefusalReply(site=f"s{node}", round=1, reason=reason))
+        if reason
+        else RecordDict()
+        for node, reason in enumerate(reasons, 1000)
+    }
+    strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
+    strategy.aggregate_train(1, carry(contents))
+    assert (strategy.may_pass, strategy.uncharged) == (may_pass, uncharged)
+
+
 def test_a_message_of_another_form_is_a_bad_update(signed: SignedContract, carry: Any) -> None:
     strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None))
     contents = {1000: RecordDict({"arrays": packing.pack(values(1.0))})}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bract.client.gate import Permit
+from bract.server import checkpoint
 from bract.shared import contract, keys, models
 from bract.shared.messages import RefusalReply, TrainOrder
 from bract.simulations import flower, simulation
@@ -108,3 +109,26 @@ def _eat(run: simulation.Simulation, place: int) -> None:
         order = TrainOrder(contract=other, round=1, weights=weights)
         if isinstance(opened.train(order), RefusalReply):
             return
+
+
+def test_a_run_whose_ledgers_cannot_be_made_is_resumed_with_every_attempt_left(
+    tmp_path: Path, bract: Callable[..., Any]
+) -> None:
+    run = begun(tmp_path, "run")
+    with run.prepared() as (plan, signed):
+        names = [site.name for site in signed.contract.cohort]
+        ledgers = [plan.state.ledger(name, many=plan.many) for name in names]
+    for path in ledgers:
+        path.mkdir(parents=True)  # as on a disk without room, no file can be made there
+    words = ("simulate", "--resume", str(run.out), "--workers", "1", "--json")
+    done = bract(*words)
+    assert done.returncode == 1
+    said = json.loads(done.stdout)["error"]["message"]
+    assert "3 of 3 sites refused with ledger-unavailable (node 1000, node 1001, node 1002)" in said
+    for path in ledgers:
+        path.rmdir()
+    done = bract(*words)
+    assert done.returncode == 0, done.stderr
+    state = checkpoint.load(run.out / "checkpoint", signed.contract.sha256)
+    assert state is not None
+    assert (state.round, state.attempts, state.charges) == (4, 4, 4)
