@@ -157,12 +157,13 @@ class RoundLoop:
         messages = self.strategy.configure_train(number, packed, ConfigRecord(), grid)
         if not messages:
             return None
+        asked = len(messages)
         replies = grid.send_and_receive(messages, timeout=self.patience.round_seconds)
         average, _ = self.strategy.aggregate_train(number, replies)
         del replies
         if len(self.strategy.replied) < self.patience.minimum_cohort:
             average = None  # void: a mean over too few would say too much of each
-        state = self._counted(state, completed=average is not None)
+        state = self._counted(state, asked, completed=average is not None)
         # Before the checkpoint: a head that is countersigned has what led to it on disk.
         received.append(self.out, self.strategy.received(state.attempts, average is not None))
         if average is not None:
@@ -178,16 +179,18 @@ class RoundLoop:
         self._tell(state, completed=average is not None)
         return state
 
-    def _counted(self, state: RoundState, *, completed: bool) -> RoundState:
+    def _counted(self, state: RoundState, asked: int, *, completed: bool) -> RoundState:
         """Returns the state with what the last attempt may have charged, and who refused.
 
         A receipt counts its site's charges for the round; its links show those of rounds that
         went on without it. An attempt that charged no site is none of the contract's: each gate
-        bounds those by its own ledger.
+        bounds those by its own ledger. A site that was silent may have charged.
         """
         most = self.contract.max_attempts  # a gate refuses more charges, whatever a receipt says
         seen = max((receipt.attempt for receipt in self.strategy.replied.values()), default=0)
-        free = not completed and self.strategy.uncharged and seen <= state.tries
+        heard = self.strategy.replied.keys() | {site for site, _ in self.strategy.refused}
+        uncharged = self.strategy.uncharged and len(heard) == asked
+        free = not completed and uncharged and seen <= state.tries
         tries = state.tries if free else max(state.tries + 1, seen)
         paid = self._paid(state)
         shown = max((each["charges"] for each in paid.values()), default=0)

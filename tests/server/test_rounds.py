@@ -409,6 +409,25 @@ def test_another_sites_stored_update_makes_a_void_round_no_attempt_either(
     assert len(asked) == 9
 
 
+def test_a_site_that_was_silent_may_have_charged(
+    world: Any, new_world: Any, tmp_path: Path, asked: list[float]
+) -> None:
+    """Beside one that says that it charged nothing; a grid may give no answer of it at all."""
+    (tmp_path / "beta").mkdir()
+    other = new_world(tmp_path / "beta", coordinator=world.coordinator, key=world.key)
+    sites = [Ailing(world), Ailing(other, *range(2, 20), site="beta")]
+    rounds, grid, state = ailing(world, tmp_path, sites, minimum_cohort=2, **LONG)
+    whole = grid.send_and_receive
+
+    def deaf(messages: Any, **more: Any) -> Any:
+        answers = list(whole(messages, **more))
+        return answers if sites[0].orders == 1 else answers[1:]
+
+    grid.send_and_receive = deaf  # type: ignore[method-assign]
+    state = rounds.run(grid, state)
+    assert (state.round, state.attempts, sites[0].orders) == (1, 7, 7)
+
+
 def test_a_void_round_that_may_have_been_charged_is_an_attempt(
     world: Any, tmp_path: Path, asked: list[float]
 ) -> None:

@@ -124,7 +124,7 @@ def test_a_run_whose_ledgers_cannot_be_made_is_resumed_with_every_attempt_left(
     done = bract(*words)
     assert done.returncode == 1
     said = json.loads(done.stdout)["error"]["message"]
-    assert "3 of 3 sites refused with ledger-unavailable (node 1000, node 1001, node 1002)" in said
+    assert "3 of 3 sites refused with ledger-unavailable (site-0, site-1, site-2)" in said
     for path in ledgers:
         path.rmdir()
     done = bract(*words)
