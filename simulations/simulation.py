@@ -242,7 +242,7 @@ def begin(
         experiment=experiment,
         data=data,
         data_folder=str(folder.resolve()) if folder else None,
-        data_sha256=_hash_of(folder) if experiment.data.file else None,
+        data_sha256=_hash_of(Path(experiment.data.file)) if experiment.data.file else None,
         state=str(state.resolve()) if state else None,
     )
     out = out.resolve()
@@ -279,10 +279,8 @@ def resume(out: Path, *, workers: int) -> Simulation:
     return Simulation(begun=begun, out=out.resolve(), workers=workers)
 
 
-def _hash_of(file: Path | None) -> str | None:
+def _hash_of(file: Path) -> str:
     """Returns the SHA-256 of a data file, which may be larger than the memory."""
-    if file is None:
-        return None
     try:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -88,8 +88,8 @@ def _check_kinds(model: nn.Module, *, name: str) -> None:
         if getattr(layer, "padding_mode", "zeros") != "zeros":
             raise ModelRejected(
                 f"model {name!r} has the layer {path!r} with padding_mode={layer.padding_mode!r}, "
-                "where Opacus gets the gradients of another layer: pad in a layer before it "
-                "(nn.CircularPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d), and give it padding=0"
+                "where Opacus gets the gradients of another layer: pad in a layer before it (as "
+                "nn.CircularPad2d does), and give it padding=0"
             )
 
 

@@ -135,7 +135,8 @@ def _forks(files: Sequence[LedgerFile]) -> dict[str, str]:
                 evidence.check_forks(held | copies)
                 _check_copies(file.name, held[file.name], copies)
             except BractError as error:
-                faults[file.name] = str(error)
+                # a path is the reader's own affair
+                faults[file.name] = str(error).replace(f"{file.path.parent}/", "")
                 del held[file.name]
     return faults
 

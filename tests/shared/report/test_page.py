@@ -465,6 +465,17 @@ def test_a_copy_beside_a_ledger_is_read_and_may_not_hold_more(
     assert "ledgers/site-1.jsonl holds entries that ledgers/site-1.sqlite lacks" in text
 
 
+def test_a_copy_that_is_no_export_is_told_without_its_path(
+    run: Path, render: Render, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(run, root)
+    (root / "ledgers/site-1.jsonl").write_text("no export")
+    page = render(root)
+    assert "failed The ledger ledgers/site-1.sqlite holds site-1.jsonl" in words(page)
+    assert str(root) not in page
+
+
 def test_two_histories_of_one_site_fail(run: Path, render: Render, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(run, root)
