@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TypeVar
@@ -28,6 +30,19 @@ from bract.shared.errors import ModelRejected
 from bract.shared.models.frozen import Features
 
 T = TypeVar("T")
+# Numbers of inputs that are made ready at once: so few that calls cost more than what they do.
+_GREATEST_READY = 1 << 18
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """All of a site's examples as the model takes them, for the steps of one round."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
 
 
 class BatchSums:
@@ -58,7 +73,7 @@ class BatchSums:
 
     def of(
         self,
-        examples: Examples,
+        examples: Examples | Ready,
         batch: npt.NDArray[np.int64],
         moves: Moves | None,
         expected: float,
@@ -66,7 +81,7 @@ class BatchSums:
         """Returns the sums over a logical batch, one tensor a parameter.
 
         Args:
-            examples: of the site.
+            examples: of the site, as they are or made ready.
             batch: which of them were drawn.
             moves: their views, if there are any.
             expected: how many are drawn on the mean at a site of the contract's nominal size.
@@ -134,10 +149,25 @@ class BatchSums:
         """Returns the views of a logical batch, drawn once: smaller pieces see the same."""
         return views.draw(self._contract.training, self._contract.data.shape, count, stream)
 
+    def ready(self, examples: Examples) -> Examples | Ready:
+        """Returns examples made ready once, where a round's steps draw each of them and more."""
+        training, rate = self._contract.training, self._contract.privacy.sampling_rate
+        if (
+            self._features is not None
+            or training.augmentation != "none"
+            or training.local_steps * rate < 1
+            or len(examples) * math.prod(self._contract.data.shape) > _GREATEST_READY
+        ):
+            return examples
+        return Ready(*self.batch(examples, np.arange(len(examples))))
+
     def batch(
-        self, examples: Examples, piece: npt.NDArray[np.int64], moves: Moves | None = None
+        self, examples: Examples | Ready, piece: npt.NDArray[np.int64], moves: Moves | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns inputs and targets of some examples; with moves the views come second."""
+        if isinstance(examples, Ready):
+            rows = tasks.placed(piece, self._device)
+            return examples.inputs.index_select(0, rows), examples.targets.index_select(0, rows)
         data = self._contract.data
         if self._features is not None:
             inputs = self._features.rows(examples, piece)
@@ -166,7 +196,7 @@ class BatchSums:
     def _plain(
         self,
         summer: PlainSum,
-        examples: Examples,
+        examples: Examples | Ready,
         batch: npt.NDArray[np.int64],
         moves: Moves | None,
         most: int,

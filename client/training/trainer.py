@@ -94,13 +94,14 @@ class Trainer:
         self._load(weights)
         optimizer = self._optimizer(terms, stream)
         rate, expected = self._contract.privacy.sampling_rate, self._contract.normaliser(terms)
+        ready = self._sums.ready(examples)
         with gradients.expected_warnings():
             for _ in range(self._contract.training.local_steps):
                 batch = stream.poisson_sample(len(examples), rate)
                 moves = self._sums.moves(len(batch), stream)
                 if self._noise_ahead and isinstance(optimizer, PrivateOptimizer):
                     optimizer.draw_ahead(_drawing(os.getpid()))
-                optimizer.put(self._sums.of(examples, batch, moves, expected))
+                optimizer.put(self._sums.of(ready, batch, moves, expected))
                 optimizer.step()
                 optimizer.zero_grad()
         return self._update(weights)

@@ -124,6 +124,8 @@ def _may_turn(relu: nn.ReLU, pool: Any) -> bool:
 
 def _is_watched(layer: nn.Module) -> bool:
     """Whether somebody has a hook on a layer, who would see other numbers, or has changed it."""
+    if not (layer._forward_hooks or layer._forward_pre_hooks):  # as at nearly every pass
+        return bool(layer._backward_hooks or layer._backward_pre_hooks or _has_its_own_way(layer))
     hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
     others = [hook for hook in hooks if getattr(hook, "__func__", None) is not Layout._look]
     theirs = layer._backward_hooks or layer._backward_pre_hooks or _has_its_own_way(layer)

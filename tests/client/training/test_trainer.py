@@ -19,6 +19,7 @@ from torch.nn import functional
 from bract.client.training.execution import Execution
 from bract.client.training.graphs import ReplayedSum
 from bract.client.training.randomness import RandomStream, SecureRandomness
+from bract.client.training.sums import BatchSums, Ready
 from bract.client.training.trainer import Trainer
 from bract.shared import models
 from bract.shared.contract import Contract
@@ -401,6 +402,66 @@ def test_mechanism_none_is_plain_sgd_on_the_same_poisson_batches(
         optimizer.step()
     for name, value in model.state_dict().items():
         np.testing.assert_allclose(value.numpy() - weights[name], update.arrays[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("mechanism", ["dp-sgd", "user-level", "none"])
+@pytest.mark.parametrize("task", ["classes", "next-token", "value"])
+def test_what_is_made_ready_once_gives_the_very_numbers(
+    world: Any, monkeypatch: pytest.MonkeyPatch, mechanism: str, task: str
+) -> None:
+    """Whatever cannot be read, which adds nothing: tokens, labels and values out of range."""
+    text = task == "next-token"
+    data = DataTerms(
+        name="made-up",
+        shape=(8,) if text else (1, 8, 8),
+        classes=1 if task == "value" else 10,
+        scale=2.0,
+        task=task,
+        vocabulary=10 if text else None,
+    )
+    generator = np.random.default_rng(5)
+    shape = (60, *data.shape) if text else (60,)
+    targets: np.ndarray = generator.integers(-1, 11, shape)
+    if task == "value":
+        targets = np.where(targets < 0, np.nan, targets)
+    given = Examples(inputs=generator.integers(-1, 12, (60, *data.shape)), targets=targets)
+    contract = terms_of(
+        world,
+        data=data,
+        model=ModelTerms(name="transformer" if text else "mlp"),
+        simulation=True,
+        privacy={
+            "mechanism": mechanism,
+            "unit": "client" if mechanism == "user-level" else "example",
+        },
+    )
+    trainer, made = Trainer(contract, Execution()), []
+
+    def ready(summing: BatchSums, found: Examples) -> Any:
+        made.append(original(summing, found))
+        return made[-1] if len(made) == 1 else found
+
+    original = BatchSums.ready
+    monkeypatch.setattr(BatchSums, "ready", ready)
+    once, each = (flat(train(trainer, contract, given, Watching())) for _ in range(2))
+    assert all(isinstance(found, Ready) for found in made)
+    assert np.array_equal(once, each)
+
+
+@pytest.mark.parametrize(
+    ("training", "count"),
+    [
+        pytest.param({"local_steps": 1}, 60, id="fewer are drawn than there are"),
+        pytest.param({"augmentation": "shift-flip", "views": 2}, 60, id="each draw has its views"),
+        pytest.param({}, 2**18 // 64 + 1, id="many"),
+    ],
+)
+def test_what_is_not_drawn_again_is_made_ready_batch_by_batch(
+    world: Any, training: dict[str, Any], count: int
+) -> None:
+    trainer = Trainer(terms_of(world, training=training), Execution())
+    given = examples(count)
+    assert trainer._sums.ready(given) is given
 
 
 class Scarce:
