@@ -382,7 +382,7 @@ class Gate:
     def _policies(self, transaction: Transaction, chain: Chain) -> dict[str, Policy]:
         """Returns the policies that the entries of a chain name, and the one in force."""
         found = {self.policy.sha256: self.policy}
-        for sha256 in chain.policies:
+        for _, sha256 in chain.policies:
             text = transaction.document("policy", sha256)
             if text is None:
                 raise LedgerError(f"the policy {sha256} that entries name is missing")

@@ -20,7 +20,7 @@ from bract.shared.commands.ledgers import (
 from bract.shared.commands.pull import pull
 from bract.shared.commands.report import report
 from bract.shared.errors import BractError, UsageError, VerificationFailed
-from bract.shared.reports.audits import LedgerExport, Verification, VerifiedChain
+from bract.shared.reports.audits import LedgerExport, Verification, VerifiedChain, allowed
 
 
 @click.group(cls=GroupWithAbove)
@@ -138,6 +138,8 @@ def _verified(path: Path, evidence: Evidence) -> list[VerifiedChain]:
             site=found.chain.site,
             domain=found.chain.domain,
             entries=found.chain.length,
+            charges=sum(found.chain.attempts.values()),
+            ceilings=found.ceilings,
             head=found.chain.head.hash if found.chain.head else "",
             anchored=found.anchor is not None,
             anchor=found.anchor,
@@ -156,6 +158,8 @@ def _line(chain: VerifiedChain) -> str:
         said += f", witnessed up to entry {chain.witnessed}"
     if chain.received is not None:
         said += f", {chain.received} updates received, each behind its charge"
+    said += f", {allowed(chain.ceilings)}"
+    said += "" if chain.charges else ", nothing was charged"
     said += ", entries were lost: its whole ceiling counts as spent" if chain.lost else ""
     said += ", simulation: no guarantee" if chain.simulation else ""
     return f"{chain.ledger}  {chain.site}  {chain.domain}  {chain.entries} entries, {said}"

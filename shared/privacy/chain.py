@@ -30,8 +30,9 @@ class Chain:
 
     `charges` maps (contract, round) to its charges in order; `releases` maps (contract, round)
     to the last release; `evaluations` maps the number of a charge to the evaluation that was
-    charged with it, `evaluated` counts them by contract; `events` are merged; `last` is the newest
-    entry as it rests, body and signature.
+    charged with it, `evaluated` counts them by contract; `policies` are those in force, each with
+    the entry from which on; `events` are merged; `last` is the newest entry as it rests, body and
+    signature.
     """
 
     site: str
@@ -45,7 +46,7 @@ class Chain:
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     attempts: Counter[str] = field(default_factory=Counter)
     evaluated: Counter[str] = field(default_factory=Counter)
-    policies: dict[str, int] = field(default_factory=dict)
+    policies: list[tuple[int, str]] = field(default_factory=list)
     seeded: bool = False
     recovered: Recovered | None = None
     last: tuple[bytes, bytes] | None = None
@@ -113,7 +114,8 @@ class Chain:
                 self._add_release(body)
             case Recovered():
                 self._add_recovered(body)
-        self.policies[body.policy] = body.sequence
+        if not self.policies or self.policies[-1][1] != body.policy:
+            self.policies.append((body.sequence, body.policy))
         self.head = Head(sequence=body.sequence, hash=entry.hash)
         self.last = (entry.text, entry.signature)
 

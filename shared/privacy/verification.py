@@ -21,6 +21,7 @@ from bract.shared.privacy.entries import Charge, Evaluation, Head
 from bract.shared.privacy.ledger import Contents
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.witness import Witness
+from bract.shared.reports.audits import Ceiling
 
 # ε is a float that another version of an accountant may round differently.
 TOLERANCE = 1e-6
@@ -46,7 +47,17 @@ class Verified:
     @property
     def policy(self) -> Policy:
         """The policy in force at the last entry."""
-        return self.policies[max(self.chain.policies, key=self.chain.policies.__getitem__)]
+        return self.policies[self.chain.policies[-1][1]]
+
+    @property
+    def ceilings(self) -> list[Ceiling]:
+        """Every ε that the domain was allowed, with the entry from which on."""
+        found: list[Ceiling] = []
+        for entry, name in self.chain.policies:
+            epsilon = self.policies[name].domains[self.chain.domain].epsilon
+            if not found or found[-1].epsilon != epsilon:
+                found.append(Ceiling(entry=entry, epsilon=epsilon))
+        return found
 
     @property
     def last_contract(self) -> Contract | None:
@@ -206,7 +217,8 @@ def _documents(held: Contents) -> tuple[dict[str, Contract], dict[str, Policy]]:
 
 
 def _check_policies(chain: Chain, policies: Mapping[str, Policy]) -> set[tuple[str, str]]:
-    for sha256 in chain.policies:
+    named = {sha256 for _, sha256 in chain.policies}
+    for sha256 in sorted(named):
         policy = policies.get(sha256)
         if policy is None:
             raise VerificationFailed(f"the policy {sha256} that entries name is missing")
@@ -232,7 +244,7 @@ def _check_policies(chain: Chain, policies: Mapping[str, Policy]) -> set[tuple[s
                 f"ledger of {chain.site!r}, domain {chain.domain!r}: its charges up to entry "
                 f"{last} are over the policy's epsilon {domain.epsilon}"
             )
-    return {("policy", sha256) for sha256 in chain.policies}
+    return {("policy", sha256) for sha256 in named}
 
 
 def _check_contracts(

@@ -11,7 +11,7 @@ from bract.shared.report.charts import LineChart, RowChart
 from bract.shared.report.evidence import Evidence
 from bract.shared.report.sites import Spent
 from bract.shared.reports.audits import Figure as Estimate
-from bract.shared.reports.audits import Membership, MembershipAttack
+from bract.shared.reports.audits import Membership, MembershipAttack, allowed
 from bract.shared.reports.runs import MetricsLine
 
 TABLE_ROWS = 9
@@ -240,6 +240,8 @@ def _state(spent: Spent) -> str:
     )
     if spent.witnessed is not None:
         words.append(f"witnessed to entry {spent.witnessed}")
+    if len(spent.ceilings) > 1:
+        words.append(allowed(spent.ceilings))
     if spent.menu is not None:
         words.append(f"of its menu are left {'; '.join(entry.words for entry in spent.menu)}")
     if spent.lost:

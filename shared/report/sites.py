@@ -21,6 +21,7 @@ from bract.shared.privacy.verification import Verified
 from bract.shared.privacy.witness import Witness
 from bract.shared.report import folder
 from bract.shared.report.folder import LedgerFile
+from bract.shared.reports.audits import Ceiling
 
 CURVE_POINTS = 60
 
@@ -47,6 +48,7 @@ class Spent:
     epsilon_menu: float | None
     menu: tuple[MenuLeft, ...] | None
     ceiling: float
+    ceilings: tuple[Ceiling, ...]
     left: float | None
     delta: float
     charges: int
@@ -203,6 +205,7 @@ def _spent(found: Verified, agreed: Contract, seen: Mapping[str, int]) -> Spent:
         epsilon_menu=None if whole is None else _finite(whole),
         menu=None if menu is None else tuple(menu),
         ceiling=limit.epsilon,
+        ceilings=tuple(found.ceilings),
         left=budget.left(chain, limit.epsilon, spent, budget.adaptive(chain, limit.delta)),
         delta=limit.delta,
         charges=chain.attempts[agreed.sha256],

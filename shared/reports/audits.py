@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from bract.shared.configuration import Frozen
 from bract.shared.policy import MenuLeft
 
 
+class Ceiling(Frozen):
+    """The ε that a site's policy allowed from an entry on."""
+
+    entry: int
+    epsilon: float
+
+
+def allowed(ceilings: Sequence[Ceiling]) -> str:
+    """Returns in words every ε that a domain was allowed, and from which entry on."""
+    first, *later = ceilings
+    return f"ε {first.epsilon:g} allowed" + "".join(
+        f", from entry {one.entry} on ε {one.epsilon:g}" for one in later
+    )
+
+
 class VerifiedChain(Frozen):
     """One chain that holds.
 
+    `ceilings` are all that the site's policies allowed, in order: more than one tells that ε was
+    raised or lowered on the way.
     `anchor` is the last entry that was seen elsewhere: what came after it can have been cut off.
     `witnessed` is the last entry that a server whose key is pinned countersigned; `received` counts
     the updates that a server took, each behind its charge, and is null where no receipts were
@@ -21,6 +39,8 @@ class VerifiedChain(Frozen):
     site: str
     domain: str
     entries: int
+    charges: int
+    ceilings: list[Ceiling]
     head: str
     anchored: bool
     anchor: int | None

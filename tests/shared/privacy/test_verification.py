@@ -659,6 +659,39 @@ def test_the_command_takes_keys_and_heads_from_the_run_folder(
         audit(path, "--site-key", "pinned")
 
 
+def test_the_command_tells_every_ceiling_and_from_which_entry_on(
+    world: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signed = world.sign(world.contract())
+    for round_number, limit in enumerate((8.0, 8.0, 7.0, 9.5), start=1):
+        # all four are policies of their own, though the first two allow the same
+        policy = world.policy(domain={"epsilon": limit}, min_noise_multiplier=round_number / 10)
+        gate = world.gate(policy=policy)
+        world.serve(gate, world.order(signed, round_number))
+        gate.ledger.close()
+    (found,) = verify(world)
+    assert [(one.entry, one.epsilon) for one in found.ceilings] == [(0, 8.0), (5, 7.0), (7, 9.5)]
+    audit(world.ledger_path, "--site-key", world.key.public)
+    said = capsys.readouterr().out
+    assert "ε 8 allowed, from entry 5 on ε 7, from entry 7 on ε 9.5" in said
+
+
+def test_the_command_tells_where_nothing_was_charged(
+    audited: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit(audited.ledger_path, "--site-key", audited.key.public)
+    bare = edited(
+        audited,
+        "DELETE FROM entries WHERE sequence > 0",
+        "DELETE FROM documents WHERE kind = 'contract'",
+    )
+    audit(bare, "--site-key", audited.key.public)
+    charged, nothing = capsys.readouterr().out.splitlines()
+    assert "nothing was charged" not in charged
+    assert "1 entries, whole up to entry 0, later ones cannot be excluded" in nothing
+    assert "nothing was charged" in nothing
+
+
 def test_the_command_reports_every_fault_and_fails(
     audited: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
