@@ -18,6 +18,10 @@ class SingleRunGrid(Grid):
         """Returns what gives a call's value; a grid may have it made where nothing else is done."""
         return call
 
+    def process_of(self, node: int) -> str:
+        """Returns what tells a node's process from one that is started later for the same node."""
+        return ""
+
     def set_run(self, run: Any) -> None:
         """Does nothing: the grid lives for one run."""
 

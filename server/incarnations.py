@@ -29,6 +29,11 @@ class Incarnations:
                 self._superseded.add((node, str(before)))
             self._current[node] = incarnation
 
+    def current(self, node: int) -> str | None:
+        """Returns the process that speaks for a node, None before the first."""
+        with self._lock:
+            return self._current.get(node)
+
     def check(self, node: int, incarnation: str) -> None:
         """Returns where a request comes from the process that was activated last."""
         with self._lock:

@@ -115,6 +115,8 @@ class RoundLoop:
             if following is None:
                 logger.info("no site is left to ask", extra={"event": "stopped"})
                 break
+            if following is state:
+                continue  # those that were there left before they were asked
             void = 0 if following.round > state.round else void + 1
             if following.attempts == state.attempts and self.patience.is_over(void):
                 raise self._given_up(state.round + 1, void)
@@ -146,7 +148,10 @@ class RoundLoop:
             list(grid.send_and_receive(messages, timeout=self.patience.close_seconds))
 
     def _round(self, grid: Grid, state: RoundState) -> RoundState | None:
-        """Returns the state after one attempt at the next round, None where none can be asked."""
+        """Returns the state after one attempt at the next round, None where none can be asked.
+
+        The same state where nobody was asked.
+        """
         started, number = time.monotonic(), state.round + 1
         if not self._wait_for_sites(grid):
             return None
@@ -156,7 +161,7 @@ class RoundLoop:
         packed = packing.pack(state.weights)
         messages = self.strategy.configure_train(number, packed, ConfigRecord(), grid)
         if not messages:
-            return None
+            return state
         asked = len(messages)
         replies = grid.send_and_receive(messages, timeout=self.patience.round_seconds)
         average, _ = self.strategy.aggregate_train(number, replies)
@@ -236,7 +241,7 @@ class RoundLoop:
         need, began = self.patience.minimum_cohort, time.monotonic()
         limit = self.patience.sites_seconds
         while len(found := self.strategy.available(grid)) < need:
-            if len(self.contract.cohort) - self.strategy.retired < need:
+            if len(self.contract.cohort) - len(self.strategy.retired(grid)) < need:
                 return False
             if limit is not None and time.monotonic() - began > limit:
                 raise CohortTooSmall(

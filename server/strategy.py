@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from bract.server.grid import SingleRunGrid
 from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays as named
 from bract.shared import canonical, packing, wire
@@ -66,7 +67,8 @@ class PublicFedAvg(FedAvg):
         super().__init__(fraction_evaluate=0.0, min_train_nodes=1)
         self._signed, self._shapes, self.desk, self._seed = signed, shapes, desk, seed
         self._registered, self._names = dict(names or {}), dict(names or {})
-        self._retired: set[int] = set()
+        self._retired: dict[int, str] = {}  # the process of each node that refused for good
+        self._asked: dict[int, str] = {}
         self.replied: dict[str, Receipt] = {}
         self.proofs: dict[str, tuple[bytes, Extension]] = {}
         self.charged: dict[str, tuple[int, ...]] = {}
@@ -90,6 +92,8 @@ class PublicFedAvg(FedAvg):
         # Only of a grid in this very process, which checks each update as `check_update` does.
         self._adds_up = bool(getattr(grid, "adds_up", False))
         self._noise = getattr(grid, "noise", None)  # a simulation's alone
+        chosen = self.chosen(grid, server_round)
+        self._asked = {node: _process_of(grid, node) for node in chosen}
         return [
             Message(
                 content=wire.encode_order(
@@ -105,7 +109,7 @@ class PublicFedAvg(FedAvg):
                 dst_node_id=node,
                 group_id=str(server_round),
             )
-            for node in self.chosen(grid, server_round)
+            for node in chosen
         ]
 
     def chosen(self, grid: Grid, server_round: int) -> list[int]:
@@ -136,12 +140,16 @@ class PublicFedAvg(FedAvg):
 
     def available(self, grid: Grid) -> list[int]:
         """Returns the nodes that are there and have not refused for good."""
-        return sorted(set(grid.get_node_ids()) - self._retired)
+        return sorted(set(grid.get_node_ids()) - self.retired(grid))
 
-    @property
-    def retired(self) -> int:
-        """How many nodes have refused for good."""
-        return len(self._retired)
+    def retired(self, grid: Grid) -> set[int]:
+        """Returns the nodes that have refused for good, and were not started anew since.
+
+        Who mends what it refused for starts its process again.
+        """
+        return {
+            node for node, process in self._retired.items() if _process_of(grid, node) == process
+        }
 
     @property
     def may_pass(self) -> bool:
@@ -289,7 +297,7 @@ class PublicFedAvg(FedAvg):
                     self._registered.get(node, reply.site), reply.reason.value, "the site refused"
                 )
                 if Reason(reply.reason).final:
-                    self._retired.add(node)
+                    self._retire(node)
                 return None
             self._accept_receipt(reply, server_round, node)
             self.update_bytes = max(self.update_bytes or 0, wire.update_bytes(message.content))
@@ -297,7 +305,7 @@ class PublicFedAvg(FedAvg):
         except RolledBack as error:
             self._refuse(self._name(node), Reason.LEDGER_ROLLED_BACK.value, str(error))
             # Asked again, it would charge its data for an update that is never used.
-            self._retired.add(node)
+            self._retire(node)
         except VerificationFailed as error:
             self._refuse(self._name(node), INVALID_UPDATE, str(error))
         except Exception as error:
@@ -313,6 +321,19 @@ class PublicFedAvg(FedAvg):
             extra={"event": "refused", "reason": reason, "site": site},
         )
         self.refused.append((site, reason))
+
+    def _retire(self, node: int) -> None:
+        """Asks a node's process no more: it would refuse again."""
+        process = self._asked.get(node, "")
+        if self._retired.get(node) == process:
+            return
+        self._retired[node] = process
+        if process:
+            logger.warning(
+                "%s is not asked again before it is mended, and its client started again",
+                self._name(node),
+                extra={"event": "retired", "site": self._name(node)},
+            )
 
     def _name(self, node: int) -> str:
         return self._names.get(node, f"node {node}")
@@ -337,6 +358,10 @@ class PublicFedAvg(FedAvg):
         self.replied[receipt.site] = receipt
         self.proofs[receipt.site] = (reply.signature, reply.ledger)
         self._names[node] = receipt.site
+
+
+def _process_of(grid: Grid, node: int) -> str:
+    return grid.process_of(node) if isinstance(grid, SingleRunGrid) else ""
 
 
 def check_update(

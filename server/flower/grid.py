@@ -53,6 +53,10 @@ class FleetGrid(SingleRunGrid):
         """Returns the nodes that are online."""
         return sorted(self._host.state.get_nodes(self._host.run) & set(self._host.names))
 
+    def process_of(self, node: int) -> str:
+        """Returns the incarnation that speaks for a node, nothing where none has come yet."""
+        return self._host.incarnations.current(node) or ""
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Returns the ids of messages whose objects are ready to be fetched.
 

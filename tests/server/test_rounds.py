@@ -87,7 +87,7 @@ def test_a_run_that_too_few_sites_join_fails(world: Any, tmp_path: Path, there: 
 def test_a_run_is_over_where_too_many_sites_refused_for_good(world: Any, tmp_path: Path) -> None:
     grid: Any = Arriving(most=3)
     over = loop(world, tmp_path, minimum_cohort=2)
-    over.strategy._retired.update({0, 1})
+    over.strategy._retired.update({0: "", 1: ""})
     assert not over._wait_for_sites(grid)
 
 
@@ -200,6 +200,25 @@ def test_nothing_newer_than_the_saved_checkpoint_is_ever_countersigned(
     held = ledger.contents(world.ledger_path).witnesses
     (last,) = held.values()
     assert last == site.brought[-1][1].to_bytes()  # type: ignore[union-attr]
+
+
+class Leaving(LocalGrid):
+    """A grid whose node leaves as soon as it was counted for round 1, and comes again."""
+
+    calls = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.calls += 1
+        return super().get_node_ids() if self.calls not in (3, 4) else []
+
+
+def test_sites_that_leave_between_being_counted_and_asked_are_waited_for(
+    world: Any, tmp_path: Path
+) -> None:
+    rounds, site, _ = witnessing(world, tmp_path)
+    grid = Leaving(site, [{}], workers=1)  # type: ignore[arg-type]
+    state = rounds.run(grid, begun(world))
+    assert (state.round, state.attempts) == (5, 5)
 
 
 @pytest.mark.parametrize(

@@ -326,8 +326,38 @@ def test_a_site_whose_ledger_was_put_back_is_not_made_to_pay_for_nothing(
         sent = strategy.configure_train(1, packing.pack(values(0.0)), ConfigRecord(), grid)
         strategy.aggregate_train(1, grid.send_and_receive(sent))
         assert [reason for _, reason in strategy.refused] == reason
-        assert strategy.retired == len(reason)
+        assert len(strategy.retired(grid)) == len(reason)
     assert strategy.available(grid) == []
+
+
+def test_who_refused_for_good_is_asked_again_once_its_client_was_started_anew(
+    world: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    signed = world.sign(world.contract())
+    strategy = PublicFedAvg(signed, SHAPES, WitnessDesk(None), {1000: "alpha"})
+
+    class Grid(LocalGrid):
+        process = "first"
+
+        def process_of(self, node: int) -> str:
+            return self.process
+
+    def client(message: Message, context: Any) -> Message:
+        refused = RefusalReply("alpha", 1, Reason.POLICY_NOISE)
+        return Message(wire.encode_refusal(refused), reply_to=message)
+
+    grid = Grid(client, [{}], workers=1)  # type: ignore[arg-type]
+    for process in ("first", "second"):
+        grid.process = process
+        assert strategy.available(grid) == [1000]
+        sent = strategy.configure_train(1, packing.pack(values(0.0)), ConfigRecord(), grid)
+        strategy.aggregate_train(1, grid.send_and_receive(sent))
+        assert strategy.refused == [("alpha", "policy-noise")]
+        assert (strategy.available(grid), strategy.retired(grid)) == ([], {1000})
+    said = [record.getMessage() for record in caplog.records if "asked again" in record.message]
+    assert (
+        said == ["alpha is not asked again before it is mended, and its client started again"] * 2
+    )
 
 
 def test_whatever_a_reply_makes_its_reader_raise_the_round_goes_on(
