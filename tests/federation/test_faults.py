@@ -296,6 +296,35 @@ def test_full_disk_is_refused_and_outlived(
     assert client.poll() is None, "it never had to be started again"
 
 
+def test_site_that_refused_for_good_is_asked_again_once_it_is_mended(
+    federate: Callable[..., Any], fault: Callable[[str], None]
+) -> None:
+    fault("policy that allows too little, mended while the server goes on")
+    federation = federate(minimum_cohort=1)
+    policy = federation.layout.site("alpha")
+    mended = policy.read_text()
+    policy.write_text(mended.replace("models =", "min_noise_multiplier = 99.0\nmodels =", 1))
+    federation.server(*(f"{WAIT_BEFORE_ROUND} {number}" for number in (1, 2, 3)))
+    federation.clients()
+    federation.connected()
+    for times in (1, 2):
+        federation.waits("server", times)
+        federation.go("server")
+    federation.waits("server", 3)  # rounds 1 and 2 are over
+    federation.signal("alpha", signal.SIGTERM)
+    federation.ended("alpha", 0)
+    policy.write_text(mended)
+    federation.client("alpha")
+    federation.connected("alpha", times=2)
+    federation.go("server")
+    outcome = federation.done()
+    refused = [(r["site"], r["round"], r["reason"]) for r in outcome.summary["refused"]]
+    assert refused == [("alpha", 1, "policy-noise")]
+    assert [line["replied"] for line in outcome.metrics] == [1, 1, 2]
+    assert (outcome.charges("alpha"), outcome.charges("beta")) == ({3: 1}, ONCE)
+    assert federation.count("server", event="retired", site="alpha") == 1
+
+
 def test_full_disk_without_which_no_round_is_whole_does_not_use_up_the_contract(
     federate: Callable[..., Any], fault: Callable[[str], None]
 ) -> None:
