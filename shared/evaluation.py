@@ -153,6 +153,7 @@ class Evaluator:
 
     def _part(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns the columns of `_Outcome`; losses are summed in float64."""
+        outputs = tasks.full(outputs)
         if self._data.task == "value":
             known = targets.isfinite()
             losses = tasks.losses(outputs, targets, "value").double()

@@ -77,12 +77,18 @@ def _bounds(data: DataTerms) -> tuple[float, float]:
     return target.low, target.high
 
 
+def full(value: Tensor) -> Tensor:
+    """Returns float32 for 16 bits, the very numbers, and anything else as it is."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
 def losses(outputs: Tensor, targets: Tensor, task: Task) -> Tensor:
     """Returns the loss of each example; never reduced over examples, so none touches another.
 
     "classes": cross-entropy in nats of (examples, classes). "next-token": its mean over the places
     of (examples, places, classes) that have a target. "value": the squared error of (examples, 1).
     """
+    outputs = full(outputs)
     if task == "classes":
         return functional.cross_entropy(outputs, targets, reduction="none", ignore_index=NO_CLASS)
     if task == "next-token":

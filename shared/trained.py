@@ -38,7 +38,7 @@ class RawModel(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Returns scores of (examples, classes), of each place for tokens, or (examples, 1)."""
-        outputs: Tensor = self.model(tasks.prepared(inputs, self._data))
+        outputs = tasks.full(self.model(tasks.prepared(inputs, self._data)))
         return tasks.values_of(outputs, self._data) if self._data.task == "value" else outputs
 
 

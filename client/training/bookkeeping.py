@@ -30,6 +30,7 @@ from bract.client.training.clipping import (
 )
 from bract.client.training.shares import Formed, Rule, Share, Shares, Use
 from bract.shared.models.layout import Layout
+from bract.shared.tasks import full
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -92,7 +93,8 @@ class _Recorder(GradSampleModule):  # type: ignore[misc]
         if inputs[0]._version != version:
             raise self._refusal(layer, "has an input that is changed in place")
         uses = self._uses.setdefault(layer, [])
-        uses.append(([_full(value) for value in inputs], _full(backprops)))
+        # what is measured is what is added
+        uses.append(([full(value) for value in inputs], full(backprops)))
         if len(uses) == self.calls[layer]:
             self._settle(layer)
 
@@ -122,11 +124,6 @@ class _Recorder(GradSampleModule):  # type: ignore[misc]
     def _refusal(self, layer: nn.Module, reason: str) -> NotImplementedError:
         name = f"{self._layers[layer] or 'model'!r} ({type(layer).__name__})"
         return NotImplementedError(f"layer {name} {reason}: use the mode opacus-hooks")
-
-
-def _full(value: Tensor) -> Tensor:
-    """Returns float32 for a half: the very numbers, so that what is measured is what is added."""
-    return value.float() if value.dtype == torch.bfloat16 else value
 
 
 class BookKeepingSum:
@@ -209,7 +206,7 @@ class BookKeepingSum:
         self._module.clear()
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._halves):
             outputs = self._outputs(inputs)
-        total = self._loss(_full(outputs), targets).sum()
+        total = self._loss(full(outputs), targets).sum()
         torch.autograd.grad([total], self._module.sources, allow_unused=True)
 
     def _outputs(self, inputs: Tensor) -> Tensor:

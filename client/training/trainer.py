@@ -170,7 +170,7 @@ class Trainer:
     def _update(self, weights: Arrays) -> Update:
         values: dict[str, Array] = {
             # in C's order, though a mode may keep a weight with its channels last
-            name: np.ascontiguousarray(parameter.detach().cpu().numpy() - weights[name])
+            name: np.asarray(parameter.detach().cpu().numpy() - weights[name], order="C")
             for name, parameter in self.parameters.items()
         }
         if self._contract.privacy.mechanism == "user-level":
@@ -187,7 +187,7 @@ def clipped(update: Arrays, clip_norm: float) -> dict[str, Array]:
     if not math.isfinite(norm):
         return {name: np.zeros_like(value) for name, value in update.items()}
     factor = min(1.0, clip_norm * (1 - SLACK) / norm) if norm > 0 else 1.0
-    return {name: (value * factor).astype(np.float32) for name, value in update.items()}
+    return {name: np.asarray(value * factor, np.float32) for name, value in update.items()}
 
 
 @lru_cache(maxsize=1)
