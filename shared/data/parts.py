@@ -34,7 +34,8 @@ class Reader:
         suffixes: that a part's file may have; an empty one where it is a folder.
         option: names the whole to `bract simulate`.
         read: a part's examples; fails where it is not there, never for what is in it.
-        check: what is wrong with a part, by file, row and column and never by value.
+        check: what is wrong with a part, by file, row and column and never by value; first what
+            keeps examples from being read.
         demand: raises what a user must settle first, in a simulation and of public files.
     """
 
@@ -83,19 +84,24 @@ class Reader:
         """Returns the examples of who reads: to him an error may say what is in them."""
         self.demand(terms, path)
         found = self.read(terms, path)
-        readable = len(found.readable())
-        if readable == 0:
-            first = next(iter(self.check(terms, path)), f"{path} is empty")
-            raise UsageError(f"{path} has no example that can be read: {first}")
-        if unread := len(found) - readable:
+        unread = len(found) - len(found.readable())
+        if unread == len(found):
+            raise UsageError(
+                f"{path} has no example that can be read: {self._first_fault(terms, path)}"
+            )
+        if unread:
             logger.warning(
                 "%s: %d of %d examples cannot be read and add nothing: correct them or take them "
-                "out",
+                "out; the first: %s",
                 path,
                 unread,
                 len(found),
+                self._first_fault(terms, path),
             )
         return found
+
+    def _first_fault(self, terms: DataTerms, path: Path) -> str:
+        return next(iter(self.check(terms, path)), f"{path} is empty")
 
     def _cut(self, terms: DataTerms, path: Path) -> Splits:
         cut = whole(self._own(terms, path), path)

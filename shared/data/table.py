@@ -92,14 +92,27 @@ class Encoder:
         return Examples(inputs=inputs, targets=targets)
 
     def problems(self, row: Sequence[str]) -> Iterator[str]:
-        """Yields what an operator should know of a row's cells, by column and never by value."""
+        """Yields what an operator should know of a row's cells, by column and never by value.
+
+        First what keeps the row from being read. A category does not: it becomes 'other'.
+        """
         *cells, last = (cell.strip() for cell in row)
-        for place, (column, cell) in enumerate(zip(self.table.columns, cells, strict=True)):
-            if fault := _not_text(cell) or self._fault(place, column, cell):
-                yield f"column {column.name}: {fault}"
         if self._target(last) is None:
             fault = "not a number" if self._classes is None else "not a class"
             yield f"column {self.table.target.name}: {_not_text(last) or fault}"
+        others: list[str] = []
+        for place, (column, cell) in enumerate(zip(self.table.columns, cells, strict=True)):
+            if found := _not_text(cell) or self._fault(place, column, cell):
+                told = f"column {column.name}: {found}"
+                if isinstance(column, Categorical):
+                    others.append(told)
+                else:
+                    yield told
+        yield from others
+
+    def reads(self, row: Sequence[str]) -> bool:
+        """Returns whether an example can be made of a row's cells."""
+        return self._encoded(row) is not None
 
     def _fault(self, place: int, column: Column, cell: str) -> str | None:
         if self._missing[place].place(cell) is not None:
@@ -244,7 +257,10 @@ def demand(terms: DataTerms, path: Path) -> None:
 
 
 def check(terms: DataTerms, path: Path) -> list[str]:
-    """Returns what is wrong with a CSV file: by row and column, and no cell."""
+    """Returns what is wrong with a CSV file: by row and column, and no cell.
+
+    First the rows that cannot be read.
+    """
     encoder = Encoder(_table(terms))
     header, rows = _header_and_rows(path)
     places = _places(encoder, header)
@@ -257,11 +273,13 @@ def check(terms: DataTerms, path: Path) -> list[str]:
     ]
     if fault := _several_rows(encoder.table, header, rows):
         problems.append(f"{path}: {fault}")
+    read: list[str] = []
     for row in rows if places else ():
         cells = _chosen(row, header, places)
         faults = [f"not {len(header)} columns"] if cells is None else encoder.problems(cells)
-        problems += [f"{path}, row {row.number}, {fault}" for fault in faults]
-    return problems
+        told = read if cells is not None and encoder.reads(cells) else problems
+        told += [f"{path}, row {row.number}, {fault}" for fault in faults]
+    return problems + read
 
 
 def _table(terms: DataTerms) -> Table:

@@ -116,6 +116,20 @@ def test_categories_that_are_not_known_are_other_and_reported(tmp_path: Path) ->
     ]
 
 
+def test_what_keeps_a_row_from_being_read_is_told_before_what_does_not(tmp_path: Path) -> None:
+    rows = ("50,,b,no", "50,,b,maybe", "old,,b,no")
+    assert problems(tmp_path, *rows) == [
+        ", row 3, column ill: not a class",
+        ", row 3, column ward: unknown category",
+        ", row 4, column age: not a number",
+        ", row 4, column ward: unknown category",
+        ", row 2, column ward: unknown category",
+    ]
+    path = written(tmp_path, *["50,,b,maybe"] * 9, name="all.csv") / "all.csv"
+    with pytest.raises(UsageError, match=r"can be read: .*, row 2, column ill: not a class"):
+        data.load(terms(), path)
+
+
 def test_columns_are_found_by_name_and_a_mark_of_byte_order_is_no_part_of_one(
     tmp_path: Path,
 ) -> None:
@@ -148,9 +162,11 @@ def test_public_examples_that_cannot_be_read_are_told_and_left_out(
     found = data.load_public(terms(), tmp_path)
     assert [len(examples) for examples in found] == [1, 1]
     told = [record.getMessage() for record in caplog.records]
-    assert [line.partition(": ")[2] for line in told] == [
-        "1 of 2 examples cannot be read and add nothing: correct them or take them out"
-    ] * 2
+    assert told == [
+        f"{path}: 1 of 2 examples cannot be read and add nothing: correct them or take them out; "
+        f"the first: {path}, row 3, column ill: not a class"
+        for path in (tmp_path / "validation.csv", tmp_path / "test.csv")
+    ]
 
 
 def test_missing_column_is_named_and_a_joined_site_goes_on_without_effect(tmp_path: Path) -> None:
