@@ -22,7 +22,7 @@ import numpy as np
 
 from bract.shared import canonical
 from bract.shared.data import tokens
-from bract.shared.data.images import decoded
+from bract.shared.data.images import decoded, fault
 from bract.shared.data.table import Encoder
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Table, Text
@@ -112,7 +112,7 @@ def image_inputs(images: Images, data: DataTerms, paths: Sequence[Path]) -> np.n
     found = [decoded(path, images) for path in paths]
     for path, one in zip(paths, found, strict=True):
         if one is None:
-            raise UsageError(f"{path} is no image that can be read: leave it out")
+            raise UsageError(f"{path} cannot be read ({fault(path)}): mend it or leave it out")
     pixels = [one[0] for one in found if one is not None]
     return np.stack(pixels) if pixels else np.zeros((0, *data.shape), dtype=np.uint8)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Formats that Pillow reads by itself: none of them starts another program.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 SIDE = 32
+_WIDE = ("I", "F")  # modes of more than 8 bits, which Pillow converts by cutting off at 255
 _KNOWN: dict[str, Scalar] = {"height": SIDE, "width": SIDE, "colour": True}
 
 
@@ -93,18 +94,20 @@ def read(terms: DataTerms, folder: Path) -> Examples:
 
 
 def check(terms: DataTerms, folder: Path) -> list[str]:
-    """Returns what is wrong with a folder's images, by file."""
-    schema, problems = _schema(terms), []
+    """Returns what is wrong with a folder's images, by file; first those that add nothing."""
+    schema = _schema(terms)
+    unread: list[str] = []
+    resized: list[str] = []
     for path in _files(folder):
         if path.parent.name not in schema.labels:
-            problems.append(f"{path}: its folder is no label of the contract")
+            unread.append(f"{path}: its folder is no label of the contract")
             continue
         found = decoded(path, schema)
         if found is None:
-            problems.append(f"{path}: not an image")
+            unread.append(f"{path}: {fault(path)}")
         elif found[1] != (schema.width, schema.height):
-            problems.append(f"{path}: not {schema.width}x{schema.height}, will be resized")
-    return problems
+            resized.append(f"{path}: not {schema.width}x{schema.height}, will be resized")
+    return unread + resized
 
 
 def decoded(path: Path, schema: Images) -> tuple[np.ndarray, tuple[int, int]] | None:
@@ -123,14 +126,54 @@ def decoded(path: Path, schema: Images) -> tuple[np.ndarray, tuple[int, int]] | 
         return None
 
 
+def fault(path: Path) -> str:
+    """Returns why a file could not be decoded, by its head alone."""
+    from PIL import Image as pillow
+
+    try:
+        with warnings.catch_warnings(), pillow.open(path, formats=FORMATS) as image:
+            warnings.simplefilter("ignore")
+            if image.mode.startswith(_WIDE) and not _of_16_bits(image):
+                return "32-bit, signed or float pixels: save as 8 or 16 bits"
+            return "not an image"
+    except Exception:
+        return "not an image"
+
+
 def fitted(image: Image, schema: Images) -> np.ndarray:
-    """Returns an image of Pillow's as (channels, height, width) bytes, resized where need be."""
+    """Returns an image of Pillow's as (channels, height, width) bytes, resized where need be.
+
+    Of 16 bits a pixel the upper 8 are kept, rounded.
+
+    Raises:
+        ValueError: for pixels whose range is not known, which would be cut off at 255.
+    """
     from PIL.Image import Resampling
 
+    if image.mode.startswith(_WIDE):
+        image = _in_8_bits(image)
     pixels = image.convert("RGB" if schema.colour else "L")
     if pixels.size != (schema.width, schema.height):
         pixels = pixels.resize((schema.width, schema.height), Resampling.BILINEAR)
     return np.asarray(pixels).reshape(schema.height, schema.width, -1).transpose(2, 0, 1)
+
+
+def _in_8_bits(image: Image) -> Image:
+    from PIL import Image as pillow
+
+    if not _of_16_bits(image):
+        raise ValueError(f"pixels of mode {image.mode}")
+    values = np.asarray(image).astype(np.uint32)
+    return pillow.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _of_16_bits(image: Image) -> bool:
+    """Returns whether grey pixels are from 0 to 65535.
+
+    Those of PGM, and of PNG by an older Pillow, come in the mode of 32 bits, which neither format
+    has.
+    """
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def _files(folder: Path) -> list[Path]:

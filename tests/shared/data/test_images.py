@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bract.shared import data
+from bract.shared import data, encoding
 from bract.shared.data import images
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Images
@@ -63,10 +63,71 @@ def test_check_names_files_that_would_be_resized_or_add_nothing(folder: Path) ->
     train = folder / "train"
     assert data.check_part(terms, folder, "1/1", 9) == [
         f"{train / 'bird/c.png'}: its folder is no label of the contract",
-        f"{train / 'cat/large.png'}: not 6x4, will be resized",
         f"{train / 'dog/none.png'}: not an image",
+        f"{train / 'cat/large.png'}: not 6x4, will be resized",
         "images 1/1: fewer rows than the nominal size 9: declare a lower one",
     ]
+
+
+GREYS = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)  # the first 0, the last 65535
+OF_16_BITS = ("a.png", "b.tiff", "c.pgm", "of-bytes-turned.tiff")
+
+
+def of_16_bits(folder: Path, name: str) -> Path:
+    """Returns a file with the greys above, of 16 bits a pixel."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, bytes_turned = folder / name, GREYS.astype(">u2").tobytes()
+    if name.endswith(".pgm"):
+        path.write_bytes(b"P5 6 4 65535\n" + bytes_turned)
+    elif name == "of-bytes-turned.tiff":
+        Image.frombytes("I;16B", (6, 4), bytes_turned).save(path)
+    else:
+        Image.fromarray(GREYS).save(path)
+    return path
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_of_16_bits_a_pixel_the_upper_8_are_read(tmp_path: Path, colour: bool) -> None:
+    """Pillow cuts them off at 255: every image would be white, and trained on."""
+    for name in OF_16_BITS:
+        of_16_bits(tmp_path / "train/cat", name)
+    terms = data.describe("images", {}, SCHEMA.model_copy(update={"colour": colour}))
+    found = data.load_part(terms, tmp_path, "1/1")
+    assert found.targets.tolist() == [0, 0, 0, 0]
+    expected = np.broadcast_to(np.round(GREYS / 257), found.inputs.shape)
+    np.testing.assert_array_equal(found.inputs, expected)
+    assert data.check_part(terms, tmp_path, "1/1", 4) == []
+
+
+def test_of_an_older_pillow_a_png_of_16_bits_is_read_too(tmp_path: Path) -> None:
+    with Image.open(of_16_bits(tmp_path, "a.png")) as image:
+        wide = Image.fromarray(np.asarray(image).astype(np.int32))
+    wide.format = "PNG"  # as Pillow 10 opens it
+    assert wide.mode == "I"
+    np.testing.assert_array_equal(images.fitted(wide, SCHEMA)[0], np.round(GREYS / 257))
+
+
+def test_pixels_of_no_known_range_add_nothing_and_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As fractions all of them would be black."""
+    for n in range(40):
+        drawn(tmp_path / ("cat" if n % 2 else "dog") / f"{n}.png", size=(3, 3))
+    for name, kind in (("float", np.float32), ("32-bit", np.int32)):
+        Image.fromarray(GREYS.astype(kind)).save(tmp_path / f"cat/{name}.tiff")
+    terms = data.describe("images", {}, SCHEMA)
+    told = "32-bit, signed or float pixels: save as 8 or 16 bits"
+    assert images.check(terms, tmp_path)[:3] == [
+        f"{tmp_path / 'cat/32-bit.tiff'}: {told}",
+        f"{tmp_path / 'cat/float.tiff'}: {told}",
+        f"{tmp_path / 'cat/1.png'}: not 6x4, will be resized",
+    ]
+    with pytest.raises(UsageError, match=rf"float\.tiff cannot be read \({told}\): mend it or"):
+        encoding.image_inputs(SCHEMA, terms, [tmp_path / "cat/float.tiff"])
+    data.load(terms, tmp_path)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{tmp_path}: 2 of 42 examples cannot be read")
+    assert record.getMessage().endswith(f"; the first: {tmp_path / 'cat/32-bit.tiff'}: {told}")
 
 
 @given(content=st.binary(max_size=200), place=st.integers(0, 80))
