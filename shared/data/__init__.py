@@ -157,7 +157,8 @@ DATASETS: dict[str, Dataset] = {
     ),
     "hub": Dataset(hub.describe, hub.load, hub.load_public, hub.load_part, hub.check_part),
     "arrays": _in_files(
-        arrays.describe, Reader((".npz",), "--data-file FILE.npz", arrays.read, arrays.check)
+        arrays.describe,
+        Reader((".npz",), "--data-file FILE.npz", arrays.read, arrays.check, arrays.demand),
     ),
 }
 

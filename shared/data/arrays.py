@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from bract.shared.data.options import Options
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Preparation
 from bract.shared.terms import DataTerms, Scalar
+
+_FORM = "save it by numpy.savez(FILE, inputs=..., targets=...)"
 
 
 def describe(options: Mapping[str, Scalar], preparation: Preparation | None) -> DataTerms:
@@ -40,7 +44,8 @@ def read(terms: DataTerms, path: Path) -> Examples:
     Raises:
         UsageError: where there is no such file; never for what is in it.
     """
-    inputs, targets = _arrays(path)
+    stored = _stored(path)
+    inputs, targets = stored.inputs, stored.targets
     count = min(len(inputs), len(targets))
     if _fault_of_inputs(inputs, terms) is not None:
         inputs, targets = np.zeros((count, *terms.shape), np.float32), targets[:0]
@@ -49,13 +54,16 @@ def read(terms: DataTerms, path: Path) -> Examples:
 
 def check(terms: DataTerms, path: Path) -> list[str]:
     """Returns what is wrong with a file, by array and by example and never by value."""
-    inputs, targets = _arrays(path)
-    faults = [_fault_of_inputs(inputs, terms), _fault_of_targets(targets)]
-    if len(inputs) != len(targets):
-        faults.append(f"{len(inputs)} inputs for {len(targets)} targets: the rest is left out")
-    found = [f"{path}: {fault}" for fault in faults if fault is not None]
-    if any(fault is not None for fault in faults[:2]):
-        return found
+    stored = _stored(path)
+    faults = stored.faults or [
+        fault
+        for fault in (_fault_of_inputs(stored.inputs, terms), _fault_of_targets(stored.targets))
+        if fault is not None
+    ]
+    if faults:
+        return [f"{path}: {fault}" for fault in faults]
+    uneven = _uneven(stored)
+    found = [] if uneven is None else [f"{path}: {uneven}: the rest is left out"]
     examples = read(terms, path)
     axes = tuple(range(1, examples.inputs.ndim))
     finite = np.isfinite(examples.inputs).all(axis=axes)
@@ -68,29 +76,83 @@ def check(terms: DataTerms, path: Path) -> list[str]:
     return found
 
 
-def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns both arrays, empty where they cannot be read.
+def demand(terms: DataTerms, path: Path) -> None:
+    """Returns where each input has its target: which belong together is else not known.
+
+    For a simulation and for public files: a joined site leaves out what is too much.
+
+    Raises:
+        UsageError: where there are more of one than of the other.
+    """
+    stored = _stored(path)
+    uneven = None if stored.faults else _uneven(stored)
+    if uneven is not None:
+        raise UsageError(f"{path}: {uneven}: give one for each")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stored:
+    """Both arrays of a file, empty where they cannot be read, and why they cannot."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    faults: list[str]
+
+
+def _stored(path: Path) -> _Stored:
+    """Returns what is in a file; a joined site does not fail on it.
 
     Raises:
         UsageError: where there is no such file.
     """
     try:
         with path.open("rb") as file:
-            return _array(file, "inputs"), _array(file, "targets")
+            fault = _fault_of_archive(file)
+            found = [] if fault else [_array(file, name) for name in ("inputs", "targets")]
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror}; name the folder that holds it"
         ) from error
+    faults = [fault] if fault else [one for one in found if isinstance(one, str)]
+    inputs, targets = (
+        one if isinstance(one, np.ndarray) else np.zeros(0) for one in found or ("", "")
+    )
+    return _Stored(inputs, targets, faults)
 
 
-def _array(file: BinaryIO, name: str) -> np.ndarray:
+def _fault_of_archive(file: BinaryIO) -> str | None:
+    """Returns why a file is no .npz archive, None where it is one."""
+    start = file.read(6)
+    if not start:
+        return "an empty file"
+    if start == b"\x93NUMPY":
+        return f"one array alone, no .npz archive: {_FORM}"
+    if not start.startswith(b"PK"):
+        return f"no .npz archive: {_FORM}"
+    try:
+        ZipFile(file).close()
+    except Exception:  # whatever is in it, a joined site does not fail on it
+        return "a damaged .npz archive: save or copy it again"
+    return None
+
+
+def _array(file: BinaryIO, name: str) -> np.ndarray | str:
+    """Returns an array of an archive, or why it cannot be read."""
     file.seek(0)
     try:
         with np.load(file, allow_pickle=False) as stored:
+            if name not in stored:
+                return f"no array '{name}': {_FORM}"
             return native(np.atleast_1d(stored[name]))
-    except Exception:
-        # No archive, no such array, or one of objects: a joined site does not fail on it.
-        return np.zeros(0)
+    except Exception as error:  # a joined site does not fail on this either
+        if "allow_pickle" in str(error):
+            return f"{name} are objects: save them as numbers"
+        return f"{name} are damaged: save or copy the file again"
+
+
+def _uneven(stored: _Stored) -> str | None:
+    inputs, targets = len(stored.inputs), len(stored.targets)
+    return None if inputs == targets else f"{inputs} inputs for {targets} targets"
 
 
 def _fault_of_inputs(inputs: np.ndarray, terms: DataTerms) -> str | None:
@@ -102,7 +164,9 @@ def _fault_of_inputs(inputs: np.ndarray, terms: DataTerms) -> str | None:
 
 
 def _fault_of_targets(targets: np.ndarray) -> str | None:
-    return None if targets.ndim == 1 and targets.dtype.kind in "buif" else "targets are no numbers"
+    if targets.dtype.kind not in "buif":
+        return "targets are no numbers"
+    return None if targets.ndim == 1 else "targets have another shape than (examples,)"
 
 
 def _targets(targets: np.ndarray, terms: DataTerms, count: int) -> np.ndarray:

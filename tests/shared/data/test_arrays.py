@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +71,14 @@ def test_examples_that_cannot_be_used_are_named_by_their_place(tmp_path: Path) -
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "shape": ({"inputs": INPUTS[:, :1], "targets": np.zeros(4, int)}, "inputs have another shape"),
     "words": ({"inputs": np.full((4, 2, 3), "x"), "targets": np.zeros(4)}, "inputs are no numbers"),
-    "objects": ({"inputs": np.full((4, 2, 3), {}), "targets": np.zeros(4)}, "another shape"),
+    "objects": ({"inputs": np.full((4, 2, 3), {}), "targets": np.zeros(4)}, "inputs are objects"),
     "targets": ({"inputs": INPUTS, "targets": np.full(4, "x")}, "targets are no numbers"),
-    "none": ({"inputs": INPUTS}, "4 inputs for 0 targets"),
+    "column": (
+        {"inputs": INPUTS, "targets": np.zeros((4, 1))},
+        "targets have another shape than (examples,)",
+    ),
+    "none": ({"inputs": INPUTS}, "no array 'targets': save it by numpy.savez(FILE, inputs=..., "),
+    "names": ({"X": INPUTS, "y": np.zeros(4, int)}, "no array 'inputs'"),
     "fewer": ({"inputs": INPUTS, "targets": np.zeros(3, int)}, "4 inputs for 3 targets"),
 }
 
@@ -87,11 +95,53 @@ def test_a_file_that_is_not_as_the_terms_say_is_reported_and_fails_no_site(
     assert any(words in problem for problem in data.check_part(terms(), tmp_path, "1/1", 1))
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY", b"text"])
-def test_a_file_that_is_no_archive_has_no_examples(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "train.npz").write_bytes(content)
+def zipped(**arrays: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+WHOLE = zipped(inputs=INPUTS, targets=np.zeros(4, int))
+NO_ARCHIVE: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "an empty file"),
+    "npy": (b"\x93NUMPY", "one array alone, no .npz archive: save it by numpy.savez(FILE, "),
+    "text": (b"age,ill\n7x31,no\n", "no .npz archive: save it by numpy.savez(FILE, inputs=..., "),
+    "half": (WHOLE[: len(WHOLE) // 2], "a damaged .npz archive: save or copy it again"),
+    "no-zip": (b"PK\x03\x04 no archive", "a damaged .npz archive"),
+    "of-two-disks": (
+        b"PK\x03\x04" + struct.pack("<4sLQL4s18x", b"PK\x06\x07", 0, 0, 2, b"PK\x05\x06"),
+        "a damaged .npz archive",
+    ),
+    "damaged": (WHOLE.replace(INPUTS.tobytes(), bytes(24)), "inputs are damaged: save or copy"),
+}
+
+
+@pytest.mark.parametrize("fault", NO_ARCHIVE)
+def test_a_file_that_is_no_archive_has_no_examples_and_is_told_as_what_it_is(
+    tmp_path: Path, fault: str
+) -> None:
+    content, words = NO_ARCHIVE[fault]
+    path = tmp_path / "train.npz"
+    path.write_bytes(content)
     assert len(data.load_part(terms(), tmp_path, "1/1")) == 0
-    assert data.check_part(terms(), tmp_path, "1/1", 1)
+    (problem, _) = data.check_part(terms(), tmp_path, "1/1", 1)
+    assert problem.startswith(f"{path}: {words}")
+    with pytest.raises(UsageError, match=re.escape(words)):
+        data.load(terms(), path)
+
+
+def test_inputs_without_their_targets_are_refused_where_a_user_can_mend_them(
+    tmp_path: Path,
+) -> None:
+    """A joined site, whose data nobody may learn of, leaves out what is too much."""
+    arrays = {"inputs": np.zeros((40, 2, 3)), "targets": np.zeros(39, int)}
+    for name in ("train", "validation", "test", "all"):
+        saved(tmp_path, name, **arrays)
+    assert len(data.load_part(terms(), tmp_path, "1/1")) == 39
+    with pytest.raises(UsageError, match=r"all\.npz: 40 inputs for 39 targets: give one for each"):
+        data.load(terms(), tmp_path / "all.npz")
+    with pytest.raises(UsageError, match=r"validation\.npz: 40 inputs for 39 targets"):
+        data.load_public(terms(), tmp_path)
 
 
 def test_options_are_needed_and_known() -> None:
