@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,7 +189,8 @@ def lines(path: Path) -> list[Line]:
             f"cannot read {path}: {error.strerror}; name the folder that holds it"
         ) from error
     text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
-    read = (Line(number, _cells(line)) for number, line in enumerate(text.split("\n"), 1))
+    each = re.split("\r\n|[\r\n]", text)  # at any end, whichever others there are: no row has a say
+    read = (Line(number, _cells(line)) for number, line in enumerate(each, 1))
     return [line for line in read if line.cells != []]
 
 
@@ -199,7 +201,7 @@ def _cells(line: str) -> list[str] | None:
     and one person more in the file would be many fewer.
     """
     try:
-        return next(csv.reader([line.removesuffix("\r")], strict=True), [])
+        return next(csv.reader([line], strict=True), [])
     except csv.Error:  # a quote that stays open, or a cell of over 131,072 letters
         return None
 
@@ -245,14 +247,20 @@ def read(terms: DataTerms, path: Path) -> Examples:
 
 
 def demand(terms: DataTerms, path: Path) -> None:
-    """Returns where a person has no more rows than the terms say, if they say it.
+    """Returns where no needed column stands twice, and a person has no more rows than is said.
 
     For a simulation and for public files: a joined site leaves out what is too much.
 
     Raises:
-        UsageError: where the terms do not say how many rows of a person to use.
+        UsageError: naming the column, or where the terms do not say how many rows of a person to
+            use.
     """
-    if fault := _several_rows(_table(terms), *_header_and_rows(path)):
+    table = _table(terms)
+    header, rows = _header_and_rows(path)
+    twice = next((name for name in _needed(table) if header.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{path}, row 1, column {twice}: there twice: rename or remove one")
+    if fault := _several_rows(table, header, rows):
         raise UsageError(f"{path}: {fault}")
 
 
@@ -264,11 +272,13 @@ def check(terms: DataTerms, path: Path) -> list[str]:
     encoder = Encoder(_table(terms))
     header, rows = _header_and_rows(path)
     places = _places(encoder, header)
+    if not header and not lines(path):
+        return [f"{path} is empty"]
     if places is None and (fault := _other_form(header)):
         return [f"{path}, row 1: {fault}"]
     problems = [
         f"{path}, row 1, column {name}: {'missing' if count == 0 else 'there twice'}"
-        for name in [*encoder.names, *([encoder.table.group] if encoder.table.group else [])]
+        for name in _needed(encoder.table)
         if (count := header.count(name)) != 1
     ]
     if fault := _several_rows(encoder.table, header, rows):
@@ -280,6 +290,12 @@ def check(terms: DataTerms, path: Path) -> list[str]:
         told = read if cells is not None and encoder.reads(cells) else problems
         told += [f"{path}, row {row.number}, {fault}" for fault in faults]
     return problems + read
+
+
+def _needed(table: Table) -> list[str]:
+    """Returns the names of the columns that a file must have, each once."""
+    group = [] if table.group is None else [table.group]
+    return [*(column.name for column in table.columns), table.target.name, *group]
 
 
 def _table(terms: DataTerms) -> Table:
@@ -295,6 +311,8 @@ def _header_and_rows(path: Path) -> tuple[list[str], list[Line]]:
 
 def _other_form(header: Sequence[str]) -> str | None:
     """Returns why a file whose columns are not found is no CSV file of ours, None where it is."""
+    if not header:
+        return "a quote that stays open, or a cell too long: the columns are not known"
     if any(_not_text(cell) or "\0" in cell for cell in header):
         return "not UTF-8: save the file as CSV in UTF-8"
     if len(header) == 1 and any(letter in header[0] for letter in ";\t|"):

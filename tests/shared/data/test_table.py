@@ -18,7 +18,7 @@ from bract.shared import data
 from bract.shared.data import Examples
 from bract.shared.data.choice import read_schema
 from bract.shared.data.partitions import Partition, split
-from bract.shared.data.table import Encoder, lines
+from bract.shared.data.table import Encoder, Line, lines
 from bract.shared.errors import UnknownName, UsageError
 from bract.shared.preparation import Categorical, Numeric, Table, Target
 from bract.shared.terms import DataTerms
@@ -145,13 +145,14 @@ def test_columns_are_found_by_name_and_a_mark_of_byte_order_is_no_part_of_one(
         ("age,ward,ill\n50,a,no\n".encode("utf-16"), "not UTF-8: save the file as CSV in UTF-8"),
         ("age,ward,ill\n50,a,no\n".encode("utf-16-le"), "not UTF-8: save the file as CSV in UTF-8"),
         (b"age;ward;ill\n50;a;no\n", "one column alone: save the file with commas between columns"),
+        (b'age,"ward,ill\n50,a,no\n', "a quote that stays open, or a cell too long: the columns "),
         (b"age\tward\till\n", "one column alone: save the file with commas between columns"),
     ],
 )
 def test_file_of_another_form_is_told_as_such(tmp_path: Path, content: bytes, fault: str) -> None:
     (tmp_path / "train.csv").write_bytes(content)
-    found = data.check_part(terms(), tmp_path, "1/1", 0)
-    assert found == [f"{tmp_path / 'train.csv'}, row 1: {fault}"]
+    (found,) = data.check_part(terms(), tmp_path, "1/1", 0)
+    assert found.startswith(f"{tmp_path / 'train.csv'}, row 1: {fault}")
 
 
 def test_public_examples_that_cannot_be_read_are_told_and_left_out(
@@ -177,6 +178,47 @@ def test_missing_column_is_named_and_a_joined_site_goes_on_without_effect(tmp_pa
     written(tmp_path, "50,50,a,no", header="age,age,ward,ill")
     found = data.check_part(terms(), tmp_path, "1/1", 1)
     assert found == [f"{tmp_path / 'train.csv'}, row 1, column age: there twice"]
+
+
+def test_a_needed_column_that_is_there_twice_is_refused_where_a_user_can_mend_it(
+    tmp_path: Path,
+) -> None:
+    """Which of both was meant nobody knows."""
+    rows = ["50,20,a,no,p"] * 40
+    for name in ("train", "validation", "test", "all"):
+        written(tmp_path, *rows, name=f"{name}.csv", header="age,age,ward,ill,note")
+    for opened in (
+        lambda: data.load(terms(), tmp_path / "all.csv"),
+        lambda: data.load_public(terms(), tmp_path),
+    ):
+        with pytest.raises(UsageError, match=r"\.csv, row 1, column age: there twice: rename or"):
+            opened()
+    # a joined site goes on, and other columns may be called as they like
+    assert data.load_part(terms(), tmp_path, "1/1").targets.tolist() == [0] * 40
+    path = written(tmp_path, *rows, name="all.csv", header="age,note,ward,ill,note") / "all.csv"
+    assert len(data.load(terms(), path).train) == 32
+    with pytest.raises(UsageError, match="column note: there twice"):
+        data.load(terms(group="note", rows_per_group=1), path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\r\n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_told_as_such(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "train.csv"
+    path.write_bytes(content)
+    assert len(data.load_part(terms(), tmp_path, "1/1")) == 0
+    assert data.check_part(terms(), tmp_path, "1/1", 0) == [f"{path} is empty"]
+
+
+def test_lines_end_as_any_system_ends_them(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b'age,ill\r50,no\r"5\r60,yes\r\n\r70,no\n80,no')
+    assert lines(tmp_path / "rows.csv") == [
+        Line(1, ["age", "ill"]),
+        Line(2, ["50", "no"]),
+        Line(3, None),
+        Line(4, ["60", "yes"]),
+        Line(6, ["70", "no"]),
+        Line(7, ["80", "no"]),
+    ]
 
 
 @given(
