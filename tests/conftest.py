@@ -16,10 +16,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from flwr.common.constant import Status
+from sqlalchemy import text
 
 from bract.client.gate import Gate, Permit
 from bract.client.training.randomness import SecureRandomness
 from bract.client.updates import UpdateStore
+from bract.server.flower.host import _link_state
 from bract.shared import contract as contracts
 from bract.shared import keys, models
 from bract.shared.contract import Contract, SignedContract
@@ -271,6 +274,21 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
             "privacy": {"epsilon": 2.0, "delta": 1e-5, "clip_norm": 1.0, "batch": 10.0},
         },
     )
+
+
+@pytest.fixture
+def slept() -> Callable[[Path], None]:
+    """Has Flower end the open run in a link state, as one that was silent for over a minute."""
+
+    def end(path: Path) -> None:
+        _, state = _link_state(path)
+        (task,) = state.get_tasks(statuses=[Status.RUNNING])
+        with state.session() as session:  # type: ignore[attr-defined]
+            session.execute(text("UPDATE task SET active_until = '2000-01-01 00:00:00.000000'"))
+        assert not state.acknowledge_task_heartbeat(task.task_id)
+        state._engine.dispose()  # type: ignore[attr-defined]
+
+    return end
 
 
 @dataclass

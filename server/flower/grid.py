@@ -61,8 +61,11 @@ class FleetGrid(SingleRunGrid):
         """Returns the ids of messages whose objects are ready to be fetched.
 
         A list is emptied: no copy of the weights need wait in it for the answers.
+
+        Raises:
+            BractError: where one cannot be put where its node finds it.
         """
-        state, store = self._host.state, self._host.state.object_store
+        store = self._host.state.object_store
         pushed = []
         listed = list(messages)
         if isinstance(messages, list):
@@ -83,7 +86,7 @@ class FleetGrid(SingleRunGrid):
                     self._host.orders.open(name, node, objects)
                     self._host.envelopes[name] = remove_content_from_message(message)
                     # Objects first: a node that finds its order finds all of it.
-                    state.store_message_ins(self._host.envelopes[name])
+                    self._host.offer(self._host.envelopes[name])
                 self._host.ring(node)
                 pushed.append(name)
         return pushed

@@ -150,7 +150,23 @@ class Host:
             if envelope is None or not self.orders.reset(name):
                 return  # answered or given up a moment ago
             self.state.delete_messages({name})
-            self.state.store_message_ins(envelope)
+            self.offer(envelope)
+
+    def offer(self, envelope: Message) -> None:
+        """Puts an order where its node finds it, under another run where Flower ended this one.
+
+        Raises:
+            BractError: where it cannot be put there.
+        """
+        with self.exchange:
+            if self._stores(envelope):
+                return
+            self._keep_alive()
+            if not self._stores(envelope):
+                raise BractError(
+                    f"an order for {self.names.get(envelope.metadata.dst_node_id)} cannot be kept: "
+                    "start the server again; it goes on from its last whole round"
+                )
 
     def connected(self) -> list[str]:
         """Returns the names of the sites whose nodes are online."""
@@ -170,7 +186,28 @@ class Host:
 
     def _beat(self) -> None:
         while not self._stop.wait(TASK_HEARTBEAT_SECONDS):
-            self.state.acknowledge_task_heartbeat(self._task)
+            try:
+                self._keep_alive()
+            except Exception as error:  # its library's own; the main thread meets it, and decides
+                logger.warning("a heartbeat could not be noted: %s", type(error).__name__)
+
+    def _keep_alive(self) -> None:
+        """Says that the run goes on, or begins another: Flower revives none that it ended.
+
+        It ends one that was silent for a minute by the clock: a machine that slept, or whose clock
+        leapt, finds its run ended.
+        """
+        with self.exchange:
+            if self.closing or self.state.acknowledge_task_heartbeat(self._task):
+                return
+            self.run, self._task = _begin_run(self.state)
+        logger.warning("this machine slept, or its clock leapt: the run goes on under another id")
+
+    def _stores(self, envelope: Message) -> bool:
+        """Returns whether an order is kept as one of this run, made now; its name stays."""
+        facts = envelope.metadata
+        facts.__dict__["_run_id"], facts.created_at = self.run, time.time()
+        return self.state.store_message_ins(envelope) is not None
 
 
 def _link_state(database: Path) -> tuple[LinkStateFactory, LinkState]:

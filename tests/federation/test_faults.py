@@ -442,6 +442,36 @@ def test_server_that_lost_its_link_state_lets_the_sites_in_again(
     assert near(outcome, undisturbed)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flower's migrations
+@pytest.mark.parametrize("moment", ["between two rounds", "while orders are open"])
+def test_server_that_slept_goes_on(
+    moment: str,
+    federate: Callable[..., Any],
+    slept: Callable[[Path], None],
+    undisturbed: Any,
+    fault: Callable[[str], None],
+) -> None:
+    fault(f"a server that sleeps {moment}, longer than Flower waits for a heartbeat")
+    federation, open_orders = federate(), moment == "while orders are open"
+    federation.server(f"wait after {PUSHED_ROUND_2}" if open_orders else f"{WAIT_BEFORE_ROUND} 2")
+    federation.client("alpha", *[CLIENT_KILLS["before its charge"][0]] * open_orders)
+    federation.client("beta")
+    federation.waits("server")
+    if open_orders:
+        federation.ended("alpha", -signal.SIGKILL)
+    slept(federation.layout.federation.parent / "state" / "superlink.sqlite")
+    if open_orders:
+        federation.client("alpha")  # its order is offered again
+        federation.connected("alpha", times=2)
+    federation.go("server")
+    outcome = federation.done()
+    assert "slept" in federation.processes.log("server")
+    assert outcome.attempts == 3
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
+    assert [line["replied"] for line in outcome.metrics] == [2, 2, 2]
+    assert near(outcome, undisturbed)
+
+
 def test_everything_is_killed_at_once(
     federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
 ) -> None:

@@ -1,0 +1,65 @@
+"""The host's run in Flower's link state, and what becomes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from flwr.app import Message, MessageType, RecordDict
+
+from bract.server.flower import host as hosts
+from bract.server.flower.grid import FleetGrid
+from bract.server.flower.host import Host, Listener
+from bract.shared import federation
+from bract.shared.errors import BractError
+from bract.simulations.federations.loopback import LOOPBACK, Layout
+
+# Flower's migrations, as Alembic sees them.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def made(layout: Layout) -> Host:
+    chosen = federation.read(layout.federation)
+    server = chosen.server
+    return Host(
+        database=layout.root / "superlink.sqlite",
+        sites={site.name: site.node_key for site in chosen.sites},
+        listener=Listener(LOOPBACK, 0, Path(server.certificate), Path(server.key)),
+        greatest_reply=2**20,
+    )
+
+
+@pytest.fixture
+def host(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    """A host that says every moment that its run goes on."""
+    monkeypatch.setattr(hosts, "TASK_HEARTBEAT_SECONDS", 0.05)
+    begun = made(layout)
+    begun.start()
+    yield begun
+    begun.close()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "not within a minute"
+        time.sleep(0.02)
+
+
+def test_a_run_that_was_taken_for_dead_is_followed_by_another(
+    host: Host, layout: Layout, slept: Callable[[Path], None]
+) -> None:
+    for _ in range(2):
+        before = host.run
+        slept(layout.root / "superlink.sqlite")
+        until(lambda before=before: host.run != before)
+    assert host.connected() == []
+
+
+def test_an_order_that_cannot_be_kept_is_no_attempt(host: Host) -> None:
+    (node,) = host.names  # it never came: Flower keeps nothing for it
+    order = Message(RecordDict(), node, MessageType.TRAIN)
+    with pytest.raises(BractError, match="an order for alpha cannot be kept: start the server"):
+        FleetGrid(host, reply_seconds=1.0).push_messages([order])
