@@ -251,12 +251,16 @@ def _opened(database: Path) -> tuple[LinkStateFactory, LinkState]:
 
 
 def _register(state: LinkState, keys: Mapping[bytes, str]) -> dict[int, str]:
-    """Returns the nodes of the listed keys; every other node that was ever known is removed."""
+    """Returns the nodes of the listed keys; every other node that was ever known is removed.
+
+    None of them is online: a killed process leaves those that it knew, and they may be gone.
+    """
     names: dict[int, str] = {}
     for key, name in keys.items():
         node = state.get_node_id_by_public_key(key)
         if node is None:
             node = state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=name)
+        state.deactivate_node(node)
         names[node] = name
     known = state.get_node_info(
         statuses=[NodeStatus.REGISTERED, NodeStatus.ONLINE, NodeStatus.OFFLINE]

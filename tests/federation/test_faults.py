@@ -491,6 +491,24 @@ def test_everything_is_killed_at_once(
     assert near(outcome, undisturbed)
 
 
+def test_a_site_that_does_not_come_back_is_not_asked(
+    federate: Callable[..., Any], fault: Callable[[str], None]
+) -> None:
+    fault("kill -9 of the server and of a site that stays away")
+    federation = federate(minimum_cohort=1, deadlines={"gather": 20.0})
+    federation.server("kill before bract.server.rounds:RoundLoop._round 2")
+    federation.clients()
+    federation.ended("server", -signal.SIGKILL)
+    federation.signal("alpha", signal.SIGKILL)
+    federation.ended("alpha", -signal.SIGKILL)
+    federation.server()
+    outcome = federation.done()
+    assert [line["replied"] for line in outcome.metrics] == [2, 1, 1]
+    assert outcome.summary["refused"] == [], "no deadline was waited out"
+    assert (outcome.charges("alpha"), outcome.charges("beta")) == ({1: 1}, ONCE)
+    assert outcome.attempts == 3
+
+
 def fill(path: Path) -> None:
     """Writes until the disk has no byte left."""
     with path.open("wb", buffering=0) as file:

@@ -63,3 +63,17 @@ def test_an_order_that_cannot_be_kept_is_no_attempt(host: Host) -> None:
     order = Message(RecordDict(), node, MessageType.TRAIN)
     with pytest.raises(BractError, match="an order for alpha cannot be kept: start the server"):
         FleetGrid(host, reply_seconds=1.0).push_messages([order])
+
+
+def test_a_site_of_a_killed_server_is_not_there_before_it_comes_back(
+    host: Host, layout: Layout
+) -> None:
+    (node,) = host.names
+    host.state.activate_node(node, 30.0)
+    assert host.connected() == ["alpha"]
+    following = made(layout)  # of the same file, which nobody closed
+    assert (
+        following.connected() == list(FleetGrid(following, reply_seconds=1.0).get_node_ids()) == []
+    )
+    assert following.state.activate_node(node, 30.0)
+    assert following.connected() == ["alpha"]
