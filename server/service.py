@@ -20,10 +20,10 @@ from bract.server import auditing, checkpoint, memory
 from bract.server.app import app
 from bract.server.checkpoint import RoundState
 from bract.server.flower.grid import FleetGrid
-from bract.server.flower.host import Host, Listener
+from bract.server.flower.host import Host, Listener, usable
 from bract.shared import canonical, contract, federation, keyfiles, keys, locks, pki, tracking
 from bract.shared.contract import Contract
-from bract.shared.errors import UsageError, VerificationFailed
+from bract.shared.errors import BractError, UsageError, VerificationFailed
 from bract.shared.federation import Federation
 from bract.shared.policy import check_delta
 from bract.shared.privacy import accounting, entries
@@ -32,6 +32,7 @@ from bract.shared.reports.services import ServerStatus
 
 logger = logging.getLogger("bract.server")
 
+DATABASE = "superlink.sqlite"
 STATUS_SECONDS = 1.0
 PAUSE_SECONDS = 60.0  # at most, before sites that refused for what may pass are asked again
 
@@ -65,7 +66,7 @@ def serve(path: Path, trackers: Sequence[str] = ()) -> ServerSummary:
         # Before anything in it is replaced: an out of another run is not this one's.
         checkpoint.load(out / "checkpoint", agreed.sha256)
         canonical.write_atomically(out / "contract.json", Path(chosen.contract).read_bytes())
-        with tracking.following(out, trackers):
+        with tracking.following(out, trackers), usable(state / DATABASE):
             return _serve(chosen, agreed, listener, door)
 
 
@@ -74,7 +75,7 @@ def _serve(
 ) -> ServerSummary:
     out, state = Path(chosen.server.out), Path(chosen.server.state)
     host = Host(
-        database=state / "superlink.sqlite",
+        database=state / DATABASE,
         sites={site.name: site.node_key for site in chosen.sites},
         listener=listener,
         greatest_reply=chosen.server.greatest_reply_mib * 2**20,
@@ -207,7 +208,10 @@ class Journal:
 
     def _run(self) -> None:
         while not self._stopped.wait(STATUS_SECONDS):
-            self._write("serving")
+            try:
+                self._write("serving")
+            except BractError as error:  # who is connected; the main thread meets it, and decides
+                logger.warning("cannot write the status file: %s", error)
 
     def _write(self, doing: str) -> None:
         facts = {

@@ -6,9 +6,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from flwr.app import Message
@@ -25,6 +27,8 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
+from sqlalchemy import event
+from sqlalchemy.exc import DatabaseError
 
 from bract.server.flower.connections import PatientUntil
 from bract.server.flower.routes import application
@@ -36,6 +40,7 @@ from bract.shared.errors import BractError
 logger = logging.getLogger("bract.server")
 
 TASK_HEARTBEAT_SECONDS = 15.0
+BUSY_SECONDS = 60.0  # another program's backup may hold the link state's file for so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,7 @@ class Host:
     def __init__(
         self, *, database: Path, sites: Mapping[str, str], listener: Listener, greatest_reply: int
     ) -> None:
+        self._database = database
         self._factory, self.state = _link_state(database)
         self.orders = Orders(greatest_reply)
         self.keys = {
@@ -124,7 +130,8 @@ class Host:
         """Ends the run and gives the port back."""
         self.closing = True
         self._stop.set()
-        self.state.finish_task(self._task, SubStatus.COMPLETED, "")
+        with suppress(DatabaseError):  # the next process ends what this one leaves
+            self.state.finish_task(self._task, SubStatus.COMPLETED, "")
         for node in list(self.names):
             self.ring(node)
         self._server.should_exit = True
@@ -169,8 +176,13 @@ class Host:
                 )
 
     def connected(self) -> list[str]:
-        """Returns the names of the sites whose nodes are online."""
-        return sorted(self.names[n] for n in self.state.get_nodes(self.run) if n in self.names)
+        """Returns the names of the sites whose nodes are online.
+
+        Raises:
+            BractError: where the link state cannot be used.
+        """
+        with usable(self._database):
+            return sorted(self.names[n] for n in self.state.get_nodes(self.run) if n in self.names)
 
     def _serve(self) -> None:
         async def serve() -> None:
@@ -210,6 +222,22 @@ class Host:
         return self.state.store_message_ins(envelope) is not None
 
 
+@contextmanager
+def usable(database: Path) -> Iterator[None]:
+    """Says in one line that a link state's file cannot be used, where a block meets that.
+
+    Raises:
+        BractError: where it is locked for too long, its disk is full, or it was damaged.
+    """
+    try:
+        yield
+    except DatabaseError as error:
+        raise BractError(
+            f"cannot use {database} ({error.orig}): let no other program hold it, free some space, "
+            "then start the server again; it goes on from its last whole round"
+        ) from error
+
+
 def _link_state(database: Path) -> tuple[LinkStateFactory, LinkState]:
     """Returns the link state in a file; a new file is whole before it has its name.
 
@@ -247,7 +275,15 @@ def _opened(database: Path) -> tuple[LinkStateFactory, LinkState]:
     factory = LinkStateFactory(
         str(database), NoOpFederationManager(), ObjectStoreFactory(":flwr-in-memory:")
     )
-    return factory, factory.state()
+    state = factory.state()
+    engine = state._engine  # type: ignore[attr-defined]
+    engine.dispose()  # Flower's own patience is 5 s; its connections are made anew
+    event.listen(engine, "connect", _be_patient)
+    return factory, state
+
+
+def _be_patient(connection: Any, _: object) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}")
 
 
 def _register(state: LinkState, keys: Mapping[bytes, str]) -> dict[int, str]:

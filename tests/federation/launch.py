@@ -134,6 +134,11 @@ def _wait(*_: Any) -> None:
     go.unlink()
 
 
+def _hurry(*_: Any) -> None:
+    """Has the server wait for a locked link state no longer than a moment."""
+    importlib.import_module("bract.server.flower.host").BUSY_SECONDS = 0.3  # type: ignore[attr-defined]
+
+
 def _twice(connection: Any, reply: Any) -> None:
     """Gives the same answer again on the same connection."""
     connection.send(reply)
@@ -146,6 +151,7 @@ ACTIONS: dict[str, Callable[..., None]] = {
     "spill": _spill,
     "twice": _twice,
     "wait": _wait,
+    "hurry": _hurry,
 }
 
 

@@ -7,10 +7,12 @@ was received stands behind an earlier charge. The tests say what the fault itsel
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import shutil
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -469,6 +471,35 @@ def test_server_that_slept_goes_on(
     assert outcome.attempts == 3
     assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
     assert [line["replied"] for line in outcome.metrics] == [2, 2, 2]
+    assert near(outcome, undisturbed)
+
+
+@pytest.mark.parametrize("backup", ["ends", "never ends"])
+def test_server_whose_link_state_is_locked(
+    backup: str, federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
+) -> None:
+    fault(f"a backup that locks the link state and {backup}")
+    federation = federate()
+    impatient = ["hurry before bract.server.flower.host:_link_state"] * (backup == "never ends")
+    # An answer of round 2 has come: its order is deleted next.
+    federation.server(*impatient, "wait before bract.server.flower.grid:FleetGrid._take 3")
+    federation.clients()
+    federation.waits("server")
+    path = federation.layout.federation.parent / "state" / "superlink.sqlite"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as locks:
+        locks.execute("BEGIN IMMEDIATE")
+        federation.go("server")
+        if backup == "ends":
+            time.sleep(6)  # Flower itself waits for 5 s
+        else:
+            federation.ended("server", 1)
+            said = federation.events("server")[-1]["message"]
+            assert said.startswith(f"cannot use {path} (database is locked): ")
+    if backup == "never ends":
+        federation.server()
+    outcome = federation.done()
+    assert outcome.charges("alpha") == outcome.charges("beta") == ONCE
+    assert outcome.attempts == 3
     assert near(outcome, undisturbed)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +58,27 @@ def test_a_run_that_was_taken_for_dead_is_followed_by_another(
         slept(layout.root / "superlink.sqlite")
         until(lambda before=before: host.run != before)
     assert host.connected() == []
+
+
+def test_a_link_state_that_is_locked_does_not_end_the_heartbeats(
+    layout: Layout,
+    slept: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(hosts, "TASK_HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(hosts, "BUSY_SECONDS", 0.1)
+    host, path = made(layout), layout.root / "superlink.sqlite"
+    host.start()
+    try:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as locks:
+            locks.execute("BEGIN IMMEDIATE")
+            until(lambda: "could not be noted: OperationalError" in caplog.text)
+        before = host.run
+        slept(path)
+        until(lambda: host.run != before)
+    finally:
+        host.close()
 
 
 def test_an_order_that_cannot_be_kept_is_no_attempt(host: Host) -> None:
