@@ -81,15 +81,18 @@ def epsilon_of_person(events: Iterable[Event], delta: float, rows: int) -> float
 def _epsilon_of_group(events: tuple[Event, ...], delta: float, rows: int) -> float:
     """Returns mε where (ε, δ·(e^ε − 1)/(e^mε − 1)) holds of one example, inf where none is found.
 
-    ε grows until it is enough for the δ that it itself asks for.
+    ε grows until it is enough for the δ that it itself asks for. That is δ/m at ε 0, and less at
+    any other: (0, δ) of one example is (0, mδ) of m, not (0, δ).
     """
-    asked = epsilon(events, delta)
-    while 0 < rows * asked < _GREATEST_EXPONENT:
+    asked = _surely(events, delta / rows)
+    if asked == 0:
+        return 0.0
+    while rows * asked < _GREATEST_EXPONENT:
         found = _surely(events, delta * math.expm1(asked) / math.expm1(rows * asked))
         if found <= asked:
             return rows * asked
         asked = found * (1 + 1e-3)
-    return 0.0 if asked == 0 else math.inf
+    return math.inf
 
 
 def _surely(events: tuple[Event, ...], delta: float) -> float:

@@ -44,15 +44,20 @@ def test_epsilon_is_that_of_the_table(
     assert 0 <= by_prv - found <= prv.AGREEMENT
 
 
-def test_gaussian_accountants_agree_with_the_closed_form_of_one_release() -> None:
-    # Balle & Wang 2018, arXiv 1805.06530, theorem 8: δ(ε) of one Gaussian release.
+def closed_form(epsilon: float, noise: float) -> float:
+    """δ(ε) of one Gaussian release: Balle & Wang 2018 (arXiv 1805.06530), theorem 8."""
+
     def tail(x: float) -> float:
         return 0.5 * math.erfc(-x / math.sqrt(2))
 
+    half = 1 / (2 * noise)
+    return tail(half - epsilon * noise) - math.exp(epsilon) * tail(-half - epsilon * noise)
+
+
+def test_gaussian_accountants_agree_with_the_closed_form_of_one_release() -> None:
     noise = 2.0
     epsilon = accounting.epsilon([PoissonGaussian(1.0, noise, 1)], DELTA)
-    half = 1 / (2 * noise)
-    delta = tail(half - epsilon * noise) - math.exp(epsilon) * tail(-half - epsilon * noise)
+    delta = closed_form(epsilon, noise)
     assert delta == pytest.approx(DELTA, rel=0.02)
     assert delta <= DELTA
 
@@ -174,6 +179,47 @@ def test_a_person_of_one_row_costs_what_a_row_does_and_nothing_is_known_of_lost_
     assert accounting.epsilon_of_person([], 1e-5, 3) == 0
     assert math.isinf(accounting.epsilon_of_person([event, Unbounded()], 1e-5, 2))
     assert math.isinf(accounting.epsilon_of_person([event, Spent(3.0)], 1e-5, 2))
+
+
+@pytest.mark.parametrize(
+    ("delta", "noise", "rows"),
+    [(1e-3, 500.0, 3), (1e-3, 500.0, 30), (1e-4, 5000.0, 2), (1e-5, 1e5, 1000), (2e-9, 1e9, 10)],
+)
+def test_a_person_costs_what_the_closed_form_says_where_one_row_costs_nothing(
+    delta: float, noise: float, rows: int
+) -> None:
+    event = PoissonGaussian(1.0, noise, 1)
+    assert accounting.epsilon([event], delta) == 0
+    bound = accounting.epsilon_of_person([event], delta, rows)
+    assert bound > 0
+    assert closed_form(bound, noise / rows) <= delta
+    assert bound <= accounting.epsilon([PoissonGaussian(1.0, noise / rows, 1)], delta)
+
+
+def test_a_sampled_person_costs_no_less_than_the_mixture_where_one_row_costs_nothing() -> None:
+    rate, delta, rows = 0.0025, 1e-3, 2
+    event = PoissonGaussian(rate, 1.0, 1)
+    assert accounting.epsilon([event], delta) == 0
+    bound = accounting.epsilon_of_person([event], delta, rows)
+    taken = [math.comb(rows, c) * rate**c * (1 - rate) ** (rows - c) for c in range(rows + 1)]
+
+    def above(least: float, mean: int) -> float:
+        return 0.5 * math.erfc((least - mean) / math.sqrt(2))
+
+    # What tells the person's presence apart is a sum over some line: δ(ε) is that of the best.
+    lines = [line / 100 for line in range(-200, 1000)]
+    told = [
+        sum(share * above(line, c) for c, share in enumerate(taken))
+        - math.exp(bound) * above(line, 0)
+        for line in lines
+    ]
+    assert 0 < max(told) <= delta
+
+
+def test_a_person_costs_nothing_where_a_row_does_not_at_a_share_of_the_delta() -> None:
+    event = PoissonGaussian(1.0, 1e5, 1)
+    assert accounting.epsilon_of_person([event], 1e-3, 10) == 0
+    assert closed_form(0.0, 1e5 / 10) <= 1e-3
 
 
 def test_a_replaced_example_costs_what_is_published_of_it() -> None:
