@@ -31,6 +31,16 @@ LEAST_DELTA = 1e-9
 Delta = Annotated[float, Field(ge=LEAST_DELTA, lt=1)]
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number of things in words.
+
+    Example:
+        >>> counted(1, "row"), counted(3, "row")
+        ('1 row', '3 rows')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Grown(Frozen):
     """Terms that gained fields: a field of `later` is written only where it says something.
 

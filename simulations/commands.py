@@ -14,6 +14,7 @@ from bract.shared import garbage
 from bract.shared.cli import DATA_DIR, TRACK, print_json, shown
 from bract.shared.errors import BractError, UsageError
 from bract.shared.reports.runs import Summary
+from bract.shared.terms import counted
 
 if TYPE_CHECKING:
     from bract.simulations.engines import Engine
@@ -215,9 +216,8 @@ def _table(report: Summary) -> None:
         f"{report.unit}   guarantee: {report.guarantee}"
     )
     if report.rows_per_person is not None:
-        console.print(
-            f"a person with {report.rows_per_person} rows: ε ≤ {shown(report.epsilon_person)}"
-        )
+        rows = counted(report.rows_per_person, "row")
+        console.print(f"a person with {rows}: ε ≤ {shown(report.epsilon_person)}")
     if report.refused:
         console.print(f"{len(report.refused)} refusals; the first: {report.refused[0]}")
     console.print(f"{report.out}: contract.json, metrics.jsonl, model.safetensors, ledgers/")

@@ -13,8 +13,8 @@ from bract.shared.errors import VerificationFailed
 from bract.shared.privacy import accounting, export, head_file, prv, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Head
-from bract.shared.privacy.events import Event
 from bract.shared.privacy.ledger import Ledger
+from bract.shared.privacy.verification import Verified
 from bract.shared.reports.runs import (
     GUARANTEE_PRIVATE,
     GUARANTEE_SIMULATION,
@@ -88,29 +88,30 @@ def proven(
         VerificationFailed: where a ledger does not hold.
     """
     pinned = {site.name: site.key for site in agreed.cohort}
-    chains: dict[tuple[str, str], Chain] = {}
+    proofs: dict[tuple[str, str], Verified] = {}
     for path in ledgers:
         if not path.stat().st_size or not export.contents(path).rows:
             # a site that refused all it was asked, or whose disk was full from the start; heads of
             # it are looked for below
             continue
         for found in verification.verify(path, site_keys=pinned, anchors=anchors):
-            chains[found.chain.site, found.chain.domain] = found.chain
-    if gone := sorted(anchors.keys() - chains.keys()):
+            proofs[found.chain.site, found.chain.domain] = found
+    if gone := sorted(anchors.keys() - proofs.keys()):
         raise VerificationFailed(f"no ledger of {gone[0][0]!r}, domain {gone[0][1]!r}")
-    used = {
-        site.name: chains[site.name, site.domain]
+    held = {
+        site.name: proofs[site.name, site.domain]
         for site in agreed.cohort
-        if (site.name, site.domain) in chains
+        if (site.name, site.domain) in proofs
     }
+    used = {name: found.chain for name, found in held.items()}
     delta = facts["delta"]
     per_site = {
         site.name: _privacy(used.get(site.name), site.domain, agreed, delta)
         for site in agreed.cohort
     }
     return Summary(
-        **facts_of(agreed),
-        **_worst(list(used.values()), per_site, delta, agreed.rows_per_person),
+        **{**facts_of(agreed), **_of_person(list(held.values()), agreed, delta)},
+        **_worst(list(used.values()), per_site, delta),
         per_site=per_site,
         heads={
             name: LedgerHead(
@@ -142,7 +143,7 @@ def _guarantee(agreed: Contract, chains: Iterable[Chain]) -> Guarantee:
 
 
 def _worst(
-    chains: list[Chain], per_site: Mapping[str, SitePrivacy], delta: float, rows: int | None
+    chains: list[Chain], per_site: Mapping[str, SitePrivacy], delta: float
 ) -> dict[str, Any]:
     unbounded = any(site.unbounded for site in per_site.values())
     spent = {chain.events for chain in chains}
@@ -150,7 +151,6 @@ def _worst(
     in_run = [site.epsilon_run for site in per_site.values() if site.epsilon_run is not None]
     return {
         "epsilon": None if unbounded else accounting.epsilon(dearest, delta),
-        "epsilon_person": None if rows is None else _of_person(spent, delta, rows),
         "epsilon_run": None if unbounded else max(in_run, default=0.0),
         "epsilon_prv": None if unbounded else prv.epsilon_prv(dearest, delta),
         "unbounded": unbounded,
@@ -169,9 +169,17 @@ def _privacy(chain: Chain | None, domain: str, agreed: Contract, delta: float) -
     )
 
 
-def _of_person(spent: Iterable[Iterable[Event]], delta: float, rows: int) -> float | None:
-    each = (accounting.epsilon_of_person(events, delta, rows) for events in spent)
-    return _finite(max(each, default=0.0))
+def _of_person(held: list[Verified], agreed: Contract, delta: float) -> dict[str, Any]:
+    """Returns how many examples a person has at the most, by every contract charged, and ε so."""
+    each = [(found.chain.events, found.rows_per_person) for found in held]
+    bounded = [(events, rows) for events, rows in each if rows is not None]
+    if agreed.rows_per_person is None or len(bounded) < len(each):
+        return {"rows_per_person": None, "epsilon_person": None}
+    spent = [accounting.epsilon_of_person(events, delta, rows) for events, rows in set(bounded)]
+    return {
+        "rows_per_person": max((rows for _, rows in bounded), default=agreed.rows_per_person),
+        "epsilon_person": _finite(max(spent, default=0.0)),
+    }
 
 
 def _finite(value: float) -> float | None:

@@ -21,7 +21,7 @@ from bract.shared.commands.ledgers import (
 )
 from bract.shared.contract import Contract
 from bract.shared.reports.audits import Budget, DomainBudget, RunCost
-from bract.shared.terms import ADJACENCY
+from bract.shared.terms import ADJACENCY, counted
 
 if TYPE_CHECKING:
     from bract.shared.privacy.chain import Chain
@@ -139,7 +139,7 @@ def _others(
 
     events = found.chain.events
     delta = found.policy.domains[found.chain.domain].delta
-    rows = _rows_per_person(found)
+    rows = found.rows_per_person
     asked: dict[str, float | int | None] = {"group": group, "rows_per_person": rows}
     if rows is not None:
         asked["epsilon_person"] = _finite(accounting.epsilon_of_person(events, delta, rows))
@@ -153,13 +153,6 @@ def _others(
         both = accounting.epsilon_of_person(events, delta, 2 * group)
         asked["epsilon_group_replace_one"] = _finite(both)
     return asked
-
-
-def _rows_per_person(found: Verified) -> int | None:
-    """Returns how many examples a person has at the most, None where a contract bounds none."""
-    rows = [found.contracts[name].rows_per_person for name in found.chain.attempts]
-    bounded = [row for row in rows if row is not None]
-    return max(bounded, default=None) if len(bounded) == len(rows) else None
 
 
 def _runs(found: Verified, delta: float) -> list[RunCost]:
@@ -256,10 +249,10 @@ def _end_line(domain: DomainBudget) -> str:
 
 
 def _other_lines(domain: DomainBudget) -> list[str]:
-    unit = domain.unit
+    unit, rows = domain.unit, counted(domain.rows_per_person or 0, domain.unit)
     named = {
         f"one {unit} replaced": domain.epsilon_replace_one,
-        f"a person with {domain.rows_per_person} {unit}s, at the most": domain.epsilon_person,
+        f"a person with {rows}, at the most": domain.epsilon_person,
         f"{domain.group} {unit}s together, at the most": domain.epsilon_group,
         f"{domain.group} {unit}s replaced, at the most": domain.epsilon_group_replace_one,
     }

@@ -15,7 +15,7 @@ from bract.shared.contract import Contract
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Numeric, Table, Text
 from bract.shared.reports.services import ContractShown
-from bract.shared.terms import ADJACENCY, DataTerms
+from bract.shared.terms import ADJACENCY, DataTerms, counted
 
 _SHOWN = 6  # labels or categories of a line
 
@@ -103,7 +103,8 @@ def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
     ]
     if shown.rows_per_person is not None:
         spent = "unbounded" if shown.epsilon_person is None else f"ε {shown.epsilon_person:.3f}"
-        lines.append(f"a person     {shown.rows_per_person} rows at the most: {spent}")
+        rows = counted(shown.rows_per_person, "row")
+        lines.append(f"a person     {rows} at the most: {spent}")
     lines += [
         f"site         {site.name}: domain {site.domain}, nominal size {site.nominal_size}, "
         f"ledger key {site.key}"

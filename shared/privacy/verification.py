@@ -60,6 +60,13 @@ class Verified:
         return found
 
     @property
+    def rows_per_person(self) -> int | None:
+        """How many examples of a person any charge used at the most, None where one bounds none."""
+        rows = [self.contracts[name].rows_per_person for name in self.chain.attempts]
+        bounded = [row for row in rows if row is not None]
+        return max(bounded, default=None) if len(bounded) == len(rows) else None
+
+    @property
     def last_contract(self) -> Contract | None:
         """The contract of the last charge, None before the first."""
         last = self.chain.last_charge

@@ -13,7 +13,7 @@ from bract.shared.privacy.verification import TOLERANCE
 from bract.shared.report.evidence import Evidence
 from bract.shared.report.sites import Spent
 from bract.shared.reports.runs import ServerSummary, Summary
-from bract.shared.terms import LEAST_DELTA
+from bract.shared.terms import LEAST_DELTA, counted
 
 Result = Literal["passed", "failed", "not done"]
 
@@ -180,28 +180,41 @@ def _summary(found: Evidence) -> Check:
 
 def _of_person(found: Evidence, summary: Summary | ServerSummary, delta: float) -> str | None:
     """Returns how a summary's ε of a person falls short of the ledgers', None where it does not."""
-    rows, said = found.contract.rows_per_person, summary.rows_per_person
-    if said not in {None, found.contract.data.rows_per_person}:
-        return f"summary.json says {said} records a person, the contract {rows or 'none'}"
-    if rows is None or summary.epsilon_person is None:
+    rows, said = found.contract.data.rows_per_person, summary.rows_per_person
+    # A summary of ledgers may say more: other contracts in them may bound a person's rows less.
+    if said is not None and (rows is None or said < rows):
+        return (
+            f"summary.json says {counted(said, 'record')} a person, the contract {rows or 'none'}"
+        )
+    if found.contract.rows_per_person is None or summary.epsilon_person is None:
         return None
-    counted = max(
-        accounting.epsilon_of_person(_covered(summary, spent), delta, rows)
-        for spent in found.of_run
-    )
-    if counted <= summary.epsilon_person + TOLERANCE:
-        return None
-    return (
-        f"the ledgers say ε {_shown(counted)} of a person with {rows} records at δ {delta:g}, the "
-        f"summary {_shown(summary.epsilon_person)}"
-    )
+    for spent in found.of_run:
+        events, most = _covered(summary, spent, rows)
+        if most is None or (said is not None and said < most):
+            return (
+                f"{spent.site}: the contracts in the ledger take {most or 'any number of'} records "
+                f"of a person, summary.json says {said or 'nothing'}"
+            )
+        least = accounting.epsilon_of_person(events, delta, most)
+        if least > summary.epsilon_person + TOLERANCE:
+            return (
+                f"{spent.site}: the ledger says ε {_shown(least)} of a person with "
+                f"{counted(most, 'record')} at δ {delta:g}, the summary "
+                f"{_shown(summary.epsilon_person)}"
+            )
+    return None
 
 
-def _covered(summary: Summary | ServerSummary, spent: Spent) -> tuple[Event, ...]:
-    """Returns what a summary's figures must cover: a server knows its run, a ledger goes on."""
+def _covered(
+    summary: Summary | ServerSummary, spent: Spent, rows: int | None
+) -> tuple[tuple[Event, ...], int | None]:
+    """Returns what a summary's figures must cover, and the rows of a person in it.
+
+    A server knows its run alone, and a ledger goes on after its summary.
+    """
     head = summary.heads.get(spent.site)
     whole = isinstance(summary, Summary) and head is not None and head.hash == spent.head
-    return spent.events if whole else spent.events_run
+    return (spent.events, spent.rows_per_person) if whole else (spent.events_run, rows)
 
 
 def _metrics(found: Evidence) -> Check:

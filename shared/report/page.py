@@ -16,7 +16,7 @@ from bract.shared.report import figures, wording
 from bract.shared.report.checks import Check
 from bract.shared.report.evidence import Evidence
 from bract.shared.reports.runs import Summary
-from bract.shared.terms import PrivacyTerms
+from bract.shared.terms import PrivacyTerms, counted
 
 _RANDOMNESS: Final = {
     "csprng": "of a cryptographic source, keyed by the operating system",
@@ -103,7 +103,6 @@ def _facts(found: Evidence) -> list[tuple[str, str]]:
     names = [site.name for site in agreed.cohort]
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     steps, persons = agreed.training.local_steps, agreed.data.rows_per_person
-    step = "step" if steps == 1 else "steps"
     kind = "a simulation" if agreed.simulation else "a real federation"
     facts = {
         "Run": f"{agreed.run}, {kind}",
@@ -111,12 +110,12 @@ def _facts(found: Evidence) -> list[tuple[str, str]]:
         "Sites": f"{len(names)}: {', '.join(names[:12])}{more}",
         "Data": f"{agreed.data.name}; domains and public sizes stand in the table by site",
         "Model": agreed.model.name,
-        "Length": f"{agreed.rounds} rounds of {steps} {step}; at most {agreed.max_attempts} "
-        "attempts are charged",
+        "Length": f"{agreed.rounds} rounds of {counted(steps, 'step')}; at most "
+        f"{agreed.max_attempts} attempts are charged",
         "Mechanism": _mechanism(privacy),
         "Randomness": _RANDOMNESS[privacy.randomness],
         "Protected unit": f"one {privacy.unit}, {privacy.adjacency.replace('-', ' ')}",
-        "Persons": None if persons is None else f"at most {persons} records each are used",
+        "Persons": None if persons is None else f"at most {counted(persons, 'record')} of each",
         "Contract": f"SHA-256 {agreed.sha256}",
     }
     return [(name, value) for name, value in facts.items() if value is not None]

@@ -33,7 +33,8 @@ class Spent:
     ε is at `delta`, which is the site's own, and None where it is unbounded. `after` is (round of
     this contract, what the whole domain was charged by then), `curve` the same as ε.
     `left` is None too where steps of `menu` are, which is None under a filter.
-    `epsilon_person` bounds that of a person, None too where the contract bounds no person's rows.
+    `epsilon_person` bounds that of a person with `rows_per_person` examples, as every contract
+    charged bounds them; both are None where one does not.
     `anchors` are the files whose head is in the chain, `anchor` the number of the last entry that
     one names; `witnessed` is by the contract's server alone; `received` counts the updates that a
     server took and that stand here behind a charge, None where nobody kept their receipts.
@@ -44,6 +45,7 @@ class Spent:
     epsilon: float | None
     epsilon_run: float | None
     epsilon_filter: float | None
+    rows_per_person: int | None
     epsilon_person: float | None
     epsilon_menu: float | None
     menu: tuple[MenuLeft, ...] | None
@@ -201,7 +203,8 @@ def _spent(found: Verified, agreed: Contract, seen: Mapping[str, int]) -> Spent:
         epsilon=_finite(spent),
         epsilon_run=_finite(accounting.epsilon(in_run, limit.delta)),
         epsilon_filter=None if filtered is None else _finite(filtered),
-        epsilon_person=_of_person(events, limit.delta, agreed.rows_per_person),
+        rows_per_person=found.rows_per_person,
+        epsilon_person=_of_person(events, limit.delta, found.rows_per_person),
         epsilon_menu=None if whole is None else _finite(whole),
         menu=None if menu is None else tuple(menu),
         ceiling=limit.epsilon,

@@ -10,6 +10,7 @@ from typing import Literal
 from bract.shared.report.checks import Check, failed
 from bract.shared.report.evidence import Evidence
 from bract.shared.report.sites import Spent
+from bract.shared.terms import counted
 
 Kind = Literal["failed", "simulation", "unprotected", "incomplete", "verified"]
 _GREATEST_FACTOR = 1e6
@@ -153,11 +154,17 @@ def _is_simulation(found: Evidence) -> bool:
 
 def _of_person(found: Evidence) -> str:
     """Returns what holds of a person with several records, nothing where none is known of."""
-    rows = found.contract.rows_per_person
-    if rows is None:
+    if found.contract.rows_per_person is None:
         return ""
+    rows = [s.rows_per_person for s in found.of_run if s.rows_per_person is not None]
+    if len(rows) < len(found.of_run):
+        return (
+            " A person with several records: nothing bounds ε, for another contract in the ledgers "
+            "bounds no person’s records."
+        )
     bounds = _most([(spent.delta, spent.epsilon_person) for spent in found.of_run])
-    return f" A person with up to {rows} records: ε at most {bounds}, by the ledgers."
+    records = counted(max(rows), "record")
+    return f" A person with up to {records}: ε at most {bounds}, by the ledgers."
 
 
 def _adaptive(found: Evidence) -> str:

@@ -158,7 +158,8 @@ class RunFacts(Scores, LocalAccuracy, Traffic):
 class Summary(RunFacts):
     """summary.json: one run, with what its ledgers prove.
 
-    `epsilon` is of one example; `epsilon_person` bounds that of a person with `rows_per_person`.
+    `epsilon` is of one example; `epsilon_person` bounds that of a person with `rows_per_person`
+    examples, as every contract in the ledgers bounds them; both are null where one does not.
     """
 
     epsilon: float | None

@@ -200,6 +200,14 @@ PERSONS = DataTerms(
 )
 
 
+SINGLE = DataTerms.model_validate(
+    {
+        **PERSONS.model_dump(),
+        "preparation": {**PERSONS.model_dump()["preparation"], "rows_per_group": 1},
+    }
+)
+
+
 def about(found: Evidence) -> str:
     return wording.about(found, checks.checks(found))
 
@@ -243,6 +251,46 @@ def test_a_ledger_that_went_on_after_a_summary_does_not_belie_it(sites: Sites) -
     assert (north or 0.0) > (before.spent[0].epsilon_person or 0.0)
     bounds = f"{north:.4f} at δ\u00a0=\u00a01e-05, {south:.4f} at δ\u00a0=\u00a00.0015"
     assert f"ε at most {bounds}, by the ledgers" in about(found)
+
+
+def test_a_persons_epsilon_is_of_the_most_rows_that_any_contract_of_a_ledger_used(
+    sites: Sites,
+) -> None:
+    agreed, limits = sites.contract(data=SINGLE), DomainPolicy(epsilon=20.0, delta=1e-5)
+    sites.run(agreed, deltas=dict.fromkeys(OWN, 1e-5))
+    assert "A person with up to 1 record: ε at most " in about(sites.gather())
+    sites.serve("north", sites.contract(data=PERSONS), limits, 1)
+    sites.proven(agreed)
+    found = sites.gather()
+    assert checks.failed(checks.checks(found)) == []
+    (events,) = (spent.events for spent in found.spent if spent.site == "north")
+    bounds = [accounting.epsilon_of_person(events, 1e-5, rows) for rows in (1, 2)]
+    told = json.loads((sites.root / "summary.json").read_text())
+    assert (told["rows_per_person"], told["epsilon_person"]) == (2, bounds[1])
+    assert f"A person with up to 2 records: ε at most {bounds[1]:.4f} at" in about(found)
+    for wrong in ({"epsilon_person": bounds[0]}, {"rows_per_person": 1}):
+        sites.proven(agreed, **wrong)
+        check = result(sites.gather(), "The summary agrees")
+        assert (check.result, check.detail.startswith("north: ")) == ("failed", True)
+    sites.told(agreed)  # a server knows of its own run alone
+    assert checks.failed(checks.checks(sites.gather())) == []
+
+
+def test_nothing_bounds_a_persons_epsilon_where_another_contract_bounds_no_rows(
+    sites: Sites,
+) -> None:
+    agreed, limits = sites.contract(data=SINGLE), DomainPolicy(epsilon=20.0, delta=1e-5)
+    sites.run(agreed, deltas=dict.fromkeys(OWN, 1e-5))
+    sites.serve("north", sites.contract(), limits, 1)
+    sites.proven(agreed)
+    found = sites.gather()
+    assert checks.failed(checks.checks(found)) == []
+    told = json.loads((sites.root / "summary.json").read_text())
+    assert (told["rows_per_person"], told["epsilon_person"]) == (None, None)
+    assert "A person with several records: nothing bounds ε" in about(found)
+    sites.proven(agreed, rows_per_person=1, epsilon_person=19.0)
+    check = result(sites.gather(), "The summary agrees")
+    assert (check.result, "any number of records" in check.detail) == ("failed", True)
 
 
 def test_no_persons_epsilon_is_told_where_one_contract_bounds_no_rows(
