@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bract.shared.contract import Contract
-from bract.shared.policy import DomainPolicy, Menu, MenuClass
+from bract.shared.policy import DomainPolicy, Filter, Menu, MenuClass
 from bract.shared.preparation import Numeric, Table, Target
 from bract.shared.privacy import accounting, entries
 from bract.shared.privacy.events import PoissonGaussian
@@ -19,7 +20,7 @@ from bract.shared.report import checks, evidence, folder, wording
 from bract.shared.report.checks import Check
 from bract.shared.report.evidence import Evidence
 from bract.shared.reports.runs import GUARANTEE_PRIVATE, MetricsLine, ServerSummary, facts_of
-from bract.shared.terms import DataTerms, SiteTerms
+from bract.shared.terms import DataTerms, SiteTerms, TrainingTerms
 from bract.simulations import summary
 
 Bract = Callable[..., Any]
@@ -183,6 +184,33 @@ def test_a_summary_at_no_delta_is_a_failed_check(sites: Sites, delta: float) -> 
     found = sites.gather()
     assert result(found, "The summary agrees").result == "failed"
     assert result(found, "The metrics’ ε").result == "not done"
+
+
+# Two ways of counting
+
+
+@pytest.mark.parametrize(("rate", "steps", "order"), [(1e-3, 33_000, 25), (1e-4, 330_000, 64)])
+def test_many_steps_of_small_loss_are_counted_finely_before_a_check_fails(
+    sites: Sites, rate: float, steps: int, order: int
+) -> None:
+    agreed = sites.contract(
+        privacy={"sampling_rate": rate, "noise_multiplier": 2.0},
+        training=TrainingTerms(local_steps=steps, learning_rate=0.5),
+    )
+    fixed = DomainPolicy(epsilon=1.0, delta=1e-5, composition=Filter(order=order))
+    (sites.root / "contract.json").write_bytes(sites.north.sign(agreed).to_bytes())
+    sites.serve("north", agreed, fixed, ROUNDS)
+    found = sites.gather()
+    (spent,) = found.spent
+    by_loss, by_renyi = spent.epsilon or 0.0, spent.epsilon_filter or 0.0
+    assert by_loss > by_renyi
+    check = result(found, "A second way of counting")
+    assert check.result == "passed", check.detail
+    assert f"by Rényi divergence ε is at most {by_renyi:.4f}, as it must not be" in check.detail
+    # An ε that is under every grid's is still found.
+    (record,) = found.ledgers
+    lower = replace(record, spent=(replace(spent, epsilon_filter=by_renyi * 0.7),))
+    assert result(replace(found, ledgers=(lower,)), "A second way").result == "failed"
 
 
 # A person with several records
