@@ -213,18 +213,20 @@ def check_room(
         raise Refusal(
             Reason.BUDGET_EXHAUSTED,
             f"{1 if spent else contract.max_attempts} rounds more would pass epsilon "
-            f"{domain.epsilon} of the domain {chain.domain!r} {_counted(domain)}",
+            f"{domain.epsilon} of the domain {chain.domain!r} "
+            f"{_counted(chain, choices[-1], domain)}",
         )
 
 
-def _counted(domain: DomainPolicy) -> str:
-    if isinstance(domain.composition, Filter):
-        # A contract tells its ε by PLD: without this, 3.9 of 4 would seem to fit.
-        return (
-            "as its Rényi filter counts, which is more than PLD's epsilon; privacy.ceiling in "
-            "FEDERATION.toml raises σ until a contract fits"
-        )
-    return "or one of its menu's caps"
+def _counted(chain: Chain, more: Iterable[Event], domain: DomainPolicy) -> str:
+    if not isinstance(domain.composition, Filter):
+        return "or one of its menu's caps"
+    # A contract tells its ε by PLD: without this, 3.9 of 4 would seem to fit.
+    if (filtered(chain, domain.delta, more) or 0.0) > domain.epsilon:
+        counts = "its Rényi filter counts, which can be more than PLD's epsilon"
+    else:
+        counts = "PLD counts on the gate's grid, which can be more than its Rényi filter's epsilon"
+    return f"as {counts}; privacy.ceiling in FEDERATION.toml raises σ until a contract fits"
 
 
 def worst_case(chain: Chain, policies: Mapping[str, Policy]) -> float:

@@ -441,6 +441,28 @@ def test_the_whole_contract_must_fit_before_its_first_charge(world: Any) -> None
     assert refused(enough, world.order(another)) is Reason.BUDGET_EXHAUSTED
 
 
+@pytest.mark.parametrize(
+    ("epsilon", "counts"),
+    [(0.6, "its Rényi filter counts"), (0.7, "PLD counts on the gate's grid")],
+)
+def test_a_refusal_names_the_way_of_counting_that_found_no_room(
+    world: Any, epsilon: float, counts: str
+) -> None:
+    signed = world.sign(
+        world.contract(
+            privacy={"sampling_rate": 1e-3, "noise_multiplier": 2.0},
+            training=TrainingTerms(local_steps=20_000, learning_rate=0.5),
+            max_attempts=5,
+        )
+    )
+    # 0.66 by the filter; the grid of PLD counts many steps of small loss as 0.78.
+    fixed = {"epsilon": epsilon, "composition": {"rule": "filter", "order": 25}}
+    gate = world.gate(policy=world.policy(domain=fixed))
+    with pytest.raises(Refusal, match=f"as {counts}, which can be more than") as refusal:
+        gate.admit(world.order(signed))
+    assert refusal.value.reason is Reason.BUDGET_EXHAUSTED
+
+
 def test_runs_share_the_budget_of_their_domain(world: Any) -> None:
     gate = world.gate(policy=world.policy(domain={"epsilon": 4.0}))
 
