@@ -94,6 +94,8 @@ def _domain(
     order, events = budget.order_of(chain), chain.events
     spent = accounting.epsilon(events, limit.delta, interval=interval)
     filtered = budget.filtered(chain, limit.delta)
+    # On the gate's grid, whichever was asked for: what is left is what a gate will still give.
+    charged, adaptive = accounting.epsilon(events, limit.delta), budget.adaptive(chain, limit.delta)
     ahead = following or found.last_contract
     again = interval == accounting.THOROUGH_INTERVAL or len(events) <= PRV_KINDS
     return DomainBudget(
@@ -108,7 +110,7 @@ def _domain(
         menu=budget.menu_left(chain),
         unbounded=accounting.is_unbounded(events),
         limit=limit.epsilon,
-        left=budget.left(chain, limit.epsilon, spent, budget.adaptive(chain, limit.delta)),
+        left=budget.left(chain, limit.epsilon, charged, adaptive),
         delta=limit.delta,
         adjacency=ADJACENCY,
         unit=chain.genesis.unit if chain.genesis else "example",
@@ -119,7 +121,7 @@ def _domain(
         seeded=chain.seeded,
         more_rounds=forecast.more_rounds(chain, limit, ahead),
         forecast_contract=ahead.sha256 if ahead else None,
-        runs=_runs(found, limit.delta),
+        runs=_runs(found, limit.delta, interval),
         note=_note(chain, order) + ("" if again else "; ε PRV takes --thorough"),
     )
 
@@ -155,7 +157,7 @@ def _others(
     return asked
 
 
-def _runs(found: Verified, delta: float) -> list[RunCost]:
+def _runs(found: Verified, delta: float, interval: float) -> list[RunCost]:
     from bract.shared.privacy import accounting
 
     chain, costs = found.chain, []
@@ -173,7 +175,7 @@ def _runs(found: Verified, delta: float) -> list[RunCost]:
                 charges=chain.attempts[name],
                 evaluations=chain.evaluated[name],
                 steps=sum(getattr(event, "steps", 0) for event in events),
-                epsilon=_finite(accounting.epsilon(events, delta)),
+                epsilon=_finite(accounting.epsilon(events, delta, interval=interval)),
             )
         )
     return costs

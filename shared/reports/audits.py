@@ -121,6 +121,7 @@ class DomainBudget(Frozen):
     `epsilon_person` bounds that of a person with `rows_per_person` examples, as every contract
     charged bounds them; null where one does not. `epsilon_menu` is of the whole of a menu, which
     holds however contracts were chosen; under a menu `left` is null while `menu` has steps left.
+    `left` is what a gate will still give, on its own grid, however finely ε was counted.
     `anchor` is the last entry that was seen elsewhere: what came after it can have been cut off.
     """
 

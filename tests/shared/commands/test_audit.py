@@ -16,7 +16,7 @@ from bract.shared.privacy import accounting, anchors, entries, receipts, witness
 from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.privacy.receipts import Received
 from bract.shared.reports import schema
-from bract.shared.terms import EvaluationTerms
+from bract.shared.terms import EvaluationTerms, TrainingTerms
 
 Bract = Callable[..., Any]
 STEP = PoissonGaussian(0.1, 1.5, 1)
@@ -134,6 +134,27 @@ def test_an_export_does_not_replace_a_file_and_is_not_made_of_nothing(
 
 
 # What was spent
+
+
+def test_a_fine_grid_tells_what_each_run_cost_and_leaves_what_a_gate_would_give(
+    bract: Bract, world: Any
+) -> None:
+    agreed = world.contract(
+        privacy={"sampling_rate": 1e-3, "noise_multiplier": 2.0},
+        training=TrainingTerms(local_steps=20_000, learning_rate=0.5),
+    )
+    fixed = {"epsilon": 2.0, "composition": {"rule": "filter", "order": 25}}
+    gate = world.gate(policy=world.policy(domain=fixed))
+    for number in range(1, 6):
+        world.serve(gate, world.order(world.sign(agreed), number))
+    gate.ledger.close()
+    asked = ("audit", "budget", str(world.ledger_path), "--site-key", world.key.public, "--json")
+    (quick,) = printed(bract(*asked), "audit-budget")["domains"]
+    (fine,) = printed(bract(*asked, "--thorough"), "audit-budget")["domains"]
+    assert fine["epsilon"] < quick["epsilon_filter"] < quick["epsilon"]
+    for found in (quick, fine):
+        assert [run["epsilon"] for run in found["runs"]] == [found["epsilon"]]
+        assert found["left"] == pytest.approx(2.0 - quick["epsilon"])
 
 
 def domain(bract: Bract, site: Any, *options: str) -> dict[str, Any]:
