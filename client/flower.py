@@ -51,7 +51,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from bract.shared import flower, incarnation
+from bract.shared import clocks, flower, incarnation
 from bract.shared.errors import BractError, UsageError, VerificationFailed
 from bract.shared.flower import GrewTooLarge
 from bract.shared.incarnation import Incarnation
@@ -65,6 +65,15 @@ FIRST_DELAY_SECONDS, GREATEST_DELAY_SECONDS = 0.2, 15.0
 # Why this site does not take an order.
 TOO_LARGE, UNREADABLE = "order-too-large", "unreadable-order"
 _UNAUTHORIZED, _CONFLICT, _NOT_ACTIVE = 401, 409, 412
+_KEY = "its federation file must list the node key that `bract keys site` printed"
+_CLOCK = (
+    f"this machine's clock may be {clocks.AHEAD_SECONDS} s ahead of the server's or "
+    f"{clocks.BEHIND_SECONDS} s behind, no more"
+)
+_REMEDIES = {
+    clocks.CLOCKS_DIFFER: f"{_CLOCK}; set the one that is wrong",
+    clocks.UNREGISTERED_KEY: _KEY,
+}
 
 
 class Disconnected(BractError):
@@ -72,7 +81,16 @@ class Disconnected(BractError):
 
 
 class Unknown(Disconnected):
-    """The server does not know the node that this process speaks for."""
+    """The server does not let this process in.
+
+    Args:
+        reason: the server's word for why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        remedy = _REMEDIES.get(reason, f"{_KEY}, and {_CLOCK}")
+        super().__init__(f"the server does not let this site in ({reason}): {remedy}")
 
 
 class NotTaken(BractError):
@@ -146,16 +164,17 @@ class Connection:
 
         Raises:
             Disconnected: where it cannot be reached now.
-            BractError: where trying again is useless.
+            BractError: where trying again is useless: the server does not list this site's key, or
+                never let this process in.
         """
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_SECONDS)
         try:
             response = self._call(lambda: self._client.ActivateNode(request))
         except Unknown as error:
-            raise BractError(
-                f"{error}: its federation file must list the node key that `bract keys site` "
-                "printed, and the clocks agree"
-            ) from error
+            # Its key held before: a clock was set, and what is set is mended without this process.
+            if self._node is not None and error.reason != clocks.UNREGISTERED_KEY:
+                raise
+            raise BractError(str(error)) from error
         self._node = Node(node_id=response.node_id)
         TaskIdentity.node_id = response.node_id
         if self._beats is None:
@@ -344,8 +363,7 @@ def _explained(response: httpx.Response) -> BractError:
             "process for a site"
         )
     if response.status_code == _UNAUTHORIZED:
-        # A server that lost its link state knows the key by another node: it says so at the door.
-        return Unknown(f"the server does not let this site in ({detail or 'unauthorized'})")
+        return Unknown(detail or "unauthorized")
     if response.status_code == _NOT_ACTIVE or response.status_code >= 500:
         return Disconnected("the server asks for a new connection")
     return NotTaken(f"the server refused: {detail or response.status_code}")

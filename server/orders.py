@@ -10,11 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from bract.shared import clocks
+
 
 class Fault(StrEnum):
     """Why the coordinator refuses a request; the words that its log and its answer carry."""
 
-    UNREGISTERED_KEY = "unregistered-key"
+    UNREGISTERED_KEY = clocks.UNREGISTERED_KEY
+    CLOCKS_DIFFER = clocks.CLOCKS_DIFFER
     UNSIGNED = "unsigned-request"
     NO_SUCH_ROUTE = "no-such-route"
     BAD_REQUEST = "bad-request"

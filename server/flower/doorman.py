@@ -8,14 +8,14 @@ import datetime
 import logging
 from typing import TYPE_CHECKING
 
-from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
+from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bract.server.orders import Fault, Refused
-from bract.shared import incarnation
+from bract.shared import clocks, incarnation
 
 if TYPE_CHECKING:
     from bract.server.flower.host import Host
@@ -26,8 +26,11 @@ logger = logging.getLogger("bract.server")
 GREATEST_BODY = 8 * 2**20
 FLEET = "/v1/fleet/"
 HEALTH = "/health"
+# Where a request says, further in, whose key signed it.
+SITE = "bract-site"
 HTTP_STATUS = {
     Fault.UNREGISTERED_KEY: 401,
+    Fault.CLOCKS_DIFFER: 401,
     Fault.UNSIGNED: 401,
     Fault.NO_SUCH_ROUTE: 404,
     Fault.NOT_ACTIVE: 412,
@@ -71,7 +74,7 @@ class Doorman:
         site: str | None = None
         try:
             if scope["path"].startswith(FLEET):
-                site = _caller(scope, self._host)
+                scope[SITE] = site = _caller(scope, self._host)
             # Exactly these: a router would take a line's end after one of them too.
             if scope["path"] not in self._served and scope["path"] != HEALTH:
                 raise Refused(Fault.NO_SUCH_ROUTE)
@@ -104,10 +107,11 @@ def _caller(scope: Scope, host: Host) -> str:
         raise Refused(Fault.UNREGISTERED_KEY)
     timestamp = headers.get(TIMESTAMP_HEADER, b"")
     signature = _base64(headers.get(FLEET_HTTP_SIGNATURE_HEADER, b""))
-    if not (
-        _is_recent(timestamp) and verify_signature(bytes_to_public_key(key), timestamp, signature)
-    ):
+    if not verify_signature(bytes_to_public_key(key), timestamp, signature):
         raise Refused(Fault.UNSIGNED)
+    # By now it is known to be the site's own word, so that it may be told what is wrong with it.
+    if not -clocks.AHEAD_SECONDS < _age(timestamp) < clocks.BEHIND_SECONDS:
+        raise Refused(Fault.CLOCKS_DIFFER)
     length = headers.get("content-length", b"")
     # Without a length a body could grow while it is read; beside chunks a length says nothing.
     if "transfer-encoding" in headers or not length.isdigit() or int(length) > GREATEST_BODY:
@@ -115,12 +119,16 @@ def _caller(scope: Scope, host: Host) -> str:
     return site
 
 
-def _is_recent(timestamp: bytes) -> bool:
+def _age(timestamp: bytes) -> float:
+    """Returns how many seconds ago a request was signed, below 0 where that is ahead.
+
+    Raises:
+        Refused: where it is no time.
+    """
     try:
-        age = (now() - datetime.datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()
+        return (now() - datetime.datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()
     except (ValueError, TypeError, OverflowError):
-        return False
-    return -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+        raise Refused(Fault.UNSIGNED) from None
 
 
 def _base64(text: bytes) -> bytes:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
-from fastapi import APIRouter, FastAPI, Header, HTTPException
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
 from fastapi.routing import APIRoute
 from flwr.common.constant import HEARTBEAT_MAX_INTERVAL, HEARTBEAT_MIN_INTERVAL
 from flwr.proto.fleet_pb2 import (
@@ -50,14 +50,13 @@ from flwr.supercore.protobuf.translation import (
     ProtobufTranslationMiddleware,
 )
 from flwr.supercore.routers import health
-from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.servicer.fleet import fleet_handlers
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp
 
 from bract.server import memory
-from bract.server.flower.doorman import HTTP_STATUS, REASON, Doorman
+from bract.server.flower.doorman import HTTP_STATUS, REASON, SITE, Doorman
 from bract.server.orders import Fault, Refused
 from bract.shared import flower, incarnation
 from bract.shared.errors import VerificationFailed
@@ -79,11 +78,9 @@ def application(host: Host, factory: LinkStateFactory) -> ASGIApp:
     """Returns what uvicorn serves: /health and the fleet routes, strangers turned away first."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.linkstate_factory = factory
-    app.state.enable_supernode_auth = True
     app.include_router(health.router)
     messages = _messages(host)
     app.include_router(messages)
-    app.add_middleware(NodeAuthMiddleware)
     app.add_middleware(ProtobufTranslationMiddleware)
     app.add_middleware(BaseHTTPMiddleware, dispatch=http_error_translator)
     served = {route.path for route in messages.routes if isinstance(route, APIRoute)}
@@ -92,7 +89,25 @@ def application(host: Host, factory: LinkStateFactory) -> ASGIApp:
 
 def _messages(host: Host) -> APIRouter:
     """Returns the routes of activation, heartbeat and messages."""
-    router = APIRouter(prefix="/v1/fleet", route_class=ProtobufRoute)
+
+    async def as_itself(request: Request) -> None:
+        """Returns where a request speaks for the node whose key signed it.
+
+        The doorman has checked signature and time, more widely than Flower's own check would.
+        """
+        asked, site = request.state.protobuf_request, request.scope[SITE]
+        if isinstance(asked, ActivateNodeRequest):
+            spoken_for = host.site(asked.public_key)
+        else:
+            node = asked.node_id if isinstance(asked, DeactivateNodeRequest) else asked.node.node_id
+            # A node of an earlier link state is nobody's; `_check` asks for a new connection.
+            spoken_for = host.names.get(node, site)
+        if spoken_for != site:
+            raise _refusal(Fault.UNSIGNED)
+
+    router = APIRouter(
+        prefix="/v1/fleet", route_class=ProtobufRoute, dependencies=[Depends(as_itself)]
+    )
 
     @router.post("/activate-node")
     def activate(
@@ -272,8 +287,10 @@ def _answered(serve: Callable[[], T]) -> T:
     try:
         return serve()
     except Refused as refused:
-        raise HTTPException(
-            status_code=HTTP_STATUS.get(refused.fault, 400),
-            detail=refused.fault.value,
-            headers={REASON: refused.fault.value},
-        ) from None
+        raise _refusal(refused.fault) from None
+
+
+def _refusal(fault: Fault) -> HTTPException:
+    return HTTPException(
+        status_code=HTTP_STATUS.get(fault, 400), detail=fault.value, headers={REASON: fault.value}
+    )

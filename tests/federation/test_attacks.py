@@ -49,11 +49,11 @@ from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.date import now
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
-from bract.server.flower import connections, routes
+from bract.server.flower import connections, doorman, routes
 from bract.server.flower.host import Host, Listener
 from bract.shared import incarnation, node_keys, wire
 from bract.shared.incarnation import Incarnation
-from bract.simulations.federations.loopback import LOOPBACK
+from bract.simulations.federations.loopback import LOOPBACK, Layout
 
 SERVED = {
     "activate-node",
@@ -347,7 +347,8 @@ def test_no_body_is_read_for_a_public_key_alone(
         ago = now() - datetime.timedelta(seconds=400)
         headers = mallory.headers(at=ago.isoformat())
     lines = _head("/v1/fleet/push-object", {**headers, "content-length": "4000000"})
-    with wire_to(idle) as wire, refused(idle, "unsigned-request"):
+    reason = "clocks-differ" if case == "signed long ago" else "unsigned-request"
+    with wire_to(idle) as wire, refused(idle, reason):
         wire.settimeout(20)
         wire.sendall(lines + b"\r\n")
         assert _status(wire) == 401
@@ -399,24 +400,35 @@ def test_half_open_connections_do_not_hold_up_a_site(idle: Logged, mallory: Call
             site.post("deactivate-node", DeactivateNodeRequest(node_id=site.node))
 
 
-@pytest.mark.filterwarnings("ignore:No path_separator:DeprecationWarning")  # of Flower's alembic
+@contextlib.contextmanager
+def hosted(layout: Layout, folder: Path) -> Iterator[Host]:
+    """The server's side of the network alone, in this process."""
+    beside = layout.federation.parent
+    key = node_keys.load(layout.site(HOSTILE).parent / "node-key.pem")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No path_separator", DeprecationWarning)  # of alembic
+        host = Host(
+            database=folder / "link.sqlite",
+            sites={HOSTILE: node_keys.public_line(key.public_key())},
+            listener=Listener(
+                LOOPBACK, layout.port, beside / "server.pem", beside / "server-key.pem"
+            ),
+            greatest_reply=2**20,
+        )
+    host.start()
+    try:
+        yield host
+    finally:
+        host.close()
+
+
 def test_a_head_that_never_comes_loses_its_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.4)
     monkeypatch.setattr(routes, "POLL_HOLD_SECONDS", 2.0)
     layout = lay_out(tmp_path / "federation", (HOSTILE,), minimum_cohort=1)
-    folder = layout.federation.parent
-    listener = Listener(LOOPBACK, layout.port, folder / "server.pem", folder / "server-key.pem")
-    key = node_keys.load(layout.site(HOSTILE).parent / "node-key.pem")
-    host = Host(
-        database=tmp_path / "link.sqlite",
-        sites={HOSTILE: node_keys.public_line(key.public_key())},
-        listener=listener,
-        greatest_reply=2**20,
-    )
-    host.start()
-    try:
+    with hosted(layout, tmp_path):
         served = Logged(layout)
         whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
         for first, then in ((b"", b""), (b"POST /health HT", b""), (whole, b"GET ")):
@@ -433,8 +445,6 @@ def test_a_head_that_never_comes_loses_its_connection(
             patient.activate()
             asked = PullMessagesRequest(node=patient.who())
             assert patient.post("pull-messages", asked).status_code == 200
-    finally:
-        host.close()
 
 
 # Who speaks for a node
@@ -528,14 +538,58 @@ def test_a_site_cannot_act_under_the_id_of_anothers_node(idle: Logged, mallory: 
 # Replays
 
 
-@pytest.mark.parametrize("seconds", [-400, -3600, 30, 1e6])
+@pytest.mark.parametrize("seconds", [-310, -3600, 70, 1e6])
 def test_a_signature_of_another_time_is_refused(
     idle: Logged, mallory: Caller, seconds: float
 ) -> None:
     at = (now() + datetime.timedelta(seconds=seconds)).isoformat()
     asked = PullMessagesRequest(node=mallory.who())
-    with refused(idle, "unsigned-request"):
+    with refused(idle, "clocks-differ"):
         assert mallory.post("pull-messages", asked, mallory.headers(at=at)).status_code == 401
+
+
+@pytest.mark.parametrize("seconds", [-290, 50])
+def test_a_clock_may_be_a_little_off(idle: Logged, mallory: Caller, seconds: float) -> None:
+    at = (now() + datetime.timedelta(seconds=seconds)).isoformat()
+    beat = SendNodeHeartbeatRequest(node=mallory.who(), heartbeat_interval=30)
+    assert mallory.post("send-node-heartbeat", beat, mallory.headers(at=at)).status_code == 200
+
+
+def test_only_a_sites_own_word_is_told_that_its_time_is_off(
+    idle: Logged, mallory: Caller, stranger: Caller
+) -> None:
+    ago = (now() - datetime.timedelta(seconds=400)).isoformat()
+    claimed = {
+        **stranger.headers(at=ago),
+        "flwr-public-key": mallory.headers()["flwr-public-key"],
+    }
+    with refused(idle, "unsigned-request"):
+        assert stranger.post("pull-messages", headers=claimed).status_code == 401
+
+
+def test_a_site_whose_clock_is_off_for_a_while_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(routes, "POLL_HOLD_SECONDS", 0.5)
+    layout = lay_out(tmp_path / "federation", (HOSTILE,), minimum_cohort=1)
+    minutes = 0
+    monkeypatch.setattr(doorman, "now", lambda: now() + datetime.timedelta(minutes=minutes))
+    with hosted(layout, tmp_path) as host, Logged(layout) as processes:
+        processes.join(HOSTILE)
+        until(host.connected, "the site is connected")
+        minutes = 10
+        until(lambda: caplog.text.count("clocks-differ") >= 4, "it tries again", seconds=30)
+        (off,) = processes.lines(HOSTILE, event="disconnected")
+        assert "(clocks-differ): this machine's clock may be 60 s ahead" in off["message"]
+        minutes = 0
+        until(lambda: len(processes.lines(HOSTILE, event="connected")) == 2, "it is back")
+        assert len(processes.lines(HOSTILE, event="disconnected")) == 1
+        assert processes.running[HOSTILE].poll() is None
+        processes.stop(HOSTILE)
+        minutes = 10
+        processes.join(HOSTILE)  # one that was never let in is told at once
+        code, told = processes.ended(HOSTILE)
+        assert (code, "clocks-differ" in told) == (1, True)
 
 
 @pytest.mark.parametrize("at", ["", "yesterday", "2026-01-01T00:00:00", "9" * 400, "0001-01-01"])
