@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,7 @@ class Holdings(Protocol):
         """Returns where a domain holds the kind of data that a contract is for; reads none.
 
         Raises:
-            Refusal: otherwise.
+            Refusal: otherwise, and where they are not in their place now.
         """
 
     def open(self, domain: str, data: DataTerms) -> Examples:
@@ -50,11 +51,22 @@ class Roots:
             raise Refusal(
                 Reason.POLICY_DOMAIN, f"{data.name!r} has another shape than the contract says"
             )
+        place = _place(root)
+        # A disk that is not mounted may be there in the next round: the reason is a passing one.
+        if place is not None and not os.access(place, os.R_OK):
+            raise Refusal(
+                Reason.SITE_FAILED,
+                f"cannot read {place}, where domains.{domain}.data of SITE.toml lie: mount it or "
+                "put it back; nothing was charged",
+            )
 
     def open(self, domain: str, data: DataTerms) -> Examples:
         """Returns the examples of a domain, read once in a process."""
         root = self._roots[domain]
-        return _open(data, root.folder, root.part)
+        try:
+            return _open(data, root.folder, root.part)
+        except UsageError as error:
+            raise UsageError(f"domains.{domain}.data of SITE.toml: {error}") from error
 
     def problems(self, domain: str, data: DataTerms, nominal_size: int) -> list[str]:
         """Returns what an operator should mend, by file, row and column and never by value.
@@ -112,6 +124,12 @@ def bindings(roots: Mapping[str, DataRoot], policy: Policy, path: Path) -> dict[
                     f"one, or declare overlaps = [{other!r}], so that one use is charged to both"
                 )
     return bound
+
+
+def _place(root: DataRoot) -> Path | None:
+    """Returns what must be there to open a root; None where its data are found by their name."""
+    known = dataset(root.name)
+    return None if root.folder is None or known.embedded else known.private(Path(root.folder))
 
 
 def _recorded(path: Path) -> dict[str, DataRoot]:

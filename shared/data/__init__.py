@@ -95,6 +95,7 @@ def _in_files(describe: Describe, reader: Reader) -> Dataset:
         load_public=reader.load_public,
         load_part=reader.load_part,
         check_part=reader.check_part,
+        private=reader.private,
     )
 
 
@@ -140,6 +141,7 @@ DATASETS: dict[str, Dataset] = {
         load_part=text.load_part,
         check_part=text.check_part,
         prepare=text.prepare,
+        private=text.private,
     ),
     "shakespeare": Dataset(
         _fixed(shakespeare.TERMS),
@@ -155,7 +157,14 @@ DATASETS: dict[str, Dataset] = {
     "images": _in_files(
         images.describe, Reader(("",), "--image-dir DIR", images.read, images.check)
     ),
-    "hub": Dataset(hub.describe, hub.load, hub.load_public, hub.load_part, hub.check_part),
+    "hub": Dataset(
+        hub.describe,
+        hub.load,
+        hub.load_public,
+        hub.load_part,
+        hub.check_part,
+        private=hub.FILES.private,
+    ),
     "arrays": _in_files(
         arrays.describe,
         Reader((".npz",), "--data-file FILE.npz", arrays.read, arrays.check, arrays.demand),

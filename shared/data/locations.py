@@ -17,6 +17,8 @@ from bract.shared.errors import UsageError
 
 SYSTEM_ROOT = Path("/usr/share/datasets")
 TIMEOUT_SECONDS = 30.0
+# Where a user names a folder: in an experiment, a FEDERATION.toml or a SITE.toml.
+NAMED = "data.dir, server.public_data or domains.NAME.data.folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,7 @@ def folder_of(name: str, *, folder: Path | None, root: Path | None) -> Path | No
     environment = os.environ.get("BRACT_DATA")
     if folder is not None:
         if not folder.exists():
-            named = "data.dir, server.public_data or the domain's folder"
-            raise UsageError(f"no data folder {folder}: correct {named}")
+            raise UsageError(f"no data folder {folder}: correct {NAMED}")
         return folder
     if root is not None:
         if not root.is_dir():
@@ -84,8 +85,8 @@ def content(source: Source, folder: Path, name: str) -> bytes:
         found = gzip.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
     except (OSError, EOFError) as error:
         raise UsageError(
-            f"no readable {name} or {name}.gz in {folder}: name the folder that holds it with "
-            "--set data.dir=FOLDER, or a root with --data-dir"
+            f"no readable {name} or {name}.gz in {folder}: put it there, or correct {NAMED}, or "
+            "--data-dir"
         ) from error
     if hashlib.sha256(found).hexdigest() not in (source.sha256[name], source.reissued.get(name)):
         raise UsageError(f"{folder / name} is not the published file: fetch it again")

@@ -80,6 +80,10 @@ class Reader:
         """Returns what is wrong with a site's `train`."""
         return self.check(terms, self._part(self._folder(terms, where), "train"))
 
+    def private(self, folder: Path) -> Path:
+        """Returns where a site's `train` lies, or should."""
+        return self._part(folder, "train")
+
     def _own(self, terms: DataTerms, path: Path) -> Examples:
         """Returns the examples of who reads: to him an error may say what is in them."""
         self.demand(terms, path)

@@ -109,10 +109,14 @@ def check_part(terms: DataTerms, folder: Path | None, part: str) -> list[str]:
     ]
 
 
+def private(folder: Path) -> Path:
+    """Returns the file of a site's rows: one that is named itself, or its folder's train.jsonl."""
+    return folder if folder.is_file() else folder / "train.jsonl"
+
+
 def _own(folder: Path | None, part: str) -> tuple[Path, list[Row]]:
     """Returns a site's file and its rows that are of a part."""
-    path = _somewhere(folder)
-    path = path / "train.jsonl" if path.is_dir() else path
+    path = private(_somewhere(folder))
     rows = _rows(path)
     keys = (f"{row.label}\0{row.text}".encode(errors="surrogatepass") for row in rows)
     return path, [rows[place] for place in dealt_rows(keys, part)]

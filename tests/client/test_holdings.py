@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,52 @@ def test_a_contract_for_data_that_the_domain_does_not_hold_is_refused_and_none_r
         with pytest.raises(Refusal) as refused:
             roots.check(domain, data)
         assert refused.value.reason is Reason.POLICY_DOMAIN
+
+
+@pytest.mark.parametrize(
+    ("name", "lies"),
+    [
+        ("heart-disease", ""),
+        ("table", "train.csv"),
+        ("images", "train"),
+        ("arrays", "train.npz"),
+        ("hub", "train.parquet"),
+        ("text", "train.jsonl"),
+    ],
+)
+def test_data_that_are_not_in_their_place_are_refused_for_now_and_found_when_they_are_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, lies: str
+) -> None:
+    monkeypatch.setattr(holdings, "load_part", None)  # reading would fail
+    monkeypatch.setattr(holdings.dataset(name).__class__, "fits", lambda self, terms: True)
+    folder = tmp_path / "data"
+    roots = Roots({"ward": root(folder, "1/1", name)})
+    terms = describe("digits").model_copy(update={"name": name})
+    if lies:
+        folder.mkdir()  # where a disk is mounted, without the disk
+    with pytest.raises(Refusal, match=r"domains\.ward\.data of SITE\.toml") as refused:
+        roots.check("ward", terms)
+    assert not refused.value.reason.final
+    assert str(folder / lies) in str(refused.value)
+    (folder / lies).mkdir(parents=True)
+    roots.check("ward", terms)
+
+
+def test_nothing_is_charged_while_the_data_are_not_there(world: Any, tmp_path: Path) -> None:
+    agreed = world.contract(data=describe("heart-disease"))
+    roots = Roots({"ward": root(tmp_path / "gone", "va")})
+    gate, order = replace(world.gate(), holdings=roots), world.order(world.sign(agreed))
+    with pytest.raises(Refusal) as refused:
+        gate.admit(order)
+    assert refused.value.reason is Reason.SITE_FAILED
+    with gate.ledger.transaction() as transaction:
+        assert transaction.chain("alpha", "ward", key=world.key.public).genesis is None
+
+
+def test_what_cannot_be_opened_is_told_by_its_key_in_the_sites_file(tmp_path: Path) -> None:
+    roots = Roots({"ward": root(tmp_path, "va")})  # a folder without the hospital's file
+    with pytest.raises(UsageError, match=r"domains\.ward\.data of SITE\.toml: .*domains\.NAME"):
+        roots.open("ward", describe("heart-disease"))
 
 
 def test_the_data_of_a_domain_are_its_own_part() -> None:
