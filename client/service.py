@@ -7,11 +7,11 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -24,6 +24,9 @@ from bract.client.settings import SiteSettings
 from bract.shared import canonical, keyfiles, malloc, node_keys
 
 logger = logging.getLogger("bract.client")
+
+# How long an end may be held up, above all by a server that is not told so.
+LEAVING_SECONDS = 5.0
 
 
 class Stopped(BaseException):
@@ -51,32 +54,48 @@ def serve(path: Path) -> None:
     address = Address(chosen.server, Path(chosen.keys.root_certificate))
     journal = Journal(SiteState(Path(chosen.state)), site.name)
     greatest = chosen.greatest_order_mib * 2**20
-    with _stoppable(chosen) as patience:
-        try:
-            with Connection(address, key, greatest_order=greatest) as connection:
-                _serve(connection, Answers(app, context, patience), journal)
-        except Stopped:
-            logger.info("stopped", extra={"event": "stopped", "site": site.name})
-        finally:
-            journal.write("stopped")
+    try:
+        with (
+            _stoppable(chosen) as patience,
+            Connection(address, key, greatest_order=greatest) as connection,
+        ):
+            _serve(connection, Answers(app, context, patience), journal)
+    except Stopped:
+        logger.info("stopped", extra={"event": "stopped", "site": site.name})
+    finally:
+        journal.write("stopped")
 
 
 class Patience:
     """Whether a stop was asked for, and whether a round may still be finished first."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self.training, self.asked = seconds, False, False
+        self._seconds, self._stopping = seconds, False
+        self.training, self.asked = False, False
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         """Stops now, or after the round that is being trained; a second request stops now."""
+        if self._stopping:
+            return  # another Stopped would end what the first one lets end
         if not self.training or self.asked:
-            raise Stopped
+            self.stop()
         self.asked = True
         # Past this the round is abandoned. Its charge stands.
         signal.setitimer(signal.ITIMER_REAL, max(self._seconds, 1e-3))
 
     def over(self, number: int, frame: FrameType | None) -> None:
-        """Abandons the round."""
+        """Abandons the round, or what still holds up an end."""
+        self.stop()
+
+    def stop(self) -> NoReturn:
+        """Ends the process.
+
+        Raises:
+            Stopped: now, and again as long as a server that does not answer holds it up, or where
+                it was raised in a place from which no exception comes out.
+        """
+        self._stopping = True
+        signal.setitimer(signal.ITIMER_REAL, LEAVING_SECONDS, LEAVING_SECONDS)
         raise Stopped
 
 
@@ -140,7 +159,7 @@ def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
                         unsent = None
                     answers.patience.training = False
                     if answers.patience.asked:
-                        raise Stopped
+                        answers.patience.stop()
                     order = connection.receive()
                     lost.reset()
                     refused.reset()
@@ -161,7 +180,7 @@ def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
         except Disconnected as error:
             answers.patience.training = False
             if answers.patience.asked:
-                raise Stopped from None
+                answers.patience.stop()
             journal.write("connecting")
             # A server that is away between runs is told of once, not every quarter of a minute.
             level = logging.DEBUG if str(error) == told else logging.INFO
@@ -172,15 +191,17 @@ def _serve(connection: Connection, answers: Answers, journal: Journal) -> None:
 
 @contextmanager
 def _stoppable(chosen: SiteSettings) -> Iterator[Patience]:
+    """Lets SIGTERM and SIGINT stop what is done within; after it they are ignored.
+
+    The process ends then. Signals that come while it does would end it by a traceback.
+    """
     patience = Patience(chosen.stop_seconds)
-    before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, patience.ask),
-        signal.SIGINT: signal.signal(signal.SIGINT, patience.ask),
-        signal.SIGALRM: signal.signal(signal.SIGALRM, patience.over),
-    }
+    signal.signal(signal.SIGALRM, patience.over)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, patience.ask)
     try:
         yield patience
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
