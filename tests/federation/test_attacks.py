@@ -426,6 +426,7 @@ def test_a_head_that_never_comes_loses_its_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.4)
+    monkeypatch.setattr(connections, "BODY_SILENCE_SECONDS", 0.4)
     monkeypatch.setattr(routes, "POLL_HOLD_SECONDS", 2.0)
     layout = lay_out(tmp_path / "federation", (HOSTILE,), minimum_cohort=1)
     with hosted(layout, tmp_path):
@@ -445,6 +446,24 @@ def test_a_head_that_never_comes_loses_its_connection(
             patient.activate()
             asked = PullMessagesRequest(node=patient.who())
             assert patient.post("pull-messages", asked).status_code == 200
+
+
+@pytest.mark.parametrize("sent", [0, 300_000])
+def test_a_body_that_stops_half_way_loses_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sent: int
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.4)
+    monkeypatch.setattr(connections, "BODY_SILENCE_SECONDS", 0.4)
+    layout = lay_out(tmp_path / "federation", (HOSTILE,), minimum_cohort=1)
+    with hosted(layout, tmp_path), caller(layout) as site:
+        headers = {**site.headers(), "content-length": "4000000"}
+        with wire_to(Logged(layout)) as wire:
+            wire.sendall(_head("/v1/fleet/push-object", headers) + b"\r\n" + b"x" * sent)
+            with contextlib.suppress(ConnectionError):
+                while wire.recv(4096):
+                    pass
+        site.activate()  # who speaks on is served
+    assert "Traceback" not in caplog.text
 
 
 # Who speaks for a node
