@@ -142,7 +142,7 @@ def status(path: Path) -> SiteStatus:
         domains={
             name: _domain_status(
                 chains.get(name) or _new_chain(chosen, name), domain.epsilon, domain.delta
-            )
+            ).model_copy(update={"shared": policy.charged_domains(name)[1:]})
             for name, domain in chosen.domains.items()
         },
     )
@@ -154,7 +154,7 @@ def status_lines(report: SiteStatus) -> list[str]:
     shown = [f"{report.site}: {report.doing}, round {report.round or '-'}, since {since}"]
     shown += [
         f"{name}: ε {_spent(domain)} of {domain.limit:g} at δ {domain.delta:g}, left "
-        f"{_left(domain)}, {domain.charges} charges"
+        f"{_left(domain)}, {domain.charges} charges{_shared(domain)}"
         for name, domain in report.domains.items()
     ]
     return shown
@@ -170,6 +170,13 @@ def _left(domain: DomainStatus) -> str:
     if domain.left is None and domain.menu and domain.epsilon is not None:
         return " and ".join(entry.words for entry in domain.menu)
     return _number(domain.left)
+
+
+def _shared(domain: DomainStatus) -> str:
+    others = " and ".join(map(repr, domain.shared))
+    return (
+        f"; each use is charged to {others} too, and must fit what is left there" if others else ""
+    )
 
 
 def _both(epsilon: float | None, filtered: float | None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ from bract.shared.terms import ADJACENCY, counted
 
 if TYPE_CHECKING:
     from bract.shared.privacy.chain import Chain
+    from bract.shared.privacy.forecast import RoundsLeft
     from bract.shared.privacy.verification import Verified
 
 # Beyond so many kinds of (q, σ) the second accountant takes longer than all else together.
@@ -65,11 +68,11 @@ def budget(
     following = _contract(forecast) if forecast is not None else None
     evidence = Evidence(site_key=site_key, contract=contract, head=head)
     domains = [
-        _domain(path, found, interval, following).model_copy(
+        _domain(path, found, interval, rounds).model_copy(
             update=_others(found, interval, replace_one, group)
         )
         for path in ledgers
-        for found in verified(path, evidence)
+        for found, rounds in _with_rounds(verified(path, evidence), following)
     ]
     check_forks(ledgers)
     if as_json:
@@ -85,10 +88,22 @@ def _contract(path: Path) -> Contract:
     return signed.verify(signed.contract.coordinator)
 
 
-def _domain(
-    path: Path, found: Verified, interval: float, following: Contract | None
-) -> DomainBudget:
-    from bract.shared.privacy import accounting, budget, forecast
+def _with_rounds(
+    every: Sequence[Verified], following: Contract | None
+) -> Iterator[tuple[Verified, RoundsLeft]]:
+    """Yields each chain of a file with the rounds left of a contract, by default of its last."""
+    from bract.shared.privacy import forecast
+
+    chains: defaultdict[str, dict[str, Chain]] = defaultdict(dict)
+    for found in every:
+        chains[found.chain.site][found.chain.domain] = found.chain
+    for found in every:
+        ahead, beside = following or found.last_contract, chains[found.chain.site]
+        yield found, forecast.rounds_left(found.chain.domain, found.policy, beside, ahead)
+
+
+def _domain(path: Path, found: Verified, interval: float, rounds: RoundsLeft) -> DomainBudget:
+    from bract.shared.privacy import accounting, budget
 
     chain, limit = found.chain, found.policy.domains[found.chain.domain]
     order, events = budget.order_of(chain), chain.events
@@ -96,7 +111,6 @@ def _domain(
     filtered = budget.filtered(chain, limit.delta)
     # On the gate's grid, whichever was asked for: what is left is what a gate will still give.
     charged, adaptive = accounting.epsilon(events, limit.delta), budget.adaptive(chain, limit.delta)
-    ahead = following or found.last_contract
     again = interval == accounting.THOROUGH_INTERVAL or len(events) <= PRV_KINDS
     return DomainBudget(
         ledger=str(path),
@@ -119,10 +133,10 @@ def _domain(
         charges=sum(chain.attempts.values()),
         steps=sum(getattr(event, "steps", 0) for event in events),
         seeded=chain.seeded,
-        more_rounds=forecast.more_rounds(chain, limit, ahead),
-        forecast_contract=ahead.sha256 if ahead else None,
+        more_rounds=rounds.number,
+        forecast_contract=rounds.contract,
         runs=_runs(found, limit.delta, interval),
-        note=_note(chain, order) + ("" if again else "; ε PRV takes --thorough"),
+        note="; ".join(_notes(found, rounds)) + ("" if again else "; ε PRV takes --thorough"),
     )
 
 
@@ -179,6 +193,19 @@ def _runs(found: Verified, delta: float, interval: float) -> list[RunCost]:
             )
         )
     return costs
+
+
+def _notes(found: Verified, rounds: RoundsLeft) -> Iterator[str]:
+    from bract.shared.privacy import budget
+
+    chain = found.chain
+    yield _note(chain, budget.order_of(chain))
+    _, *shared = found.policy.charged_domains(chain.domain)
+    if shared:
+        others = " and ".join(map(repr, shared))
+        yield f"what uses {chain.domain!r} is charged to {others} too, and must fit there"
+    if rounds.bound is not None:
+        yield rounds.bound
 
 
 def _note(chain: Chain, order: int | None) -> str:

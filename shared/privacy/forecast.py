@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from bract.shared.contract import Contract
-from bract.shared.policy import DomainPolicy
+from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy import accounting, budget, entries
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.events import Event
@@ -13,8 +14,51 @@ from bract.shared.privacy.events import Event
 GREATEST = 1_000_000
 
 
+@dataclass(frozen=True, slots=True)
+class RoundsLeft:
+    """How many more rounds of a contract fit, None where that has no answer.
+
+    `contract` is its hash; `bound` says what bounds the number, where it is not the domain's own ε.
+    """
+
+    number: int | None
+    contract: str | None
+    bound: str | None = None
+
+
+def rounds_left(
+    domain: str, policy: Policy, chains: Mapping[str, Chain], contract: Contract | None
+) -> RoundsLeft:
+    """Returns how many more rounds of a contract's kind a site's gate would charge to a domain.
+
+    A use charges every domain that shares examples, and each must hold it: the least counts.
+
+    Args:
+        domain: whose rounds.
+        policy: the site's.
+        chains: of the site by domain; one that is missing is not begun yet.
+        contract: whose rounds, as in `more_rounds`.
+    """
+    own = chains[domain]
+    found = {
+        name: more_rounds(
+            chains.get(name) or budget.unbegun(policy, name, key=own.key),
+            policy.domains[name],
+            contract,
+        )
+        for name in policy.charged_domains(domain)
+    }
+    rounds = {name: number for name, number in found.items() if number is not None}
+    least = min(rounds, key=rounds.__getitem__, default=domain)  # of equals the domain itself
+    return RoundsLeft(
+        rounds.get(least),
+        contract.sha256 if contract else None,
+        None if least == domain else f"rounds left are those that fit the domain {least!r}",
+    )
+
+
 def more_rounds(chain: Chain, domain: DomainPolicy, contract: Contract | None) -> int | None:
-    """Returns how many more rounds of a contract's kind fit, evaluations included.
+    """Returns how many more rounds of a contract's kind fit one domain, evaluations included.
 
     Args:
         chain: the domain's.

@@ -244,6 +244,8 @@ def _state(spent: Spent) -> str:
         words.append(allowed(spent.ceilings))
     if spent.menu is not None:
         words.append(f"of its menu are left {'; '.join(entry.words for entry in spent.menu)}")
+    if spent.shared:
+        words.append(f"each use must fit what is left of {' and '.join(spent.shared)} too")
     if spent.lost:
         words.append("entries were lost: the whole ceiling counts as spent")
     if spent.simulation or spent.seeded:

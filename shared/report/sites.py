@@ -32,6 +32,7 @@ class Spent:
 
     ε is at `delta`, which is the site's own, and None where it is unbounded. `after` is (round of
     this contract, what the whole domain was charged by then), `curve` the same as ε.
+    Each use is charged to the domains `shared` too, and must fit what is left of them.
     `left` is None too where steps of `menu` are, which is None under a filter.
     `epsilon_person` bounds that of a person with `rows_per_person` examples, as every contract
     charged bounds them; both are None where one does not.
@@ -52,6 +53,7 @@ class Spent:
     ceiling: float
     ceilings: tuple[Ceiling, ...]
     left: float | None
+    shared: tuple[str, ...]
     delta: float
     charges: int
     rounds: int
@@ -210,6 +212,7 @@ def _spent(found: Verified, agreed: Contract, seen: Mapping[str, int]) -> Spent:
         ceiling=limit.epsilon,
         ceilings=tuple(found.ceilings),
         left=budget.left(chain, limit.epsilon, spent, budget.adaptive(chain, limit.delta)),
+        shared=found.policy.charged_domains(chain.domain)[1:],
         delta=limit.delta,
         charges=chain.attempts[agreed.sha256],
         rounds=len({round_number for name, round_number in chain.charges if name == agreed.sha256}),

@@ -51,8 +51,9 @@ class Recovery(Frozen):
 class DomainStatus(Frozen):
     """What is spent and left of one domain's budget.
 
-    `left` is the ε that its gate would charge. A menu gives out steps instead: `left` is null while
-    `menu` has some, and `epsilon_menu` is of the whole of it.
+    `left` is the ε that its gate would charge; each use is charged to the domains `shared` too, and
+    must fit what is left of them. A menu gives out steps instead: `left` is null while `menu` has
+    some, and `epsilon_menu` is of the whole of it.
     """
 
     epsilon: float | None
@@ -63,6 +64,7 @@ class DomainStatus(Frozen):
     left: float | None
     delta: float
     charges: int
+    shared: tuple[str, ...] = ()
 
 
 class SiteStatus(Frozen):

@@ -219,6 +219,18 @@ def test_a_shared_domain_without_room_is_said_as_the_gate_would_say_it(
     assert not gate_accepts(world, layout, layout.contract)
 
 
+def test_the_status_of_a_domain_names_those_that_must_hold_each_use_too(
+    layout: Layout, bract: Bract
+) -> None:
+    add(layout, '[domains.small]\nepsilon = 0.5\ndelta = 1e-5\noverlaps = ["alpha"]\n'
+                'data = {name = "digits", part = "1/10"}')  # fmt: skip
+    found = offline.status(layout.site("alpha")).domains
+    assert (found["alpha"].shared, found["small"].shared) == (("small",), ("alpha",))
+    text = bract("client", str(layout.site("alpha")), "--status").stdout
+    assert "left 8.000, 0 charges; each use is charged to 'small' too" in text
+    assert "left 0.500, 0 charges; each use is charged to 'alpha' too" in text
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -372,7 +384,7 @@ def test_the_status_of_a_site_that_was_never_started_is_that(layout: Layout, bra
     assert (value["running"], value["doing"], value["since"]) == (False, "not running", None)
     assert value["domains"]["alpha"] == {
         "epsilon": 0.0, "epsilon_filter": 0.0, "limit": 8.0, "left": 8.0, "delta": 1e-5,
-        "charges": 0, "epsilon_menu": None, "menu": None,
+        "charges": 0, "epsilon_menu": None, "menu": None, "shared": [],
     }  # fmt: skip
     assert contents(layout.root) == before
     text = bract("client", str(layout.site("alpha")), "--status")

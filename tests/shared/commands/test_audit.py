@@ -12,7 +12,17 @@ import pytest
 
 from bract.shared import keys
 from bract.shared.commands import budget
-from bract.shared.privacy import accounting, anchors, entries, receipts, witness
+from bract.shared.errors import Refusal
+from bract.shared.policy import DomainPolicy
+from bract.shared.privacy import (
+    accounting,
+    anchors,
+    entries,
+    forecast,
+    receipts,
+    verification,
+    witness,
+)
 from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.privacy.receipts import Received
 from bract.shared.reports import schema
@@ -234,6 +244,62 @@ def test_rounds_of_another_contract_are_forecast(bract: Bract, site: Any) -> Non
         for rounds in (other["more_rounds"], other["more_rounds"] + 1)
     ]
     assert fits == [True, False]
+
+
+def test_rounds_left_are_those_that_every_domain_holds_that_a_round_is_charged_to(
+    bract: Bract, world: Any
+) -> None:
+    """The gate takes exactly so many more, though the domain's own ε would hold hundreds."""
+    domains = {
+        "ward": DomainPolicy(epsilon=30.0, delta=1e-5, overlaps=("clinic",)),
+        "clinic": DomainPolicy(epsilon=1.5, delta=1e-5),
+        "apart": DomainPolicy(epsilon=1.5, delta=1e-5),
+    }
+    gate = world.gate(policy=world.policy(domains=domains))
+    once = {"rounds": 1, "max_attempts": 1, "privacy": {"noise_multiplier": 2.0}}
+
+    def serve() -> None:
+        world.serve(gate, world.order(world.sign(world.contract(**once))))
+
+    def left() -> dict[str, Any]:
+        key = ("--site-key", world.key.public)
+        done = bract("audit", "budget", str(world.ledger_path), *key, "--json")
+        return {found["domain"]: found for found in printed(done, "audit-budget")["domains"]}
+
+    serve()
+    before = left()
+    rounds = before["ward"]["more_rounds"]
+    assert 0 < rounds == before["clinic"]["more_rounds"] < 50
+    assert before["ward"]["left"] > 15
+    note = before["ward"]["note"]
+    assert "what uses 'ward' is charged to 'clinic' too" in note
+    assert "rounds left are those that fit the domain 'clinic'" in note
+    assert "rounds left" not in before["clinic"]["note"]
+    for _ in range(rounds):
+        serve()
+    assert [found["more_rounds"] for found in left().values()] == [0, 0]
+    with pytest.raises(Refusal, match="budget-exhausted"):
+        serve()
+    gate.ledger.close()
+
+
+def test_a_domain_that_no_charge_began_bounds_what_shares_with_it(world: Any) -> None:
+    agreed = world.contract()
+    gate = world.gate()
+    world.serve(gate, world.order(world.sign(agreed)))
+    gate.ledger.close()
+    (found,) = verification.verify(
+        world.ledger_path, site_keys={"alpha": world.key.public}, anchors={}
+    )
+    later = world.policy(
+        domains={
+            "ward": DomainPolicy(epsilon=8.0, delta=1e-5, overlaps=("clinic",)),
+            "clinic": DomainPolicy(epsilon=0.01, delta=1e-5),
+        }
+    )
+    chains = {"ward": found.chain}
+    assert (forecast.rounds_left("ward", found.policy, chains, agreed).number or 0) > 0
+    assert forecast.rounds_left("ward", later, chains, agreed).number == 0
 
 
 def test_the_second_accountant_is_left_out_where_it_is_slow_unless_asked_for(

@@ -49,10 +49,17 @@ class Sites:
         agreed: Contract = self.north.contract(**{"cohort": cohort, **rounds, **changes})
         return agreed
 
-    def serve(self, name: str, agreed: Contract, limits: DomainPolicy, rounds: int) -> None:
+    def serve(
+        self,
+        name: str,
+        agreed: Contract,
+        limits: DomainPolicy,
+        rounds: int,
+        **shared: DomainPolicy,
+    ) -> None:
         """Charges a site's ledger with a run's first rounds, and copies it into the folder."""
         world, (domain,) = self.worlds[name], {s.domain for s in agreed.cohort if s.name == name}
-        gate = world.gate(policy=world.policy(site=name, domains={domain: limits}))
+        gate = world.gate(policy=world.policy(site=name, domains={domain: limits, **shared}))
         for number in range(1, rounds + 1):
             world.serve(gate, world.order(world.sign(agreed), number))
         gate.ledger.close()
@@ -369,6 +376,24 @@ def test_a_ledger_that_holds_nothing_of_the_contract_is_said_to(sites: Sites) ->
     found = sites.gather()
     assert result(found, "Every site’s ledger").detail == "of all 2 sites"
     assert not any("took part" in one for one in wording.unchecked(found))
+
+
+def test_a_domain_that_shares_examples_names_whose_budget_bounds_it_too(
+    sites: Sites, bract: Bract
+) -> None:
+    agreed = sites.contract()
+    sites.run(agreed, deltas={"north": 1e-5})
+    clinic = DomainPolicy(epsilon=10.0, delta=1e-5, overlaps=("ward",))
+    sites.serve("south", agreed, DomainPolicy(epsilon=20.0, delta=1e-5), ROUNDS, clinic=clinic)
+    shared = {(spent.site, spent.domain): spent.shared for spent in sites.gather().spent}
+    assert shared == {
+        ("north", "ward"): (),
+        ("south", "ward"): ("clinic",),
+        ("south", "clinic"): ("ward",),
+    }
+    page = page_of(sites, bract)
+    assert page.count("each use must fit what is left of clinic too") == 1
+    assert page.count("each use must fit what is left of ward too") == 1
 
 
 # A menu
