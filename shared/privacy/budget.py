@@ -173,21 +173,7 @@ def check_room(
     Raises:
         Refusal: with a reason that depends on contract, policy and ledger alone.
     """
-    genesis = chain.genesis
-    private, counted = (
-        contract.privacy.mechanism == "dp-sgd",
-        contract.privacy.mechanism != "none",
-    )
-    if genesis is None or not (
-        genesis.simulation or (private and contract.privacy.randomness == "csprng")
-    ):
-        raise Refusal(Reason.SIMULATION_ONLY, "this ledger is not a simulation's")
-    if counted and genesis.unit != contract.privacy.unit:
-        raise Refusal(
-            Reason.POLICY_MECHANISM,
-            f"the ledger of {chain.domain!r} protects each {genesis.unit}, the contract each "
-            f"{contract.privacy.unit}",
-        )
+    check_kind(chain, contract)
     if chain.recovered is not None:
         raise Refusal(
             Reason.BUDGET_EXHAUSTED,
@@ -201,7 +187,7 @@ def check_room(
         raise Refusal(
             Reason.ATTEMPTS_EXHAUSTED, f"{contract.max_evaluations} evaluations were charged"
         )
-    if not counted:
+    if contract.privacy.mechanism == "none":
         return
     charged = chain.events
     if accounting.is_unbounded(charged):
@@ -215,6 +201,24 @@ def check_room(
             f"{1 if spent else contract.max_attempts} rounds more would pass epsilon "
             f"{domain.epsilon} of the domain {chain.domain!r} "
             f"{_counted(chain, choices[-1], domain)}",
+        )
+
+
+def check_kind(chain: Chain, contract: Contract) -> None:
+    """Returns where a ledger is of the kind that a contract's mechanism and unit ask for.
+
+    Raises:
+        Refusal: with the reason.
+    """
+    genesis, privacy = chain.genesis, contract.privacy
+    secret = privacy.mechanism == "dp-sgd" and privacy.randomness == "csprng"
+    if genesis is None or not (genesis.simulation or secret):
+        raise Refusal(Reason.SIMULATION_ONLY, "this ledger is not a simulation's")
+    if privacy.mechanism != "none" and genesis.unit != privacy.unit:
+        raise Refusal(
+            Reason.POLICY_MECHANISM,
+            f"the ledger of {chain.domain!r} protects each {genesis.unit}, the contract each "
+            f"{privacy.unit}",
         )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bract.shared.contract import Contract
-from bract.shared.policy import DomainPolicy, Policy
+from bract.shared.errors import Reason, Refusal
+from bract.shared.policy import DomainPolicy, Policy, check
 from bract.shared.privacy import accounting, budget, entries
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.events import Event
@@ -37,9 +38,15 @@ def rounds_left(
         domain: whose rounds.
         policy: the site's.
         chains: of the site by domain; one that is missing is not begun yet.
-        contract: whose rounds, as in `more_rounds`.
+        contract: whose rounds; None, or one without noise, gives None.
     """
     own = chains[domain]
+    if contract is None:
+        return RoundsLeft(None, None)
+    try:
+        _check(domain, policy, chains, contract)
+    except Refusal as refusal:
+        return RoundsLeft(0, contract.sha256, f"no rounds are left of the contract: {refusal}")
     found = {
         name: more_rounds(
             chains.get(name) or budget.unbegun(policy, name, key=own.key),
@@ -52,20 +59,38 @@ def rounds_left(
     least = min(rounds, key=rounds.__getitem__, default=domain)  # of equals the domain itself
     return RoundsLeft(
         rounds.get(least),
-        contract.sha256 if contract else None,
+        contract.sha256,
         None if least == domain else f"rounds left are those that fit the domain {least!r}",
     )
 
 
-def more_rounds(chain: Chain, domain: DomainPolicy, contract: Contract | None) -> int | None:
+def _check(domain: str, policy: Policy, chains: Mapping[str, Chain], contract: Contract) -> None:
+    """Returns where the gate would take a contract, if the budget held it, and charge a domain.
+
+    Raises:
+        Refusal: with the gate's own reason.
+    """
+    if contract.coordinator not in policy.coordinators:
+        raise Refusal(Reason.CONTRACT_UNTRUSTED, "the coordinator's key is not in the policy")
+    terms = check(policy, contract)
+    if terms.key != chains[domain].key:
+        raise Refusal(Reason.NOT_IN_CONTRACT, "the contract lists another key for this site")
+    charged = policy.charged_domains(terms.domain)
+    if domain not in charged:
+        raise Refusal(Reason.POLICY_DOMAIN, f"the contract uses the domain {terms.domain!r}")
+    for name in chains.keys() & charged:
+        budget.check_kind(chains[name], contract)
+
+
+def more_rounds(chain: Chain, domain: DomainPolicy, contract: Contract) -> int | None:
     """Returns how many more rounds of a contract's kind fit one domain, evaluations included.
 
     Args:
         chain: the domain's.
         domain: its limits.
-        contract: whose rounds; None, or one without noise, gives None.
+        contract: whose rounds; one without noise gives None.
     """
-    if contract is None or contract.privacy.mechanism == "none":
+    if contract.privacy.mechanism == "none":
         return None
     served = (number for name, number in chain.charges if name == contract.sha256)
     number = max(served, default=0)

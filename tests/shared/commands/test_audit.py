@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from bract.shared.privacy import (
 from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.privacy.receipts import Received
 from bract.shared.reports import schema
-from bract.shared.terms import EvaluationTerms, TrainingTerms
+from bract.shared.terms import EvaluationTerms, ModelTerms, TrainingTerms
 
 Bract = Callable[..., Any]
 STEP = PoissonGaussian(0.1, 1.5, 1)
@@ -244,6 +245,74 @@ def test_rounds_of_another_contract_are_forecast(bract: Bract, site: Any) -> Non
         for rounds in (other["more_rounds"], other["more_rounds"] + 1)
     ]
     assert fits == [True, False]
+
+
+# Each is forecast by a site that allows σ from 1.0, q up to 0.2 and no evaluation.
+FORBIDDEN: dict[str, tuple[dict[str, Any], str]] = {
+    "noise": ({"privacy": {"noise_multiplier": 0.6}}, "policy-noise"),
+    "sampling": ({"privacy": {"sampling_rate": 0.5}}, "policy-sampling"),
+    "model": ({"model": ModelTerms(name="resnet")}, "policy-model"),
+    "evaluation": (
+        {"evaluation": EvaluationTerms(every=1, noise_multiplier=4.0)},
+        "policy-evaluation",
+    ),
+    "mechanism": (
+        {"simulation": True, "privacy": {
+            "mechanism": "user-level", "unit": "client", "randomness": "seeded"}},
+        "policy-mechanism",
+    ),
+    "site": ({"site": {"name": "beta"}}, "not-in-contract"),
+    "key": ({"site": {"key": "a" * 64}}, "lists another key"),
+    "unknown domain": ({"site": {"domain": "elsewhere"}}, "policy-domain"),
+    "other domain": ({"site": {"domain": "apart"}}, "uses the domain 'apart'"),
+    "coordinator": ({"coordinator": keys.generate().public}, "contract-untrusted"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "reason"), FORBIDDEN.values(), ids=FORBIDDEN)
+def test_no_rounds_are_left_of_a_contract_that_the_gate_refuses_whatever_is_left(
+    world: Any, changes: dict[str, Any], reason: str
+) -> None:
+    limits = DomainPolicy(epsilon=8.0, delta=1e-5)
+    terms = {"min_noise_multiplier": 1.0, "max_sampling_rate": 0.2}
+    policy = world.policy(domains={"ward": limits, "apart": limits}, **terms)
+    gate, agreed = world.gate(policy=policy), world.contract()
+    world.serve(gate, world.order(world.sign(agreed)))
+    gate.ledger.close()
+    (found,) = verification.verify(
+        world.ledger_path, site_keys={"alpha": world.key.public}, anchors={}
+    )
+    (site,) = agreed.cohort
+    changed = dict(changes)
+    cohort = (site.model_copy(update=changed.pop("site", {})),)
+    asked = world.contract(cohort=cohort, **changed)
+    left = partial(forecast.rounds_left, "ward", found.policy, {"ward": found.chain})
+    assert (left(agreed).number or 0) > 0
+    assert (left(asked).number, left(asked).contract) == (0, asked.sha256)
+    assert reason in (left(asked).bound or "")
+
+
+def test_a_ledger_of_another_unit_has_no_rounds_left(world: Any) -> None:
+    gate, agreed = world.gate(), world.contract()
+    world.serve(gate, world.order(world.sign(agreed)))
+    gate.ledger.close()
+    (found,) = verification.verify(
+        world.ledger_path, site_keys={"alpha": world.key.public}, anchors={}
+    )
+    terms = {"mechanism": "user-level", "unit": "client", "randomness": "seeded"}
+    asked = world.contract(simulation=True, privacy=terms)
+    allowing = world.policy(mechanisms=("dp-sgd", "user-level"))
+    left = forecast.rounds_left("ward", allowing, {"ward": found.chain}, asked)
+    assert (left.number, "simulation-only" in (left.bound or "")) == (0, True)
+
+
+def test_the_reason_for_which_no_rounds_are_left_is_in_the_note(bract: Bract, site: Any) -> None:
+    path = Path("next.json")
+    asked = site.contract(run="next", model=ModelTerms(name="resnet"))
+    path.write_bytes(site.sign(asked).to_bytes())
+    found = domain(bract, site, "--forecast", str(path))
+    assert (found["more_rounds"], found["forecast_contract"]) == (0, asked.sha256)
+    assert "no rounds are left of the contract: refused: policy-model" in found["note"]
 
 
 def test_rounds_left_are_those_that_every_domain_holds_that_a_round_is_charged_to(
