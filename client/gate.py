@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ from bract.shared.keys import SigningKey
 from bract.shared.messages import SignedReceipt, TrainOrder, TrainReply
 from bract.shared.policy import Policy, check
 from bract.shared.privacy import accounting, budget, entries, events, witness
-from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.chain import Chain, RoundKey
 from bract.shared.privacy.entries import (
     NO_PREVIOUS,
     Charge,
@@ -111,7 +111,9 @@ class Gate:
         terms, weights = self.check(order), arrays.digest(order.weights)
         with as_refusals(), self.ledger.transaction() as transaction:
             answer = self.decide(transaction, terms, order, weights)
-            chain = transaction.chain(self.policy.site, terms.domain, key=self.key.public)
+            chain = transaction.chain(
+                self.policy.site, terms.domain, key=self.key.public, rounds=()
+            )
         if isinstance(answer, Permit) and logger.isEnabledFor(logging.INFO):
             self._tell(answer, chain)
         return answer
@@ -194,7 +196,7 @@ class Gate:
         """Stores the last witness of a run within a transaction; raises as `keep_witness` does."""
         terms = self._trusted(signed)
         self._check_witness(signed.contract, terms, seen)
-        chain = self._chain(transaction, terms.domain)
+        chain = self._chain(transaction, terms.domain, rounds=())
         transaction.keep_witness(seen)
         if not chain.attempts[signed.contract.sha256]:
             # An auditor refuses a witness whose key no contract in the ledger names.
@@ -222,7 +224,8 @@ class Gate:
         Raises:
             VerificationFailed: where a score was not charged, or was charged and is missing.
         """
-        chain = self._chain(transaction, permit.terms.domain)
+        key = (permit.contract.sha256, permit.round)
+        chain = self._chain(transaction, permit.terms.domain, rounds=(key,))
         body = Release(
             **self._common(chain, permit.attempt),
             kind="release",
@@ -289,7 +292,7 @@ class Gate:
         contract = order.contract.contract
         first, *shared = self.policy.charged_domains(terms.domain)
         unit, key = contract.privacy.unit, (contract.sha256, order.round)
-        primary = self._chain(transaction, first, unit)
+        primary = self._chain(transaction, first, unit, rounds=(key,))
         if order.witness is not None:
             transaction.keep_witness(order.witness)
         earlier = primary.charges.get(key, [])
@@ -298,7 +301,8 @@ class Gate:
         stored = self._stored(transaction, primary, contract, order.round)
         if stored is not None:
             return stored  # before other chains are begun: it costs nothing and writes nothing
-        chains = [primary, *(self._chain(transaction, domain, unit) for domain in shared)]
+        others = (self._chain(transaction, domain, unit, rounds=(key,)) for domain in shared)
+        chains = [primary, *others]
         for chain in chains:
             limits = self.policy.domains[chain.domain]
             budget.check_room(chain, contract, limits, round_number=order.round)
@@ -356,9 +360,20 @@ class Gate:
         )
         transaction.append(chain, body, self.key)
 
-    def _chain(self, transaction: Transaction, domain: str, unit: Unit = "example") -> Chain:
-        """Returns a domain's chain, begun where it is new, its fixed terms held to the policy."""
-        chain = transaction.chain(self.policy.site, domain, key=self.key.public)
+    def _chain(
+        self,
+        transaction: Transaction,
+        domain: str,
+        unit: Unit = "example",
+        *,
+        rounds: Collection[RoundKey] | None = None,
+    ) -> Chain:
+        """Returns a domain's chain, begun where it is new, its fixed terms held to the policy.
+
+        Its entries are held of `rounds`, of all where that is None.
+        """
+        key = self.key.public
+        chain = transaction.chain(self.policy.site, domain, key=key, rounds=rounds)
         if chain.genesis is None:
             terms = self.policy.domains[domain]
             body = Genesis(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from bract.shared.errors import VerificationFailed
@@ -32,7 +32,7 @@ class Chain:
     to the last release; `evaluations` maps the number of a charge to the evaluation that was
     charged with it, `evaluated` counts them by contract; `policies` are those in force, each with
     the entry from which on; `events` are merged; `last` is the newest entry as it rests, body and
-    signature.
+    signature. `forgotten` maps a contract to its last round of which no entries are held here.
     """
 
     site: str
@@ -50,6 +50,7 @@ class Chain:
     seeded: bool = False
     recovered: Recovered | None = None
     last: tuple[bytes, bytes] | None = None
+    forgotten: dict[str, int] = field(default_factory=dict)
     _events: Counter[Event] = field(default_factory=Counter)
 
     @property
@@ -93,6 +94,28 @@ class Chain:
         for charges in self.charges.values():
             yield from charges
         yield from self.evaluations.values()
+
+    def knows(self, rounds: Iterable[RoundKey] | None) -> bool:
+        """Returns whether every entry of some rounds is held, None for all of the chain."""
+        if rounds is None:
+            return not self.forgotten
+        return all(number > self.forgotten.get(contract, 0) for contract, number in rounds)
+
+    def forget_(self) -> None:
+        """Drops the entries of rounds; what was charged and what the next must follow stays.
+
+        A charge that waits for its release is kept, since that is what comes next.
+        """
+        last = self.last_charge
+        waiting = None if last is None else (last.contract, last.round)
+        if last and waiting in self.releases and self.releases[waiting].attempt == last.attempt:
+            waiting = None
+        for contract, number in self.charges.keys() - {waiting}:
+            self.forgotten[contract] = max(number, self.forgotten.get(contract, 0))
+            del self.charges[contract, number]
+        kept = {charge.sequence for charges in self.charges.values() for charge in charges}
+        self.evaluations = {at: held for at, held in self.evaluations.items() if at in kept}
+        self.releases = {at: held for at, held in self.releases.items() if at == waiting}
 
     def extend_(self, entry: Entry) -> None:
         """Adds the next entry.

@@ -11,24 +11,26 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from bract.shared.errors import LedgerBusy, LedgerError, LedgerUnwritable, RolledBack
 from bract.shared.keys import SigningKey
 from bract.shared.privacy import entries, witness
-from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.chain import Chain, RoundKey
 from bract.shared.privacy.entries import Body, Entry, Head
 from bract.shared.privacy.head_file import HeadFile
 from bract.shared.privacy.witness import Witness
 
 APPLICATION_ID = 0x62726163  # "brac"
-# Of a file with many sites' chains so many stay folded; another is read from the file again.
-CHAINS_IN_MEMORY = 1024
+# Of a file with many sites' chains so many stay folded with all their entries. Of so many others
+# stays what continues them, at most 16 kB each; one beyond is read from the file again.
+CHAINS_IN_MEMORY, ENDS_IN_MEMORY = 1024, 16_384
 DocumentKind = Literal["contract", "policy"]
 _LOOKS, _LOOK_SECONDS = 30, 0.05
 
@@ -59,21 +61,47 @@ class Transaction:
 
     _connection: sqlite3.Connection
     _chains: dict[tuple[str, str], Chain]
+    _ends: dict[tuple[str, str], Chain]
     _seen: Mapping[tuple[str, str], Head]
     _kept: set[tuple[DocumentKind, str]]
     touched: set[tuple[str, str]] = field(default_factory=set)
     ahead: set[tuple[str, str]] = field(default_factory=set)
 
-    def chain(self, site: str, domain: str, *, key: str) -> Chain:
+    def chain(
+        self, site: str, domain: str, *, key: str, rounds: Collection[RoundKey] | None = None
+    ) -> Chain:
         """Returns the verified chain of a domain, read on from where this process last saw it.
+
+        Args:
+            site: whose.
+            domain: of the site.
+            key: the site's.
+            rounds: of which the chain must hold all entries; None for every round.
 
         Raises:
             VerificationFailed: where an entry was altered, or entries seen before are gone.
         """
         name = (site, domain)
-        chain = self._chains.pop(name, None) or Chain(site=site, domain=domain, key=key)
         self.touched.add(name)
-        start = max(chain.length - 1, 0)
+        chain = self._chains.pop(name, None) or self._ends.pop(name, None)
+        found: list[Entry] = []
+        if chain is not None and chain.knows(rounds):
+            found = self._following(chain, key)
+        if chain is None or not chain.knows(None if found else rounds):
+            # Another writer may have added to a round whose entries are not held: read all of it.
+            chain = Chain(site=site, domain=domain, key=key)
+            found = self._following(chain, key)
+        begun = chain.length > 1
+        for entry in found:
+            chain.extend_(entry)
+        if not begun:
+            self._check_witnesses(site, domain)
+        self._chains[name] = chain
+        return chain
+
+    def _following(self, chain: Chain, key: str) -> list[Entry]:
+        """Returns the entries that a file holds after those of a chain."""
+        site, domain, start = chain.site, chain.domain, max(chain.length - 1, 0)
         rows = [
             (text.encode(), signature)
             for text, signature in self._connection.execute(
@@ -83,19 +111,12 @@ class Transaction:
             )
         ]
         if chain.last is not None and rows[:1] == [chain.last] and chain.key == key:
-            found = [entries.read(*row, key=key) for row in rows[1:]]  # the first was read before
-        else:
-            found = [entries.read(*row, key=key) for row in rows]
-            known = chain.head or self._seen.get(name)
-            if known and [known.hash] != [e.hash for e in found[known.sequence - start :][:1]]:
-                raise RolledBack(_rolled_back(site, domain))
-            found = found[chain.length - start :]
-        for entry in found:
-            chain.extend_(entry)
-        if start == 0:
-            self._check_witnesses(site, domain)
-        self._chains[name] = chain
-        return chain
+            return [entries.read(*row, key=key) for row in rows[1:]]  # the first was read before
+        found = [entries.read(*row, key=key) for row in rows]
+        known = chain.head or self._seen.get((site, domain))
+        if known and [known.hash] != [e.hash for e in found[known.sequence - start :][:1]]:
+            raise RolledBack(_rolled_back(site, domain))
+        return found[chain.length - start :]
 
     @contextmanager
     def part(self) -> Iterator[None]:
@@ -217,6 +238,7 @@ class Ledger:
     ) -> None:
         self.path, self._head_file = path, head_file
         self._chains: dict[tuple[str, str], Chain] = {}
+        self._ends: dict[tuple[str, str], Chain] = {}
         self._seen: dict[tuple[str, str], Head] = head_file.read() if head_file else {}
         self._kept: set[tuple[DocumentKind, str]] = set()  # documents that the file holds
         with _typed_errors(path):
@@ -237,7 +259,9 @@ class Ledger:
         """
         with _typed_errors(self.path):
             self._connection.execute("BEGIN IMMEDIATE")
-            transaction = Transaction(self._connection, self._chains, self._seen, self._kept)
+            transaction = Transaction(
+                self._connection, self._chains, self._ends, self._seen, self._kept
+            )
             try:
                 yield transaction
                 heads = self._heads_after(transaction)
@@ -246,8 +270,7 @@ class Ledger:
                     self._saw(heads)
                 if len(self._kept) > CHAINS_IN_MEMORY:
                     self._kept.clear()
-                while len(self._chains) > CHAINS_IN_MEMORY:
-                    del self._chains[next(iter(self._chains))]  # longest unused; its head is kept
+                self._shorten()
             except BaseException:
                 # A fold that was added to is ahead of the file now: read it anew next time, against
                 # the last head that was committed, so that a cut file stays refused.
@@ -257,6 +280,14 @@ class Ledger:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def _shorten(self) -> None:
+        """Lets go of entries of the chains longest unused, then of all but the last's hash."""
+        for name in [*islice(self._chains, max(0, len(self._chains) - CHAINS_IN_MEMORY))]:
+            chain = self._ends[name] = self._chains.pop(name)
+            chain.forget_()
+        for name in [*islice(self._ends, max(0, len(self._ends) - ENDS_IN_MEMORY))]:
+            del self._ends[name]
 
     def _heads_after(self, transaction: Transaction) -> dict[tuple[str, str], Head]:
         touched = transaction.touched & self._chains.keys()

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from bract.client.gate import Permit
-from bract.shared import keys
+from bract.shared import arrays, keys
 from bract.shared.errors import LedgerBusy, LedgerError, Reason, Refusal, VerificationFailed
+from bract.shared.messages import TrainReply
 from bract.shared.privacy import entries, ledger, verification
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.ledger import Ledger
@@ -528,10 +529,94 @@ def test_chains_that_are_long_unused_are_read_again_and_held_to_what_was_seen(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger, "CHAINS_IN_MEMORY", 0)
+    monkeypatch.setattr(ledger, "ENDS_IN_MEMORY", 0)
     gate = charged(world, rounds=2)
     assert not gate.ledger._chains
+    assert not gate.ledger._ends
     world.serve(gate, world.order(world.sign(world.contract())))
     edit(world.ledger_path, "DELETE FROM entries WHERE sequence > 2")
     with pytest.raises(Refusal) as refusal:
         gate.admit(world.order(world.sign(world.contract())))
     assert refusal.value.reason == Reason.LEDGER_ROLLED_BACK
+
+
+# A chain of which only the end is kept
+
+
+@pytest.fixture
+def ends(world: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A site that served two rounds of five, of whose chain the process keeps the end alone."""
+    monkeypatch.setattr(ledger, "CHAINS_IN_MEMORY", 0)
+    world.signed = world.sign(world.contract())
+    world.door = world.gate()
+    for number in (1, 2):
+        world.serve(world.door, world.order(world.signed, number))
+    (end,) = world.door.ledger._ends.values()
+    assert (dict(end.charges), end.releases, end.evaluations) == ({}, {}, {})
+    assert not world.door.ledger._chains
+    return world
+
+
+def as_a_new_process_sees_it(world: Any) -> Any:
+    (found,) = verification.verify(
+        world.ledger_path, site_keys={"alpha": world.key.public}, anchors={}
+    )
+    return found.chain
+
+
+def test_a_chain_whose_end_is_kept_goes_on_without_being_read_again(
+    ends: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old entries are not looked at: what they cost does not grow with the rounds."""
+    edit(ends.ledger_path, "UPDATE entries SET signature = x'00' WHERE sequence = 1")
+    ends.serve(ends.door, ends.order(ends.signed, 3))
+    monkeypatch.setattr(ledger, "ENDS_IN_MEMORY", 0)
+    with ends.door.ledger.transaction():
+        pass
+    with pytest.raises(Refusal, match="ledger-unavailable"):
+        ends.door.admit(ends.order(ends.signed, 4))
+
+
+def test_a_kept_end_counts_what_the_whole_chain_does(ends: Any) -> None:
+    (end,) = ends.door.ledger._ends.values()
+    chain = as_a_new_process_sees_it(ends)
+    assert (end.events, end.attempts, end.head) == (chain.events, chain.attempts, chain.head)
+    assert (end.policies, end.last, end.genesis) == (chain.policies, chain.last, chain.genesis)
+
+
+def test_a_round_that_was_forgotten_is_answered_as_one_that_was_not(ends: Any) -> None:
+    """The same weights are sent again and cost nothing; others are refused."""
+    before = hashes(ends.ledger_path, ends.key.public)
+    assert isinstance(ends.door.admit(ends.order(ends.signed, 1)), TrainReply)
+    with pytest.raises(Refusal) as refusal:
+        ends.door.admit(ends.order(ends.signed, 1, fill=1.0))
+    assert refusal.value.reason == Reason.WEIGHTS_CHANGED
+    assert hashes(ends.ledger_path, ends.key.public) == before
+
+
+def test_a_charge_that_waits_for_its_release_is_kept_until_it_has_one(ends: Any) -> None:
+    with ends.door.ledger.transaction() as transaction:
+        order = ends.order(ends.signed, 3)
+        terms = ends.door.check(order)
+        ends.door.decide(transaction, terms, order, arrays.digest(order.weights))
+    (end,) = ends.door.ledger._ends.values()
+    assert list(end.charges) == [(ends.signed.contract.sha256, 3)]
+    again = ends.door.admit(ends.order(ends.signed, 3))
+    assert (again.attempt, again.round) == (2, 3)
+    with ends.door.ledger.transaction() as transaction:
+        ends.door.record(transaction, again, "0" * 64, None)
+    (end,) = ends.door.ledger._ends.values()
+    assert not end.charges
+    assert as_a_new_process_sees_it(ends).attempts == end.attempts
+
+
+def test_what_another_process_adds_to_a_forgotten_round_is_read_with_all_of_it(ends: Any) -> None:
+    other = ends.gate()
+    for file in (ends.folder / "updates").iterdir():
+        file.unlink()  # so that the round is charged again
+    ends.serve(other, ends.order(ends.signed, 1))
+    other.ledger.close()
+    ends.serve(ends.door, ends.order(ends.signed, 3))
+    chain = as_a_new_process_sees_it(ends)
+    assert chain.attempts[ends.signed.contract.sha256] == 4
+    assert len(chain.charges[ends.signed.contract.sha256, 1]) == 2
