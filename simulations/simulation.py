@@ -23,6 +23,7 @@ from bract.shared.data.locations import folder_of
 from bract.shared.data.partitions import group_names, nominal_size, split
 from bract.shared.errors import UsageError
 from bract.shared.policy import DomainPolicy, check_delta
+from bract.shared.preparation import Table
 from bract.shared.privacy import entries
 from bract.shared.privacy.budget import fixed_rule
 from bract.shared.privacy.calibration import check_budget, check_target, noise_within, rate_of
@@ -161,7 +162,7 @@ class Simulation:
 
     def _domain(self, state: State) -> str:
         experiment = self.begun.experiment
-        facts = _domain_facts(experiment)
+        facts = _domain_facts(self.begun)
         state.bind(facts)
         digest = canonical.sha256(canonical.encode(facts))
         return f"{experiment.data.name}.{digest[:12]}"
@@ -236,8 +237,6 @@ def begin(
     folder = where(experiment, data_dir)
     data = experiment.data.terms(folder)
     _check(experiment, data, folder)
-    if state is not None:
-        State.under(state).check(_domain_facts(experiment))
     begun = Begun(
         experiment=experiment,
         data=data,
@@ -245,6 +244,8 @@ def begin(
         data_sha256=_hash_of(Path(experiment.data.file)) if experiment.data.file else None,
         state=str(state.resolve()) if state else None,
     )
+    if state is not None:
+        State.under(state).check(_domain_facts(begun))
     out = out.resolve()
     (out / "checkpoint").mkdir(parents=True, exist_ok=True)
     text = canonical.encode(begun.model_dump(mode="json"))
@@ -339,19 +340,28 @@ def _group_names(experiment: Experiment, splits: Splits) -> tuple[str, ...]:
     return group_names(splits.train.groups, sites=experiment.sites, partition=partition)
 
 
-def _domain_facts(experiment: Experiment) -> dict[str, Any]:
+def _domain_facts(begun: Begun) -> dict[str, Any]:
     """Returns what makes a site's examples what they are: another value is another domain."""
+    experiment, preparation = begun.experiment, begun.data.preparation
     partition = experiment.data.partition.model_dump(mode="json")
     if not partition["drop_small"]:
         del partition[
             "drop_small"
         ]  # domains that were counted before there was one keep their name
-    return {
+    facts = {
         "data": experiment.data.name,
         "partition": partition,
         "seed": experiment.seed,
         "sites": experiment.sites,
     }
+    # Where rows of a person stay together, and which of them count, decides which a site holds.
+    persons = preparation if isinstance(preparation, Table) else None
+    chosen = {
+        "data_sha256": begun.data_sha256,
+        "group": persons and persons.group,
+        "rows_per_group": persons and persons.rows_per_group,
+    }
+    return facts | {name: value for name, value in chosen.items() if value is not None}
 
 
 def _privacy_terms(experiment: Experiment, sizes: list[int]) -> PrivacyTerms:

@@ -102,12 +102,14 @@ class State:
             begun = json.loads(path.read_bytes())
         except ValueError as error:
             raise UsageError(f"{path} is damaged: put it back; use another --state") from error
-        different = sorted(name for name in facts if begun.get(name) != facts[name])
+        different = sorted(
+            name for name in begun.keys() | facts.keys() if begun.get(name) != facts.get(name)
+        )
         if different:
             name = different[0]
             raise UsageError(
                 f"{self.private.parent} was begun with {name} {begun.get(name)!r}, this run has "
-                f"{facts[name]!r}: another partition is another domain; use another --state"
+                f"{facts.get(name)!r}: another partition is another domain; use another --state"
             )
 
 

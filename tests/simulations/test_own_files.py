@@ -85,6 +85,25 @@ def test_a_run_is_not_resumed_on_another_data_file(bract: Bract, patients: Path)
     assert bract("simulate", "--resume", "run").returncode == 0
 
 
+def test_other_rows_over_one_state_are_another_domain(bract: Bract, patients: Path) -> None:
+    """Another file, other persons, or more rows of each: the sites would hold other examples."""
+    persons = ("--group-column", "patient", "--rows-per-group", "2")
+    common = (*table("classes.toml"), *QUICK[:-3], "--state", "state")
+    assert bract(*common, *persons, "--out", "a").returncode == 0
+
+    def refused(*changed: str) -> str:
+        done = bract(*common, *changed, "--out", "b")
+        assert (done.returncode, (patients / "b").exists()) == (2, False)
+        assert "another partition is another domain" in done.stderr
+        return str(done.stderr)
+
+    assert "was begun with group 'patient', this run has None" in refused()
+    assert "with rows_per_group 2, this run has 3" in refused(*persons[:3], "3")
+    file = patients / "patients.csv"
+    file.write_text(file.read_text() + "\np900,44,a,yes,14.6")
+    assert "was begun with data_sha256" in refused(*persons)
+
+
 def test_rows_of_a_person_are_bounded_and_his_epsilon_is_told(bract: Bract, patients: Path) -> None:
     column = ("--group-column", "patient")
     refused = bract(*table("classes.toml"), *column, *QUICK)
