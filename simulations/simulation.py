@@ -236,7 +236,7 @@ def begin(
         raise taken
     folder = where(experiment, data_dir)
     data = experiment.data.terms(folder)
-    _check(experiment, data, folder)
+    parts = _checked(experiment, data, folder)
     begun = Begun(
         experiment=experiment,
         data=data,
@@ -253,7 +253,9 @@ def begin(
         canonical.write_new(out / "checkpoint" / "begun.json", text)
     except FileExistsError as error:  # another run began there meanwhile
         raise taken from error
-    return Simulation(begun=begun, out=out, workers=workers)
+    simulation = Simulation(begun=begun, out=out, workers=workers)
+    simulation.hold(parts)
+    return simulation
 
 
 def resume(out: Path, *, workers: int) -> Simulation:
@@ -302,8 +304,8 @@ def where(experiment: Experiment, root: Path | None) -> Path | None:
     return Path(settings.file)
 
 
-def _check(experiment: Experiment, data: DataTerms, folder: Path | None) -> None:
-    """Fails early and cheaply on what would fail later."""
+def _checked(experiment: Experiment, data: DataTerms, folder: Path | None) -> list[np.ndarray]:
+    """Returns the training rows of each site; fails before anything is written, or not later."""
     privacy = experiment.privacy
     check_budget(privacy.epsilon, privacy.delta)
     if privacy.noise_multiplier is None and privacy.mechanism != "none":
@@ -312,12 +314,11 @@ def _check(experiment: Experiment, data: DataTerms, folder: Path | None) -> None
     splits = load(data, folder)
     model = models.of(experiment.model, data)
     admission.admit_once(model, terms=experiment.model, data=data)
-    if experiment.data.partition.kind == "natural":
-        sizes = [nominal_size(len(part)) for part in _parts(experiment, splits)]
-    else:
-        sizes = [max(nominal_size(len(splits.train) // experiment.sites), 1)]
+    parts = _parts(experiment, splits)
+    sizes = [nominal_size(len(part)) for part in parts]
     check_delta(privacy.delta, _protected(experiment, sizes))
     rate_of(privacy.batch, sizes)
+    return parts
 
 
 def _parts(experiment: Experiment, splits: Splits) -> list[np.ndarray]:

@@ -181,6 +181,17 @@ def test_another_partition_over_one_state_is_another_domain(bract: Bract, tmp_pa
         assert not (tmp_path / "b").exists()
 
 
+def test_sites_that_the_data_do_not_suffice_for_are_refused_before_anything_is_written(
+    bract: Bract, tmp_path: Path
+) -> None:
+    common = ("simulate", "digits", *QUICK, "--state", "state", "--out", "a")
+    refused = bract(*common, "--sites", "1000")
+    assert (refused.returncode, "1000 sites cannot share" in refused.stderr) == (2, True)
+    assert [path.name for path in (tmp_path / "a", tmp_path / "state") if path.exists()] == []
+    corrected = bract(*common)
+    assert corrected.returncode == 0, corrected.stderr
+
+
 def test_a_run_without_privacy_says_so_everywhere_and_keeps_to_a_throwaway_domain(
     bract: Bract, tmp_path: Path
 ) -> None:
