@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -111,10 +111,30 @@ def trial(parameters: Iterable[Tensor], data: DataTerms) -> tuple[list[Tensor], 
 
 
 def _check_independence(model: nn.Module, *, data: DataTerms, name: str) -> None:
-    inputs, targets = tasks.made_up(data, 4, torch.Generator().manual_seed(1))  # no secret
-    model = _moved(copy.deepcopy(model).train())
-    try:
+    with _refusing(name, data):
+        inputs, targets = tasks.made_up(data, 4, torch.Generator().manual_seed(1))  # no secret
+        model = _moved(copy.deepcopy(model).train())
         mixes = _mixes(copy.deepcopy(model), inputs, targets, data)
+        if mixes:
+            # float32's rounding differs with the batch, and may turn one ReLU of many: asked again
+            # in float64, where that is not to be expected. What cannot be asked so stays refused.
+            with contextlib.suppress(Exception):
+                mixes = _mixes(copy.deepcopy(model).double(), _wide(inputs), _wide(targets), data)
+        _check_weights_stay(model, inputs, targets, data=data)
+        _check_answers(model.eval(), inputs, data=data)
+        if mixes:
+            raise ModelRejected(
+                "mixes examples of one batch, or uses a parameter outside its layer: the gradient "
+                "of one example is another in a batch than alone; remove what runs over the batch "
+                "axis, and call layers rather than their weights"
+            )
+
+
+@contextlib.contextmanager
+def _refusing(name: str, data: DataTerms) -> Iterator[None]:
+    """Makes of whatever a model raises, on made-up inputs, a refusal that names the model."""
+    try:
+        yield
     except ModelRejected as error:
         raise ModelRejected(f"model {name!r} {error}") from error
     except Exception as error:
@@ -122,23 +142,10 @@ def _check_independence(model: nn.Module, *, data: DataTerms, name: str) -> None
         raise ModelRejected(
             f"model {name!r} fails on made-up inputs of shape {data.shape}: {reason}"
         ) from error
-    if mixes:
-        # float32's rounding differs with the batch, and may turn one ReLU of many: asked again in
-        # float64, where that is not to be expected. What cannot be asked so stays refused.
-        with contextlib.suppress(Exception):
-            mixes = _mixes(copy.deepcopy(model).double(), _wide(inputs), _wide(targets), data)
-    _check_weights_stay(model, inputs, targets, data=data, name=name)
-    _check_answers(model.eval(), inputs, data=data, name=name)
-    if mixes:
-        raise ModelRejected(
-            f"model {name!r} mixes examples of one batch, or uses a parameter outside its layer: "
-            "the gradient of one example is another in a batch than alone; remove what runs over "
-            "the batch axis, and call layers rather than their weights"
-        )
 
 
 def _check_weights_stay(
-    model: nn.Module, inputs: Tensor, targets: Tensor, *, data: DataTerms, name: str
+    model: nn.Module, inputs: Tensor, targets: Tensor, *, data: DataTerms
 ) -> None:
     """Returns where no pass writes into a weight, as an embedding with max_norm does.
 
@@ -155,7 +162,7 @@ def _check_weights_stay(
         for kept, (path, parameter) in zip(before, model.named_parameters(), strict=True):
             if not torch.equal(kept, parameter):
                 raise ModelRejected(
-                    f"model {name!r} changes its weight {path!r} while it answers, which tells "
+                    f"changes its weight {path!r} while it answers, which tells "
                     "its input without noise: remove what does (max_norm of an embedding)"
                 )
 
@@ -224,18 +231,18 @@ def _kind(layer: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _check_answers(model: nn.Module, inputs: Tensor, *, data: DataTerms, name: str) -> None:
+def _check_answers(model: nn.Module, inputs: Tensor, *, data: DataTerms) -> None:
     """Returns where an example's logits in a batch are what they are alone, as evaluation needs."""
     needed = (*data.shape, data.classes) if data.task == "next-token" else (data.classes,)
     given = tuple(model(inputs).shape[1:])
     if given != needed:
-        raise ModelRejected(f"model {name!r} answers {given} for an example, and not {needed}")
+        raise ModelRejected(f"answers {given} for an example, and not {needed}")
     alone = torch.cat([model(example[None]) for example in inputs])
     many = torch.cat([inputs] * 9)  # what mixes may do so in a large batch alone
     if not (_close(model(inputs), alone) and _close(model(many)[: len(inputs)], alone)):
         raise ModelRejected(
-            f"model {name!r} mixes examples of one batch where it does not train: remove what "
-            "runs over the batch axis"
+            "mixes examples of one batch where it does not train: remove what runs over the batch "
+            "axis"
         )
 
 

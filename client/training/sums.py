@@ -192,6 +192,14 @@ class BatchSums:
                 self.of(blank, np.arange(2), moves, 2.0)
         except NotImplementedError as error:
             raise ModelRejected(f"model {self._contract.model.name!r}: {error}") from error
+        except Exception as error:
+            if isinstance(error, ModelRejected) or _out_of_memory(error):
+                raise
+            # of zeros: its text holds no data
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ModelRejected(
+                f"model {self._contract.model.name!r} fails on zeros: {reason}"
+            ) from error
 
     def _plain(
         self,
@@ -277,7 +285,7 @@ def _summer(
     return PlainSum(model, losses), parameters
 
 
-def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
+def _out_of_memory(error: Exception) -> bool:
     # The CPU's allocator has no type of its own.
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)

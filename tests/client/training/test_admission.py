@@ -90,6 +90,26 @@ class Standing(nn.Module):
         return self.layer(x if self.training else x - x.mean(0))
 
 
+class Few(nn.Module):
+    """Takes a few examples at once, and no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 16:
+            raise ValueError("too\nmany")
+        return self.layer(x.flatten(1))
+
+
+def uncopied() -> nn.Module:
+    """Keeps a tensor that was computed, as torch's old weight_norm does: it cannot be copied."""
+    model = Between(lambda x: x)
+    model.kept = 2 * model.layer.weight
+    return model
+
+
 def with_(layer: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Flatten(), nn.Linear(144, 10))
 
@@ -157,6 +177,8 @@ def test_admission_leaves_the_model_as_it_was() -> None:
         (lambda: Positions(5), "fails on made-up inputs"),
         (frozen, "no trainable parameter"),
         (unused, "fails on made-up inputs"),
+        (uncopied, r"fails on made-up inputs of shape \(1, 8, 8\): RuntimeError: Only Tensors"),
+        (Few, r"fails on made-up inputs of shape \(1, 8, 8\): ValueError: too many"),
         (lambda: nn.Linear(9, 10), r"shape \(1, 8, 8\): RuntimeError"),
         (lambda: Between(lambda x: x).double(), "the float64 weight 'layer.weight': build it in"),
         (lambda: Between(lambda x: x).half(), "the float16 weight 'layer.weight'"),

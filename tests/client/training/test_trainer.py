@@ -49,6 +49,14 @@ def mixing(shape, classes):
         def forward(self, x):
             return x - x.mean(0)
     return nn.Sequential(nn.Flatten(), Centred(), nn.Linear(64, classes))
+
+def failing(shape, classes):
+    class NotSixteen(nn.Module):
+        def forward(self, x):
+            if len(x) == 16:  # as many as a small batch is filled up to, and admission never asks
+                raise ValueError("sixteen\\nexamples")
+            return x
+    return nn.Sequential(nn.Flatten(), NotSixteen(), nn.Linear(64, classes))
 """
 
 
@@ -531,6 +539,8 @@ def test_lack_of_memory_for_one_example_is_raised(world: Any) -> None:
         ("mixing", "opacus-hooks", "mixes examples"),
         ("mixing", "opacus-ghost", "mixes examples"),
         ("mixing", "book-keeping", "mixes examples"),
+        ("failing", "book-keeping", r"failing' fails on zeros: ValueError: sixteen examples"),
+        ("failing", "opacus-hooks", r"failing' fails on zeros: ValueError: sixteen examples"),
     ],
 )
 def test_model_that_a_mode_cannot_take_is_refused_before_any_round(
