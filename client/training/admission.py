@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import random
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from bract.client.training.bookkeeping import Loss
 from bract.client.training.gradients import expected_warnings
+from bract.client.training.isolation import GREATEST_WEIGHT, TIMES, Passes, close
 from bract.shared import canonical, models, tasks
 from bract.shared.data import Examples
 from bract.shared.errors import ModelRejected
@@ -114,12 +116,13 @@ def _check_independence(model: nn.Module, *, data: DataTerms, name: str) -> None
     with _refusing(name, data):
         inputs, targets = tasks.made_up(data, 4, torch.Generator().manual_seed(1))  # no secret
         model = _moved(copy.deepcopy(model).train())
-        mixes = _mixes(copy.deepcopy(model), inputs, targets, data)
+        mixes, passes = _looked_at(copy.deepcopy(model), inputs, targets, data)
         if mixes:
             # float32's rounding differs with the batch, and may turn one ReLU of many: asked again
             # in float64, where that is not to be expected. What cannot be asked so stays refused.
             with contextlib.suppress(Exception):
-                mixes = _mixes(copy.deepcopy(model).double(), _wide(inputs), _wide(targets), data)
+                wide = (_wide(inputs), _wide(targets))
+                mixes, _ = _looked_at(copy.deepcopy(model).double(), *wide, data)
         _check_weights_stay(model, inputs, targets, data=data)
         _check_answers(model.eval(), inputs, data=data)
         if mixes:
@@ -128,6 +131,7 @@ def _check_independence(model: nn.Module, *, data: DataTerms, name: str) -> None
                 "of one example is another in a batch than alone; remove what runs over the batch "
                 "axis, and call layers rather than their weights"
             )
+        passes.check_others_stay(inputs, targets, data)
 
 
 @contextlib.contextmanager
@@ -154,7 +158,7 @@ def _check_weights_stay(
     model = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1e3)  # so large that what keeps them small would act
+            parameter.mul_(GREATEST_WEIGHT)  # so large that what keeps them small would act
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for training in (True, False):
         loss = tasks.losses(model.train(training)(inputs), targets, task=data.task).sum()
@@ -167,24 +171,20 @@ def _check_weights_stay(
                 )
 
 
-def _mixes(model: nn.Module, inputs: Tensor, targets: Tensor, data: DataTerms) -> bool:
-    """Whether some example's gradient is another beside others, or beside another's change."""
+def _looked_at(
+    model: nn.Module, inputs: Tensor, targets: Tensor, data: DataTerms
+) -> tuple[bool, Passes]:
+    """Returns whether an example's gradient is another beside others than alone, and passes."""
     loss = partial(tasks.losses, task=data.task)
-    alone = torch.stack(
-        [_gradient(model, *pair, loss) for pair in zip(inputs, targets, strict=True)]
-    )
-    probe = _Probe(model)
-    together = _per_example_gradients(probe, inputs, targets, loss)
-    if not _close(together, alone):
-        return True
-    for row in range(len(inputs)):
-        changed = inputs.clone()
-        changed[row] = _another(changed[row], data)
-        after = _per_example_gradients(probe, changed, targets, loss)
-        rest = torch.arange(len(inputs)) != row
-        if not _close(together[rest], after[rest]):
-            return True
-    return False
+    alone = _alone(model, inputs, targets, loss)
+    together = _per_example_gradients(_Probe(copy.deepcopy(model)), inputs, targets, loss)
+    passes = Passes(model, data)
+    return not (close(together, alone) and passes.are_as_alone(inputs, targets, alone)), passes
+
+
+def _alone(model: nn.Module, inputs: Tensor, targets: Tensor, losses: Loss) -> Tensor:
+    pairs = zip(inputs, targets, strict=True)
+    return torch.stack([_gradient(model, *pair, losses) for pair in pairs])
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -238,30 +238,33 @@ def _check_answers(model: nn.Module, inputs: Tensor, *, data: DataTerms) -> None
     if given != needed:
         raise ModelRejected(f"answers {given} for an example, and not {needed}")
     alone = torch.cat([model(example[None]) for example in inputs])
-    many = torch.cat([inputs] * 9)  # what mixes may do so in a large batch alone
-    if not (_close(model(inputs), alone) and _close(model(many)[: len(inputs)], alone)):
+    many = torch.cat([inputs] * TIMES)  # what mixes may do so in a large batch alone
+    if not (close(model(inputs), alone) and close(model(many)[: len(inputs)], alone)):
         raise ModelRejected(
             "mixes examples of one batch where it does not train: remove what runs over the batch "
             "axis"
         )
 
 
-def _another(example: Tensor, data: DataTerms) -> Tensor:
-    """Returns an example unlike the given one."""
-    if data.vocabulary is None:
-        return 3.0 * example + 1.0
-    return (example + 1) % data.vocabulary
-
-
 def _gradient(model: nn.Module, example: Tensor, target: Tensor, losses: Loss) -> Tensor:
     """Returns the gradient of one example, alone and by plain autograd, as a row."""
-    before = torch.get_rng_state()
+    before = _generators()
     loss = losses(model(example[None]), target[None]).sum()
-    if not torch.equal(before, torch.get_rng_state()):
+    if _generators() != before:
         # torch's generator starts at a constant: who knows a mask knows which example it hit.
         raise ModelRejected("draws random numbers that are not secret: remove its dropout")
     parameters = list(released_parameters(model).values())
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+
+def _generators() -> list[object]:
+    """Returns the states of the generators that are at hand in every process."""
+    numpy = np.random.get_state(legacy=False)["state"]
+    return [
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        {name: np.asarray(value).tobytes() for name, value in numpy.items()},
+    ]
 
 
 def _per_example_gradients(
@@ -273,9 +276,3 @@ def _per_example_gradients(
         torch.autograd.backward([losses(probe(inputs), targets).sum()])
     samples = [p.grad_sample for p in probe.parameters() if p.requires_grad]
     return torch.cat([g.reshape(len(inputs), -1) for g in samples], dim=1)
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether rows agree to float32's rounding, by their norms: that is what clipping sees."""
-    bound = 1e-4 * other.norm(dim=1) + 1e-6
-    return bool(((one - other).norm(dim=1) <= bound).all())

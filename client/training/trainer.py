@@ -14,6 +14,7 @@ import torch
 from bract.client.training import admission, gradients, scoring
 from bract.client.training.clipping import SLACK
 from bract.client.training.execution import Execution
+from bract.client.training.isolation import GREATEST_WEIGHT
 from bract.client.training.optimizer import PlainOptimizer, PrivateOptimizer, Sgd
 from bract.client.training.randomness import RandomStream, check_turning
 from bract.client.training.sums import BatchSums, load
@@ -26,9 +27,6 @@ from bract.shared.errors import Reason, Refusal
 from bract.shared.models.frozen import Features, FrozenFront
 from bract.shared.terms import SiteTerms
 from bract.shared.updates import KINDS, ProtectedScore, Update
-
-# Trained weights stay far below it. Public, so that refusing tells nothing.
-GREATEST_WEIGHT = 1e3
 
 
 class Trainer:

@@ -10,8 +10,9 @@ import pytest
 
 from bract.client.site import Site, Trainers
 from bract.client.training.execution import Execution
+from bract.client.training.isolation import GREATEST_WEIGHT
 from bract.client.training.randomness import SecureRandomness
-from bract.client.training.trainer import GREATEST_WEIGHT, Trainer
+from bract.client.training.trainer import Trainer
 from bract.shared.errors import Reason
 from bract.shared.messages import RefusalReply, TrainReply
 from bract.shared.privacy.ledger import Ledger

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -76,6 +79,34 @@ class Kinked(nn.Module):
         hidden = self.layer(x.flatten(1))
         rounding = self.training and x.dtype == torch.float32 and len(x) > 1
         return self.out(hidden * (1.001 if rounding else 1.0))
+
+
+Change = Callable[[Tensor, bool], Tensor]
+
+
+class Guarded(nn.Module):
+    """Does something to what a layer gives, or to its answers, told whether it trains."""
+
+    def __init__(self, change: Change = lambda h, _: h, last: Change = lambda y, _: y) -> None:
+        super().__init__()
+        self.change, self.last = change, last
+        self.layer, self.out = nn.Linear(64, 8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.change(self.layer(x.flatten(1)), self.training))
+        return self.last(self.out(hidden), self.training)
+
+
+class Shrunk(torch.autograd.Function):
+    """Leaves values as they are, and shrinks a batch's gradients where they are large together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / gradient.nan_to_num(0).norm().clamp(min=100.0)
 
 
 class Standing(nn.Module):
@@ -200,6 +231,66 @@ def test_model_that_cannot_keep_examples_apart_is_refused_in_one_line(
         check(build())
     assert "model 'given'" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda h, training: h - h.mean(0) if training and len(h) > 8 else h, "than alone"),
+        (
+            lambda h, _: h if h.isfinite().all() else h.nan_to_num(0, 0, 0) / 2 + 1,
+            "holds an infinite number",
+        ),
+        (lambda h, _: h / 2 if h.isnan().any() else h, "holds what is no number"),
+        (lambda h, _: h / (h.abs().max() / 100).clamp(min=1), "a million times as large"),
+        (lambda h, _: h * (1e4 / h.norm()).clamp(max=1), "a million times as large"),
+    ],
+    ids=["training", "finite", "number", "greatest", "norm"],
+)
+def test_model_that_mixes_in_large_batches_or_where_an_example_is_odd_is_refused(
+    change: Change, reason: str
+) -> None:
+    with pytest.raises(ModelRejected, match=f"'given' mixes examples of one batch.*{reason}"):
+        check(Guarded(change))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Guarded(last=lambda y, _: y * (1e3 / y.nan_to_num(0).norm()).clamp(max=1)),
+        lambda: Guarded(lambda h, _: Shrunk.apply(functional.layer_norm(h, [8]))),
+    ],
+    ids=["answers", "gradients"],
+)
+def test_model_that_mixes_only_where_weights_are_large_is_refused(
+    build: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelRejected, match="a million times as large, the answers to the others"):
+        check(build())
+
+
+def test_a_guard_of_each_example_by_itself_is_taken() -> None:
+    check(Guarded(lambda h, _: torch.where(h.isfinite(), h, 0.0).clamp(-100, 100)))
+    check(Guarded(lambda h, _: h / (h.norm(dim=1, keepdim=True) / 100).clamp(min=1)))
+
+
+def test_a_model_that_fails_on_one_odd_example_is_refused() -> None:
+    def change(h: Tensor, _: bool) -> Tensor:
+        if h.isnan().any():
+            raise ValueError("a number is missing")
+        return h
+
+    with pytest.raises(ModelRejected, match="'given' fails where an example holds what is no"):
+        check(Guarded(change))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+def test_a_model_that_draws_by_chance_is_refused_though_nothing_came_of_it(
+    draw: Callable[[], float],
+) -> None:
+    with pytest.raises(ModelRejected, match="random numbers"):
+        check(Guarded(lambda h, _: 2 * h if draw() < 0 else h))
 
 
 def test_rounding_that_only_float32_has_is_not_taken_for_mixing() -> None:
