@@ -63,10 +63,13 @@ def admit(model: nn.Module, *, data: DataTerms, name: str) -> None:
     """
     errors = ModuleValidator.validate(model, strict=False)
     if errors:
-        raise ModelRejected(
-            f"model {name!r} cannot be trained privately: {' '.join(str(errors[0]).split())}; "
-            "use GroupNorm or LayerNorm in place of batch statistics"
+        reason = " ".join(str(errors[0]).split())
+        remedy = (
+            "; use GroupNorm or LayerNorm in place of batch statistics"
+            if "BatchNorm" in reason
+            else ""
         )
+        raise ModelRejected(f"model {name!r} cannot be trained privately: {reason}{remedy}")
     _check_kinds(model, name=name)
     if any(True for _ in model.buffers()):
         raise ModelRejected(f"model {name!r} has buffers, which are not released: make them plain")
@@ -85,6 +88,11 @@ def _check_kinds(model: nn.Module, *, name: str) -> None:
             kind = str(parameter.dtype).removeprefix("torch.")
             raise ModelRejected(
                 f"model {name!r} has the {kind} weight {path!r}: build it in float32"
+            )
+        if not parameter.isfinite().all():
+            raise ModelRejected(
+                f"model {name!r} begins with numbers that are not finite in its weight {path!r}: "
+                "set others where it is built"
             )
     for path, layer in model.named_modules():
         if getattr(layer, "padding_mode", "zeros") != "zeros":
@@ -253,8 +261,14 @@ def _gradient(model: nn.Module, example: Tensor, target: Tensor, losses: Loss) -
     if _generators() != before:
         # torch's generator starts at a constant: who knows a mask knows which example it hit.
         raise ModelRejected("draws random numbers that are not secret: remove its dropout")
-    parameters = list(released_parameters(model).values())
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+    parameters = released_parameters(model)
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    if unused := [path for path, g in zip(parameters, found, strict=True) if g is None]:
+        raise ModelRejected(
+            f"has weights that no gradient reaches: {', '.join(map(repr, unused))}; remove or "
+            "freeze what is not used for every example"
+        )
+    return torch.cat([g.flatten() for g in found])
 
 
 def _generators() -> list[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -149,10 +150,15 @@ def frozen() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
 
 
-def unused() -> nn.Module:
+def endless(value: float) -> nn.Module:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.constant_(model[1].weight, value)
+    return model
+
+
+def unused() -> nn.Module:
+    model = Between(lambda x: x)
     model.spare = nn.Linear(2, 2)
-    model.forward = lambda x: model[1](model[0](x))
     return model
 
 
@@ -193,7 +199,7 @@ def test_admission_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (lambda: with_(nn.BatchNorm2d(4)), "BatchNorm cannot support training with differential"),
+        (lambda: with_(nn.BatchNorm2d(4)), "BatchNorm cannot support.*; use GroupNorm"),
         (lambda: Between(lambda x: x - x.mean(0)), "mixes examples"),
         (lambda: Between(lambda x: x + 1e-2 * x.roll(1, 0)), "mixes examples"),
         (lambda: Between(lambda x: x * torch.softmax(x @ x.T, 1).diag()[:, None]), "mixes"),
@@ -207,7 +213,10 @@ def test_admission_leaves_the_model_as_it_was() -> None:
         (lambda: Positions(4), "mixes examples"),
         (lambda: Positions(5), "fails on made-up inputs"),
         (frozen, "no trainable parameter"),
-        (unused, "fails on made-up inputs"),
+        (unused, r"has weights that no gradient reaches: 'spare\.weight', 'spare\.bias'; remove"),
+        (lambda: endless(math.inf), r"not finite in its weight '1\.weight': set others"),
+        (lambda: endless(math.nan), r"not finite in its weight '1\.weight': set others"),
+        (lambda: with_(nn.GRU(6, 6)), "privately: [^;]*$"),
         (uncopied, r"fails on made-up inputs of shape \(1, 8, 8\): RuntimeError: Only Tensors"),
         (Few, r"fails on made-up inputs of shape \(1, 8, 8\): ValueError: too many"),
         (lambda: nn.Linear(9, 10), r"shape \(1, 8, 8\): RuntimeError"),
