@@ -364,13 +364,14 @@ def test_a_site_that_refuses_is_named_from_its_first_answer_on(
 def test_of_two_runs_that_begin_in_one_folder_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, check = tmp_path / "run", simulation._check
+    out, checked = tmp_path / "run", simulation._checked
 
-    def meanwhile(*given: Any) -> None:
-        monkeypatch.setattr(simulation, "_check", check)
+    def meanwhile(*given: Any) -> list[np.ndarray]:
+        monkeypatch.setattr(simulation, "_checked", checked)
         simulation.begin(experiment(rounds=2), out=out, state=None, data_dir=None, workers=1)
+        return checked(*given)
 
-    monkeypatch.setattr(simulation, "_check", meanwhile)
+    monkeypatch.setattr(simulation, "_checked", meanwhile)
     with pytest.raises(UsageError, match="isn't empty: name another --out"):
         begun(out)
     assert simulation.resume(out, workers=1).begun.experiment.rounds == 2
