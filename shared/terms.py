@@ -123,6 +123,11 @@ class DataTerms(Grown):
         return self.model_dump_json()
 
     @property
+    def person_column(self) -> str | None:
+        """The column that tells persons apart, None where nothing does."""
+        return self.preparation.group if isinstance(self.preparation, Table) else None
+
+    @property
     def rows_per_person(self) -> int | None:
         """How many examples one person has at the most, None where nothing tells persons apart."""
         if not isinstance(self.preparation, Table) or self.preparation.group is None:

@@ -164,6 +164,21 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Installs a module of one's own, by name and text, here and in processes that are started."""
+
+    def installed(name: str, text: str) -> None:
+        folder = tmp_path / "installed"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return installed
+
+
+@pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(folder=tmp_path)
 

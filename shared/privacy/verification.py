@@ -61,10 +61,15 @@ class Verified:
 
     @property
     def rows_per_person(self) -> int | None:
-        """How many examples of a person any charge used at the most, None where one bounds none."""
-        rows = [self.contracts[name].rows_per_person for name in self.chain.attempts]
+        """How many examples of a person any charge used at the most, None where one bounds none.
+
+        Nor do contracts that tell persons apart by different columns bound the same persons' rows.
+        """
+        charged = [self.contracts[name] for name in self.chain.attempts]
+        rows = [agreed.rows_per_person for agreed in charged]
         bounded = [row for row in rows if row is not None]
-        return max(bounded, default=None) if len(bounded) == len(rows) else None
+        alike = len({agreed.data.person_column for agreed in charged}) == 1
+        return max(bounded) if alike and len(bounded) == len(rows) else None
 
     @property
     def last_contract(self) -> Contract | None:

@@ -160,7 +160,7 @@ def _of_person(found: Evidence) -> str:
     if len(rows) < len(found.of_run):
         return (
             " A person with several records: nothing bounds ε, for another contract in the ledgers "
-            "bounds no person’s records."
+            "bounds no such person’s records."
         )
     bounds = _most([(spent.delta, spent.epsilon_person) for spent in found.of_run])
     records = counted(max(rows), "record")

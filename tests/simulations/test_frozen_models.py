@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,8 @@ def fronted(shape, classes, *, seed=1):
 
 
 @pytest.fixture(autouse=True)
-def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    folder = tmp_path / "installed"
-    folder.mkdir()
-    (folder / "simulated_models.py").write_text(FACTORY)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv("PYTHONPATH", str(folder))  # for workers
-    monkeypatch.delitem(sys.modules, "simulated_models", raising=False)
+def name(install: Callable[[str, str], None]) -> str:
+    install("simulated_models", FACTORY)
     return "simulated_models:fronted"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,13 +44,8 @@ def halved(shape, classes, half):
 
 
 @pytest.fixture(autouse=True)
-def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "installed"
-    folder.mkdir()
-    (folder / "seldom_models.py").write_text(FACTORIES)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv("PYTHONPATH", str(folder))  # for workers
-    monkeypatch.delitem(sys.modules, "seldom_models", raising=False)
+def _installed(install: Callable[[str, str], None]) -> None:
+    install("seldom_models", FACTORIES)
 
 
 def simulated(bract: Bract, out: Path, model: str, *more: str) -> dict[str, Any]:

@@ -243,6 +243,14 @@ SINGLE = DataTerms.model_validate(
 )
 
 
+HOUSEHOLDS = DataTerms.model_validate(
+    {
+        **PERSONS.model_dump(),
+        "preparation": {**PERSONS.model_dump()["preparation"], "group": "household"},
+    }
+)
+
+
 def about(found: Evidence) -> str:
     return wording.about(found, checks.checks(found))
 
@@ -311,12 +319,13 @@ def test_a_persons_epsilon_is_of_the_most_rows_that_any_contract_of_a_ledger_use
     assert checks.failed(checks.checks(sites.gather())) == []
 
 
-def test_nothing_bounds_a_persons_epsilon_where_another_contract_bounds_no_rows(
-    sites: Sites,
+@pytest.mark.parametrize("other", [{}, {"data": HOUSEHOLDS}], ids=["no rows", "other persons"])
+def test_nothing_bounds_a_persons_epsilon_where_another_contract_bounds_no_such_rows(
+    sites: Sites, other: dict[str, Any]
 ) -> None:
     agreed, limits = sites.contract(data=SINGLE), DomainPolicy(epsilon=20.0, delta=1e-5)
     sites.run(agreed, deltas=dict.fromkeys(OWN, 1e-5))
-    sites.serve("north", sites.contract(), limits, 1)
+    sites.serve("north", sites.contract(**other), limits, 1)
     sites.proven(agreed)
     found = sites.gather()
     assert checks.failed(checks.checks(found)) == []
