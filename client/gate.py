@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ from bract.shared.errors import (
 from bract.shared.keys import SigningKey
 from bract.shared.messages import SignedReceipt, TrainOrder, TrainReply
 from bract.shared.policy import Policy, check
-from bract.shared.privacy import accounting, budget, entries, events, witness
+from bract.shared.privacy import accounting, budget, entries, events, sharing, witness
 from bract.shared.privacy.chain import Chain, RoundKey
 from bract.shared.privacy.entries import (
     NO_PREVIOUS,
@@ -39,6 +39,7 @@ from bract.shared.privacy.entries import (
     Evaluation,
     Genesis,
     Head,
+    Joined,
     Recovered,
     Release,
 )
@@ -144,7 +145,7 @@ class Gate:
         with self.ledger.transaction() as transaction:
             for domain in self.policy.domains:
                 chain = transaction.chain(self.policy.site, domain, key=self.key.public)
-                fault = budget.genesis_fault(chain, self.policy) if chain.genesis else None
+                fault = self._departure(transaction, chain) if chain.genesis else None
                 if fault:  # else every order would be refused, and a run's rounds be void
                     raise UsageError(fault)
 
@@ -303,6 +304,8 @@ class Gate:
             return stored  # before other chains are begun: it costs nothing and writes nothing
         others = (self._chain(transaction, domain, unit, rounds=(key,)) for domain in shared)
         chains = [primary, *others]
+        if shared and not all(chain.attempts[contract.sha256] for chain in chains):
+            chains = self._join(transaction, chains)
         for chain in chains:
             limits = self.policy.domains[chain.domain]
             budget.check_room(chain, contract, limits, round_number=order.round)
@@ -312,7 +315,26 @@ class Gate:
             self._charge(transaction, chain, contract, terms, order.round, weights)
             if contract.evaluation is not None and contract.evaluates(order.round):
                 self._charge_evaluation(transaction, chain, contract, order.round)
-        return permit(self.holdings, contract, terms, order.round, len(primary.charges[key]))
+        return permit(self.holdings, contract, terms, order.round, len(chains[0].charges[key]))
+
+    def _join(self, transaction: Transaction, chains: Sequence[Chain]) -> list[Chain]:
+        """Returns the whole chains of domains that share examples, each counting all charges.
+
+        It is looked for where a contract first charges one of them: only there can domains that
+        were charged apart come together.
+        """
+        whole = [self._chain(transaction, chain.domain) for chain in chains]
+        for domain, lacking in sharing.missing(whole).items():
+            (chain,) = (chain for chain in whole if chain.domain == domain)
+            body = Joined(
+                **self._common(chain, 0),
+                kind="joined",
+                others=sorted(other.domain for other in whole if other is not chain),
+                events=[events.encode(event) for event in lacking.events],
+                contracts=list(lacking.contracts),
+            )
+            transaction.append(chain, body, self.key)
+        return whole
 
     def _charge(
         self,
@@ -389,20 +411,31 @@ class Gate:
             transaction.append(chain, body, self.key)
         elif chain.genesis.simulation != self.simulation:
             raise Refusal(Reason.SIMULATION_ONLY, "a simulation opens no real site's ledger")
-        fault = budget.genesis_fault(chain, self.policy)
+        fault = self._departure(transaction, chain)
         if fault:
             raise LedgerError(fault)
         return chain
 
+    def _departure(self, transaction: Transaction, chain: Chain) -> str | None:
+        """Returns how the policy departs from what a begun chain fixed, or None."""
+        last = chain.policies[-1][1]
+        parted = None
+        if last != self.policy.sha256:  # the one before it was held to its own earlier ones
+            before = self._policy(transaction, last)
+            parted = sharing.parted(chain.domain, before, self.policy)
+        return budget.genesis_fault(chain, self.policy) or parted
+
     def _policies(self, transaction: Transaction, chain: Chain) -> dict[str, Policy]:
         """Returns the policies that the entries of a chain name, and the one in force."""
-        found = {self.policy.sha256: self.policy}
-        for _, sha256 in chain.policies:
-            text = transaction.document("policy", sha256)
-            if text is None:
-                raise LedgerError(f"the policy {sha256} that entries name is missing")
-            found.setdefault(sha256, parse(Policy, canonical.decode(text), source="policy"))
-        return found
+        return {name: self._policy(transaction, name) for _, name in chain.policies} | {
+            self.policy.sha256: self.policy
+        }
+
+    def _policy(self, transaction: Transaction, sha256: str) -> Policy:
+        text = transaction.document("policy", sha256)
+        if text is None:
+            raise LedgerError(f"the policy {sha256} that entries name is missing")
+        return parse(Policy, canonical.decode(text), source="policy")
 
     def _stored(
         self, transaction: Transaction, chain: Chain, contract: Contract, round_number: int

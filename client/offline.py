@@ -18,8 +18,9 @@ from bract.shared import keys, locks
 from bract.shared.contract import Contract
 from bract.shared.errors import Refusal, RolledBack, VerificationFailed
 from bract.shared.policy import check as check_policy
-from bract.shared.privacy import accounting, budget, ledger, verification
+from bract.shared.privacy import accounting, budget, ledger, sharing, verification
 from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.verification import Verified
 from bract.shared.reports.services import ContractCheck, DomainStatus, SiteStatus
 
 _ROW = re.compile(r"(.*), row \d+[,:] (.*)", re.DOTALL)
@@ -53,13 +54,9 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
             raise VerificationFailed("the contract lists another ledger key for this site")
         roots.check(terms.domain, agreed.data)
         chains = _chains(chosen)
-        chain = chains.get(terms.domain) or _new_chain(chosen, terms.domain)
-        costs = _costs(chain, agreed, chosen.domains[terms.domain].delta)
+        costs = _costs(chains[terms.domain], agreed, chosen.domains[terms.domain].delta)
         for domain in policy.charged_domains(terms.domain):
-            held = chains.get(domain) or _new_chain(chosen, domain)
-            fault = budget.genesis_fault(held, policy)
-            if fault:
-                raise VerificationFailed(fault)
+            held = chains[domain]
             begun = max((n for name, n in held.charges if name == agreed.sha256), default=0)
             following = min(begun + 1, agreed.rounds)
             budget.check_room(held, agreed, policy.domains[domain], round_number=following)
@@ -130,9 +127,6 @@ def status(path: Path) -> SiteStatus:
     said = json.loads(state.status.read_bytes()) if state.status.exists() else {}
     running = locks.is_held(state.lock)
     chains = _chains(chosen)
-    for domain in chains.keys() & chosen.domains.keys():
-        if fault := budget.genesis_fault(chains[domain], policy):
-            raise VerificationFailed(fault)  # by other terms another epsilon would seem to be left
     return SiteStatus(
         site=chosen.site,
         running=running,
@@ -140,9 +134,9 @@ def status(path: Path) -> SiteStatus:
         round=said.get("round"),
         since=said.get("since"),
         domains={
-            name: _domain_status(
-                chains.get(name) or _new_chain(chosen, name), domain.epsilon, domain.delta
-            ).model_copy(update={"shared": policy.charged_domains(name)[1:]})
+            name: _domain_status(chains[name], domain.epsilon, domain.delta).model_copy(
+                update={"shared": policy.charged_domains(name)[1:]}
+            )
             for name, domain in chosen.domains.items()
         },
     )
@@ -204,11 +198,32 @@ def _domain_status(chain: Chain, limit: float, delta: float) -> DomainStatus:
 
 
 def _chains(chosen: SiteSettings) -> dict[str, Chain]:
-    """Returns the chains of the site's ledger, none where nothing was ever charged.
+    """Returns the chain of each domain, as its next charge would find or begin it.
+
+    So a domain counts here what others that share its examples were charged before.
 
     Raises:
-        VerificationFailed: where the ledger does not hold, or lacks what the head file saw.
+        VerificationFailed: where the ledger does not hold, lacks what the head file saw, or fixed
+            other terms than the file has: by those another epsilon would seem to be left.
     """
+    policy, found = chosen.policy(), _verified(chosen)
+    public = keys.load(Path(chosen.keys.ledger)).public
+    chains = {}
+    for domain in policy.domains:
+        held = found.get(domain)
+        chains[domain] = held.chain if held else budget.unbegun(policy, domain, key=public)
+        fault = budget.genesis_fault(chains[domain], policy)
+        fault = fault or (sharing.parted(domain, held.policy, policy) if held else None)
+        if fault:
+            raise VerificationFailed(fault)
+    for shared in {frozenset(policy.charged_domains(domain)) for domain in chains}:
+        for domain, lacking in sharing.missing([chains[name] for name in shared]).items():
+            chains[domain].count_(lacking.events)
+    return chains
+
+
+def _verified(chosen: SiteSettings) -> dict[str, Verified]:
+    """Returns the begun domains of the site's ledger, none where nothing was ever charged."""
     path, head_file = SiteState(Path(chosen.state)).ledger, head_file_of(chosen)
     seen = head_file.read() if head_file else {}
     # A site that was started and has not trained has a ledger without entries.
@@ -221,10 +236,4 @@ def _chains(chosen: SiteSettings) -> dict[str, Chain]:
         return {}
     public = keys.load(Path(chosen.keys.ledger)).public
     found = verification.verify(path, site_keys={chosen.site: public}, anchors=seen)
-    return {one.chain.domain: one.chain for one in found}
-
-
-def _new_chain(chosen: SiteSettings, domain: str) -> Chain:
-    """Returns the chain that a first charge would begin."""
-    public = keys.load(Path(chosen.keys.ledger)).public
-    return budget.unbegun(chosen.policy(), domain, key=public)
+    return {one.chain.domain: one for one in found}

@@ -204,6 +204,9 @@ def _notes(found: Verified, rounds: RoundsLeft) -> Iterator[str]:
     if shared:
         others = " and ".join(map(repr, shared))
         yield f"what uses {chain.domain!r} is charged to {others} too, and must fit there"
+    for body in chain.joined:
+        before = " and ".join(map(repr, body.others))
+        yield f"entry {body.sequence} counts what {before} spent before they shared examples"
     if rounds.bound is not None:
         yield rounds.bound
 

@@ -15,11 +15,21 @@ from bract.shared.privacy.entries import (
     Evaluation,
     Genesis,
     Head,
+    Joined,
     Recovered,
     Release,
     event_of,
+    events_joined,
 )
-from bract.shared.privacy.events import Event, PoissonGaussian, Unbounded, merge
+from bract.shared.privacy.events import (
+    Event,
+    Kind,
+    PoissonGaussian,
+    Unbounded,
+    count,
+    merge,
+    merged,
+)
 
 RoundKey = tuple[str, int]
 
@@ -31,8 +41,9 @@ class Chain:
     `charges` maps (contract, round) to its charges in order; `releases` maps (contract, round)
     to the last release; `evaluations` maps the number of a charge to the evaluation that was
     charged with it, `evaluated` counts them by contract; `policies` are those in force, each with
-    the entry from which on; `events` are merged; `last` is the newest entry as it rests, body and
-    signature. `forgotten` maps a contract to its last round of which no entries are held here.
+    the entry from which on; `joined` are the entries that count charges of other domains;
+    `events` are merged; `last` is the newest entry as it rests, body and signature. `forgotten`
+    maps a contract to its last round of which no entries are held here.
     """
 
     site: str
@@ -47,21 +58,18 @@ class Chain:
     attempts: Counter[str] = field(default_factory=Counter)
     evaluated: Counter[str] = field(default_factory=Counter)
     policies: list[tuple[int, str]] = field(default_factory=list)
+    joined: list[Joined] = field(default_factory=list)
     seeded: bool = False
     recovered: Recovered | None = None
     last: tuple[bytes, bytes] | None = None
     forgotten: dict[str, int] = field(default_factory=dict)
-    _events: Counter[Event] = field(default_factory=Counter)
+    _events: Counter[Kind] = field(default_factory=Counter)
 
     @property
     def events(self) -> tuple[Event, ...]:
         """Everything charged, merged."""
-        charged = [
-            _times(event, count) if isinstance(event, PoissonGaussian) else event
-            for event, count in self._events.items()
-        ]
         lost = [events.decode(self.recovered.event)] if self.recovered else []
-        return merge([*charged, *lost])
+        return merge((*merged(self._events), *lost))
 
     @property
     def last_charge(self) -> Charge | None:
@@ -82,8 +90,10 @@ class Chain:
         return merge(event_of(cost) for cost in self.costs_of(contract))
 
     def events_until(self, sequence: int) -> tuple[Event, ...]:
-        """Returns what was charged up to an entry, merged."""
-        return merge(event_of(cost) for cost in self.costs() if cost.sequence <= sequence)
+        """Returns what was charged up to an entry, merged; by domains that it joined too."""
+        charged = (event_of(cost) for cost in self.costs() if cost.sequence <= sequence)
+        joined = (body for body in self.joined if body.sequence <= sequence)
+        return merge((*charged, *(event for body in joined for event in events_joined(body))))
 
     def costs_of(self, contract: str) -> Iterator[Charge | Evaluation]:
         """Yields every entry by which one contract was charged, in no order."""
@@ -117,6 +127,10 @@ class Chain:
         self.evaluations = {at: held for at, held in self.evaluations.items() if at in kept}
         self.releases = {at: held for at, held in self.releases.items() if at == waiting}
 
+    def count_(self, charged: Iterable[Event]) -> None:
+        """Counts charges that an entry stands for, or that the next would."""
+        self._events.update(count(charged))
+
     def extend_(self, entry: Entry) -> None:
         """Adds the next entry.
 
@@ -135,6 +149,8 @@ class Chain:
                 self._add_evaluation(body)
             case Release():
                 self._add_release(body)
+            case Joined():
+                self._add_joined(body)
             case Recovered():
                 self._add_recovered(body)
         if not self.policies or self.policies[-1][1] != body.policy:
@@ -181,7 +197,7 @@ class Chain:
         self._check(
             unbounded == (charge.mechanism == "none"), number, "event and mechanism disagree"
         )
-        self._events[_single(event)] += 1 if unbounded else _steps(event)
+        self.count_((event,))
         self.seeded |= charge.randomness == "seeded"
         self.attempts[charge.contract] += 1
         before.append(charge)
@@ -205,7 +221,7 @@ class Chain:
         self._check(
             isinstance(event, PoissonGaussian), number, "an evaluation that is without noise"
         )
-        self._events[_single(event)] += _steps(event)
+        self.count_((event,))
         self.evaluations[charge.sequence] = evaluation
         self.evaluated[evaluation.contract] += 1
 
@@ -231,6 +247,21 @@ class Chain:
         )
         self.releases[release.contract, release.round] = release
 
+    def _add_joined(self, joined: Joined) -> None:
+        number, found = joined.sequence, events_joined(joined)
+        self._check(self.recovered is None, number, "joined after entries were lost")
+        self._check(self.domain not in joined.others, number, "joins itself")
+        self._check(found == merge(found), number, "joined charges that are not merged")
+        assert self.genesis is not None  # noqa: S101  checked by _check_link
+        for event in found:
+            self._check(not isinstance(event, events.Spent), number, "joins a ceiling")
+            bounded = not isinstance(event, Unbounded)
+            self._check(
+                bounded or self.genesis.simulation, number, "without noise on a real ledger"
+            )
+        self.count_(found)
+        self.joined.append(joined)
+
     def _add_recovered(self, recovered: Recovered) -> None:
         number = recovered.sequence
         # A second one could name a lower ceiling, which would then be the domain's ε.
@@ -246,17 +277,3 @@ class Chain:
             raise VerificationFailed(
                 f"ledger of {self.site!r}, domain {self.domain!r}, entry {number}: {fault}"
             )
-
-
-def _single(event: Event) -> Event:
-    return _times(event, 1) if isinstance(event, PoissonGaussian) else event
-
-
-def _steps(event: Event) -> int:
-    return event.steps if isinstance(event, PoissonGaussian) else 0
-
-
-def _times(event: Event, steps: int) -> Event:
-    if not isinstance(event, PoissonGaussian):
-        raise TypeError("only steps can be counted")
-    return PoissonGaussian(event.sampling_rate, event.noise_multiplier, steps)

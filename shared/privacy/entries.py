@@ -85,6 +85,18 @@ class Release(_Body):
     evaluation: Annotated[list[FloatHex], Field(min_length=2, max_length=2)] | None = None
 
 
+class Joined(_Body):
+    """What domains that share examples from now on were charged before, this one excepted.
+
+    `contracts` names those of which the charges were.
+    """
+
+    kind: Literal["joined"]
+    others: Annotated[list[Name], Field(min_length=1)]
+    events: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    contracts: Annotated[list[Hex32], Field(min_length=1)]
+
+
 class Recovered(_Body):
     """The operator's word that entries were lost: the domain's whole ceiling counts as spent.
 
@@ -98,7 +110,7 @@ class Recovered(_Body):
     lost_hash: Hex32 | None
 
 
-Body = Genesis | Charge | Evaluation | Release | Recovered
+Body = Genesis | Charge | Evaluation | Release | Joined | Recovered
 BodyT = TypeVar("BodyT", bound=_Body)
 _ADAPTER: TypeAdapter[Body] = TypeAdapter(Annotated[Body, Field(discriminator="kind")])
 
@@ -147,6 +159,11 @@ def read(text: bytes, signature: bytes, *, key: str) -> Entry:
 def event_of(entry: Charge | Evaluation) -> events.Event:
     """Returns what a charge or an evaluation costs."""
     return events.decode(entry.event)
+
+
+def events_joined(entry: Joined) -> tuple[events.Event, ...]:
+    """Returns what other domains were charged before, as an entry that joins them counts it."""
+    return tuple(events.decode(event) for event in entry.events)
 
 
 def body(text: bytes) -> Body:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,7 @@ class Spent:
 
 
 Event = PoissonGaussian | Unbounded | Spent
+Kind = tuple[float, float] | Unbounded | Spent  # of steps: their rate and noise multiplier
 
 
 def encode(event: Event) -> dict[str, Any]:
@@ -107,12 +108,23 @@ def merge(events: Iterable[Event]) -> tuple[Event, ...]:
         >>> merge([step, step])
         (PoissonGaussian(sampling_rate=0.1, noise_multiplier=1.0, steps=10),)
     """
-    steps: Counter[tuple[float, float]] = Counter()
-    others: set[Unbounded | Spent] = set()
+    return merged(count(events))
+
+
+def count(events: Iterable[Event]) -> Counter[Kind]:
+    """Returns how many steps of each kind of mechanism there are; what has no steps is one."""
+    counts: Counter[Kind] = Counter()
     for event in events:
         if isinstance(event, PoissonGaussian):
-            steps[event.sampling_rate, event.noise_multiplier] += event.steps
+            counts[event.sampling_rate, event.noise_multiplier] += event.steps
         else:
-            others.add(event)
-    merged = [PoissonGaussian(*kind, count) for kind, count in sorted(steps.items())]
-    return (*merged, *sorted(others, key=repr))
+            counts[event] += 1
+    return counts
+
+
+def merged(counts: Mapping[Kind, int]) -> tuple[Event, ...]:
+    """Returns the merged events of counts; a kind whose count is 0 or less is none."""
+    held = {kind: number for kind, number in counts.items() if number > 0}
+    steps = sorted((kind, number) for kind, number in held.items() if isinstance(kind, tuple))
+    others = [kind for kind in held if not isinstance(kind, tuple)]
+    return (*(PoissonGaussian(*kind, number) for kind, number in steps), *sorted(others, key=repr))

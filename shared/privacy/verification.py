@@ -5,9 +5,9 @@ Imports neither torch nor Opacus: an auditor's machine needs none of them.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from bract.shared import canonical, contract
@@ -15,7 +15,7 @@ from bract.shared.configuration import parse
 from bract.shared.contract import Contract
 from bract.shared.errors import BractError, Refusal, VerificationFailed
 from bract.shared.policy import Policy, check
-from bract.shared.privacy import accounting, budget, entries, evidence, export
+from bract.shared.privacy import accounting, budget, entries, evidence, export, sharing
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Charge, Evaluation, Head
 from bract.shared.privacy.ledger import Contents
@@ -65,7 +65,8 @@ class Verified:
 
         Nor do contracts that tell persons apart by different columns bound the same persons' rows.
         """
-        charged = [self.contracts[name] for name in self.chain.attempts]
+        joined = {name for body in self.chain.joined for name in body.contracts}
+        charged = [self.contracts[name] for name in {*self.chain.attempts, *joined}]
         rows = [agreed.rows_per_person for agreed in charged]
         bounded = [row for row in rows if row is not None]
         alike = len({agreed.data.person_column for agreed in charged}) == 1
@@ -239,6 +240,10 @@ def _check_policies(chain: Chain, policies: Mapping[str, Policy]) -> set[tuple[s
         fault = budget.genesis_fault(chain, policy)
         if fault:
             raise VerificationFailed(fault)
+    for (_, before), (entry, now) in pairwise(chain.policies):
+        fault = sharing.parted(chain.domain, policies[before], policies[now])
+        if fault:
+            raise VerificationFailed(f"ledger of {chain.site!r}, entry {entry}: {fault}")
     ceiling = accounting.lost(chain.events)
     if ceiling is not None and ceiling < budget.worst_case(chain, policies) * (1 - TOLERANCE):
         raise VerificationFailed(
@@ -277,6 +282,9 @@ def _check_contracts(
                     f"{fault}"
                 )
             used.add(("contract", charge.contract))
+    for name in {name for body in chain.joined for name in body.contracts}:
+        if name not in contracts:
+            raise VerificationFailed(f"the contract {name} of charges that were joined is missing")
     for name, attempts in chain.attempts.items():
         if attempts > contracts[name].max_attempts:
             raise VerificationFailed(f"more charges than the contract {name} allows")
@@ -331,24 +339,29 @@ def _departure(charge: Charge, agreed: Contract, policy: Policy) -> str | None:
 def _check_overlaps(
     chains: Mapping[tuple[str, str], Chain], policies: Mapping[str, Policy]
 ) -> None:
-    """Every charge stands equally often in its own domain and in all that share with it."""
-    held = {name: _uses(chain) for name, chain in chains.items()}
+    """Every charge stands equally often in its own domain and in all that share with it.
+
+    And each of them counts what the others were charged before they shared examples.
+    """
+    held = {name: sharing.uses(chain) for name, chain in chains.items()}
+    together: set[tuple[str, frozenset[str]]] = set()
     for (site, domain), uses in held.items():
-        for use, numbers in uses.items():
+        for use, charges in uses.items():
             _, _, primary, policy = use
             for other in policies[policy].charged_domains(primary):
                 there = held.get((site, other), {}).get(use, [])
-                if len(there) < len(numbers):
+                if len(there) < len(charges):
                     raise VerificationFailed(
-                        f"ledger of {site!r}, domain {domain!r}, entry {numbers[len(there)]}: "
-                        f"has no counterpart in the domain {other!r}"
+                        f"ledger of {site!r}, domain {domain!r}, entry "
+                        f"{charges[len(there)].sequence}: has no counterpart in the domain "
+                        f"{other!r}"
                     )
-
-
-def _uses(chain: Chain) -> Mapping[tuple[str, int, str, str], list[int]]:
-    """Returns the entries of each (contract, round, primary domain, policy)."""
-    uses = defaultdict(list)
-    for (name, number), charges in chain.charges.items():
-        for charge in charges:
-            uses[name, number, charge.primary, charge.policy].append(charge.sequence)
-    return uses
+        if (last := chains[site, domain].last_charge) is not None:
+            shared = policies[last.policy].charged_domains(last.primary)
+            together.add((site, frozenset(shared)))
+    for site, domains in sorted(together, key=repr):
+        for domain in sharing.missing([chains[site, name] for name in sorted(domains)]):
+            raise VerificationFailed(
+                f"ledger of {site!r}, domain {domain!r}: does not count what the domains that "
+                "share its examples were charged before; the next charge of a contract adds it"
+            )

@@ -231,6 +231,33 @@ def test_the_status_of_a_domain_names_those_that_must_hold_each_use_too(
     assert "left 0.500, 0 charges; each use is charged to 'alpha' too" in text
 
 
+def test_what_a_domain_that_is_declared_late_will_count_is_said_beforehand(
+    world: Any, layout: Layout
+) -> None:
+    serve(world, layout, 1, 2)
+    before = offline.status(layout.site("alpha")).domains["alpha"]
+    add(layout, '[domains.late]\nepsilon = 8.0\ndelta = 1e-5\noverlaps = ["alpha"]\n'
+                'data = {name = "digits", part = "1/10"}')  # fmt: skip
+    found = offline.status(layout.site("alpha")).domains
+    assert found["late"].epsilon == found["alpha"].epsilon == before.epsilon
+    replaced(layout, "[domains.late]\nepsilon = 8.0", f"[domains.late]\nepsilon = {before.epsilon}")
+    report = checked(layout, proposed(layout))
+    assert "'late'" in (report.reason or "")
+    assert not gate_accepts(world, layout, layout.contract)
+
+
+def test_domains_that_the_file_parts_again_are_said_beforehand(world: Any, layout: Layout) -> None:
+    add(layout, '[domains.small]\nepsilon = 8.0\ndelta = 1e-5\noverlaps = ["alpha"]\n'
+                'data = {name = "digits", part = "2/10"}')  # fmt: skip
+    serve(world, layout, 1)
+    replaced(layout, 'overlaps = ["alpha"]\n', "")
+    fault = "'alpha' shared its examples with 'small'"
+    assert fault in (checked(layout).reason or "")
+    assert not gate_accepts(world, layout, proposed(layout))
+    with pytest.raises(VerificationFailed, match=fault):
+        offline.status(layout.site("alpha"))
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -17,9 +17,18 @@ from bract.shared.privacy.entries import (
     Entry,
     Evaluation,
     Genesis,
+    Joined,
+    Recovered,
     Release,
 )
-from bract.shared.privacy.events import PoissonGaussian, Unbounded, encode, merge
+from bract.shared.privacy.events import (
+    Event,
+    PoissonGaussian,
+    Spent,
+    Unbounded,
+    encode,
+    merge,
+)
 
 KEY, OTHER = keys.generate(), keys.generate()
 HALF = (0.5).hex()
@@ -102,6 +111,16 @@ def release(chain: Chain, contract: str = "a", round_number: int = 1, **changes:
         "update": "f" * 64,
     }
     return Release.model_validate({**common(chain, attempt), **terms, **changes})
+
+
+def joined(chain: Chain, *charged: Event, **changes: Any) -> Joined:
+    terms = {
+        "kind": "joined",
+        "others": ["clinic"],
+        "events": [encode(event) for event in charged],
+        "contracts": ["c" * 64],
+    }
+    return Joined.model_validate({**common(chain), **terms, **changes})
 
 
 def add(chain: Chain, body: Body) -> Entry:
@@ -341,3 +360,42 @@ def test_a_release_has_scores_where_they_were_charged_and_nowhere_else(charged: 
     add(chain, charge(chain))
     with pytest.raises(VerificationFailed, match="disagree on an evaluation"):
         add(chain, release(chain, evaluation=PAIR))
+
+
+def test_joined_charges_count_from_their_entry_on_and_are_no_attempts() -> None:
+    chain, stored = written([("a", 1, True)])
+    stored += [add(chain, joined(chain, STEP, SCORE)), add(chain, charge(chain, "b"))]
+    for found in (chain, folded(stored)):
+        assert found.events == merge([STEP, STEP, STEP, SCORE])
+        assert found.events_until(2) == (STEP,)
+        assert found.events_until(3) == merge([STEP, STEP, SCORE])
+        assert found.events_of("a" * 64) == (STEP,)
+        assert found.attempts == {"a" * 64: 1, "b" * 64: 1}
+    chain.forget_()
+    assert chain.events_until(3) == merge([STEP, SCORE])  # of what is still held
+
+
+@pytest.mark.parametrize(
+    ("charged", "changes", "fault"),
+    [
+        ([STEP], {"others": ["clinic", "ward"]}, "joins itself"),
+        ([SCORE, STEP], {}, "not merged"),
+        ([STEP, STEP], {}, "not merged"),
+        ([Spent(4.0)], {}, "joins a ceiling"),
+        ([Unbounded()], {}, "without noise on a real ledger"),
+    ],
+)
+def test_joined_charges_that_no_gate_writes_are_refused(
+    charged: list[Event], changes: dict[str, Any], fault: str
+) -> None:
+    chain, _ = written([])
+    with pytest.raises(VerificationFailed, match=fault):
+        add(chain, joined(chain, *charged, **changes))
+
+
+def test_nothing_is_joined_after_entries_were_lost() -> None:
+    chain, _ = written([("a", 1, True)])
+    lost = {"event": encode(Spent(8.0)), "lost_sequence": None, "lost_hash": None}
+    add(chain, Recovered.model_validate({**common(chain), "kind": "recovered", **lost}))
+    with pytest.raises(VerificationFailed, match="joined after entries were lost"):
+        add(chain, joined(chain, STEP))
