@@ -17,7 +17,7 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from bract.client.training.bookkeeping import Loss
-from bract.client.training.gradients import expected_warnings
+from bract.client.training.gradients import SampleModule, expected_warnings
 from bract.client.training.isolation import GREATEST_WEIGHT, TIMES, Passes, close
 from bract.shared import canonical, models, tasks
 from bract.shared.data import Examples
@@ -211,14 +211,14 @@ def _moved(model: nn.Module) -> nn.Module:
     return model
 
 
-class _Probe(GradSampleModule):  # type: ignore[misc]
+class _Probe(SampleModule):
     """Opacus' module, which says at which layer it fails."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, loss_reduction="sum")
         self._names_of = {layer: name for name, layer in model.named_modules()}
 
-    def capture_backprops_hook(self, module: nn.Module, *values: Any, **options: Any) -> None:
+    def capture_backprops_hook(self, module: Any, *values: Any, **options: Any) -> None:
         """Computes gradients for every example at one layer, or names the layer."""
         try:
             super().capture_backprops_hook(module, *values, **options)

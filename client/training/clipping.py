@@ -93,7 +93,8 @@ def _norms_by_runs(rows: Tensor) -> Tensor:
     runs = torch.linalg.vector_norm(rows[:, :whole].reshape(len(rows), -1, _RUN), dim=2)
     norms: Tensor = torch.linalg.vector_norm(runs, dim=1, dtype=torch.float64)
     if whole < rows.shape[1]:
-        norms = torch.hypot(norms, torch.linalg.vector_norm(rows[:, whole:].double(), dim=1))
+        rest = torch.linalg.vector_norm(rows[:, whole:].double(), dim=1)
+        norms = joint_norms([norms, rest])
     return norms
 
 

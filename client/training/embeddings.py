@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -74,3 +75,22 @@ def without_padding(layer: nn.Module, tokens: Tensor, backprops: Tensor) -> Tens
     if not isinstance(layer, nn.Embedding) or layer.padding_idx is None:
         return backprops
     return torch.where((tokens == layer.padding_idx)[..., None], 0.0, backprops)
+
+
+def padding_rows(model: nn.Module) -> list[tuple[str, int]]:
+    """Returns the rows of weights, by name, that no gradient reaches: an embedding's padding.
+
+    Of a weight that another layer uses too, as one tied to the output does, all rows are trained.
+    """
+    users: Counter[Tensor] = Counter(
+        p for layer in model.modules() for p in layer.parameters(False)
+    )
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    return [
+        (names[layer.weight], layer.padding_idx)
+        for layer in model.modules()
+        if isinstance(layer, nn.Embedding)
+        and layer.padding_idx is not None
+        and layer.weight in names
+        and users[layer.weight] == 1
+    ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bract.client.training.bookkeeping import BookKeepingSum, GhostSum, Loss
 from bract.client.training.clipping import clip_factors, joint_norms, row_norms, weighted_sum
+from bract.client.training.embeddings import without_padding
 from bract.shared.errors import UsageError
 from bract.shared.models.layout import Layout
 
@@ -58,11 +59,24 @@ def zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: piece.view(p.shape) for (name, p), piece in pieces}
 
 
+class SampleModule(GradSampleModule):  # type: ignore[misc]
+    """Opacus' module, whose sampler of an embedding leaves its padding out as autograd does."""
+
+    def capture_backprops_hook(
+        self, module: Any, inputs: Any, outputs: tuple[Tensor, ...], **options: Any
+    ) -> None:
+        """Computes gradients for every example at one layer."""
+        if isinstance(module, nn.Embedding):
+            tokens: Tensor = module.activations[-1][0]  # type: ignore[index]  # Opacus' own list
+            outputs = (without_padding(module, tokens, outputs[0]),)
+        super().capture_backprops_hook(module, inputs, outputs, **options)
+
+
 class HooksSum:
     """Opacus' hooks: a gradient for every example is stored, its norm taken directly."""
 
     def __init__(self, model: nn.Module, loss: Loss, clip_norm: float) -> None:
-        self._module = GradSampleModule(model, loss_reduction="sum")
+        self._module = SampleModule(model, loss_reduction="sum")
         self._parameters = _released(model)
         self._loss, self._clip_norm = loss, clip_norm
 

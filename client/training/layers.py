@@ -91,7 +91,8 @@ def ghost_embedding(layer: nn.Embedding, uses: Sequence[Use]) -> Shares:
     """Returns the share of an embedding by Opacus' own ghost norm."""
     ((inputs, backprops),) = uses
     tokens = inputs[0].contiguous()  # Opacus' sampler views it flat
-    ghost = _norm_sampler(layer)(layer, [tokens], backprops.double())[layer.weight]
+    outputs = without_padding(layer, tokens, backprops).double()
+    ghost = _norm_sampler(layer)(layer, [tokens], outputs)[layer.weight]
     return [Share(share.parameter, ghost, share.add_) for share in embedding(layer, uses)]
 
 

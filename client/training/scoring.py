@@ -4,7 +4,7 @@ Adding or removing one example changes the number of right answers by at most 1 
 examples by 1: the pair has L2 sensitivity √2. That holds of floating-point arithmetic only where
 an example's answer is the same whoever is scored beside it. A kernel is chosen by the shape of its
 batch, and a server may choose weights whose logits differ by rounding alone; so every batch has
-the same shape, the last one filled up.
+the same shape, the last one filled up; and its place must not decide either (`rounding`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from bract.client.training.noise import on_grid_
 from bract.client.training.randomness import RandomStream
 from bract.client.training.sizes import fill
 from bract.shared.data import Examples
+from bract.shared.models import rounding
 from bract.shared.updates import ProtectedScore
 
 Prepare = Callable[[Examples, npt.NDArray[np.int64]], tuple[Tensor, Tensor]]
 SENSITIVITY = math.sqrt(2)
-TOGETHER = 64
+TOGETHER = rounding.UNIT
 
 
 def counts(model: nn.Module, examples: Examples, prepare: Prepare) -> tuple[int, int]:
@@ -42,7 +43,7 @@ def counts(model: nn.Module, examples: Examples, prepare: Prepare) -> tuple[int,
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), rounding.one_thread(_is_uneven(model, examples, prepare)):
             for start in range(0, len(examples), TOGETHER):
                 rows = np.arange(start, min(start + TOGETHER, len(examples)))
                 inputs, targets = prepare(examples, rows)
@@ -52,6 +53,14 @@ def counts(model: nn.Module, examples: Examples, prepare: Prepare) -> tuple[int,
     finally:
         model.train(was_training)
     return correct, len(examples)
+
+
+def _is_uneven(model: nn.Module, examples: Examples, prepare: Prepare) -> bool:
+    """Returns whether an answer may follow its place, where several threads compute a batch."""
+    inputs, _ = prepare(examples, np.arange(min(1, len(examples))))
+    if inputs.device.type != "cpu" or torch.get_num_threads() == 1:
+        return False
+    return not rounding.is_even(lambda: model(fill(torch.zeros_like(inputs), TOGETHER)))
 
 
 def protect(

@@ -19,27 +19,30 @@ LEAST = 16  # below it the kernels of a product change most, and a pass is hardl
 # Of float64: an example's numbers in one kernel are off by 6e-8 of them in another.
 _TOLERANCE = 1e-12
 
-Probe = Callable[[int], list[Tensor]]
+Probe = Callable[[int], list[Tensor] | None]
 
 
-def filled(count: int, most: int) -> int:
+def filled(count: int, most: int, unit: int = 1) -> int:
     """Returns the size that holds a batch: of eight between a power of two and the next.
 
     Args:
         count: of its examples.
         most: how many examples are in memory at once, which no size is over.
+        unit: of which each size is a multiple, a power of two; 1 where memory holds no unit.
 
     Example:
         >>> [filled(count, 256) for count in (1, 61, 65, 300)]
         [16, 64, 72, 256]
+        >>> [filled(count, 256, 64) for count in (1, 65, 300)]
+        [64, 128, 256]
     """
-    step = max(4, 1 << max(0, (count - 1).bit_length() - 4))
-    return min(most, max(LEAST, -(-count // step) * step))
+    step = max(4, unit, 1 << max(0, (count - 1).bit_length() - 4))
+    return min(max(most // unit * unit, 1), max(LEAST, -(-count // step) * step))
 
 
-def planned(expected: float, most: int) -> int:
+def planned(expected: float, most: int, unit: int = 1) -> int:
     """Returns the size that holds nearly every Poisson batch of so many expected examples."""
-    return filled(math.ceil(expected + 2.5 * math.sqrt(expected)), most)
+    return filled(math.ceil(expected + 2.5 * math.sqrt(expected)), most, unit)
 
 
 def fill(values: Tensor, size: int) -> Tensor:
@@ -53,13 +56,15 @@ class Sizes:
     """Cuts batches into pieces of public sizes.
 
     Args:
-        probe: returns the mean clipped gradient of so many equal, made-up examples, by parameter.
+        probe: returns the mean clipped gradient of so many equal, made-up examples, by parameter;
+            None where the answers to them differ.
+        unit: of which each size is a multiple.
     """
 
-    def __init__(self, probe: Probe) -> None:
-        self._probe = probe
+    def __init__(self, probe: Probe, unit: int = 1) -> None:
+        self._probe, self._unit = probe, unit
         self._alike: dict[tuple[int, int], bool] = {}
-        self._planned: tuple[int, list[Tensor]] = (0, [])
+        self._planned: tuple[int, list[Tensor] | None] = (0, None)
 
     def pieces(self, count: int, *, expected: float, most: int) -> Iterator[tuple[slice, int]]:
         """Yields the parts of a batch, and the size that each is filled up to.
@@ -70,29 +75,36 @@ class Sizes:
             expected: how many the public terms have one expect.
             most: how many examples are in memory at once.
         """
-        plan, start = planned(expected, most), 0
+        plan, start = planned(expected, most, self._unit), 0
+        if not self._are_alike(plan, plan):
+            most = plan = 1  # alone an example has always the same place
         while start < count:
-            size = filled(min(count - start, most), most)
-            size = size if self._are_alike(size, plan) else plan
+            size = filled(min(count - start, most), most, self._unit)
+            size = size if size == plan or self._are_alike(size, plan) else plan
             yield slice(start, min(start + size, count)), size
             start += size
 
     def _are_alike(self, size: int, plan: int) -> bool:
-        if size == plan:
-            return True
+        """Returns whether all rows of a pass of a size are as those of the planned size are."""
         key = (size, plan)
         if key not in self._alike:
             if self._planned[0] != plan:
                 self._planned = plan, self._probe(plan)
-            self._alike[key] = _equal(self._probe(size), self._planned[1])
+            known = self._planned[1]
+            if size == plan:
+                self._alike[key] = known is not None
+            else:
+                self._alike[key] = _equal(self._probe(size), known)
         return self._alike[key]
 
 
-def _equal(found: list[Tensor], planned_for: list[Tensor]) -> bool:
+def _equal(found: list[Tensor] | None, planned_for: list[Tensor] | None) -> bool:
     """Whether both are the same but for the order in which float64 added the equal examples.
 
     What is zero or not finite proves nothing.
     """
+    if found is None or planned_for is None:
+        return False
     for one, other in zip(found, planned_for, strict=True):
         greatest = other.abs().max() if other.numel() else other.new_ones(())
         if not (torch.isfinite(greatest) and greatest > 0):

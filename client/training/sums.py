@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -20,13 +20,14 @@ from bract.client.training.bookkeeping import BookKeepingSum, Loss
 from bract.client.training.execution import Execution
 from bract.client.training.gradients import ClippedSum, PlainSum
 from bract.client.training.randomness import RandomStream
-from bract.client.training.sizes import Sizes, fill
+from bract.client.training.sizes import LEAST, Sizes, fill
 from bract.client.training.together import Job, SharedStep
 from bract.client.training.views import Moves
 from bract.shared import models, tasks
 from bract.shared.contract import Contract
 from bract.shared.data import Examples
 from bract.shared.errors import ModelRejected
+from bract.shared.models import rounding
 from bract.shared.models.frozen import Features
 
 T = TypeVar("T")
@@ -64,12 +65,20 @@ class BatchSums:
         self._contract, self._features = contract, features
         self._weights = list(models.released_parameters(model).values())
         self._pieces = max(1, execution.at_once // contract.training.views)
-        self._summer, self.parameters = _summer(contract, execution, model)
+        self._summer, self.parameters, self._loss = _summer(contract, execution, model)
         self._device = self._weights[0].device
         self._adder: ClippedSum | PlainSum = self._summer
         if not isinstance(self._summer, PlainSum):
             self._adder = graphs.replayed(self._summer, self.parameters, contract.model.name)
-        self._sizes = Sizes(self._probed)
+
+    @cached_property
+    def _uneven(self) -> bool:
+        """Whether an operation of a pass rounds by the place of a number."""
+        return self._device.type == "cpu" and not rounding.is_even(self._tried)
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return Sizes(self._probed, rounding.UNIT if self._uneven else 1)
 
     def of(
         self,
@@ -97,7 +106,7 @@ class BatchSums:
                 given = self.batch(examples, batch[part], seen)
                 inputs, targets = (fill(side, size) for side in given)
                 counted = torch.arange(size, device=self._device) < part.stop - part.start
-                with self._weights_stay():
+                with self._weights_stay(), rounding.one_thread(self._uneven):
                     adder.add_(sums, inputs, targets, counted)
             return sums
 
@@ -243,22 +252,35 @@ class BatchSums:
                 f"model {self._contract.model.name!r} changes its weights while it answers"
             )
 
-    def _probed(self, size: int) -> list[Tensor]:
+    def _probed(self, size: int) -> list[Tensor] | None:
         """Returns the mean clipped gradient of so many equal, made-up examples.
 
-        At made-up weights: a server's may be such that every kernel gives the same.
+        None where the answers to them are not the same. At made-up weights: a server's may be such
+        that every kernel gives the same.
         """
+        with self._on_trial(size) as (inputs, targets), rounding.one_thread(self._uneven):
+            sums = gradients.zeros(self.parameters)
+            answers = self._loss.noting(partial(self._summer.add_, sums, inputs, targets))
+        alike = torch.equal(answers, answers[:1].expand_as(answers)) or not answers.isfinite().all()
+        return [total / size for total in sums.values()] if alike else None
+
+    def _tried(self) -> None:
+        """Runs a pass of a few made-up examples."""
+        with self._on_trial(LEAST) as (inputs, targets):
+            self._summer.add_(gradients.zeros(self.parameters), inputs, targets)
+
+    @contextmanager
+    def _on_trial(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Gives equal, made-up examples, while the model has made-up weights."""
         weights, one = admission.trial(self._weights, self._contract.data)
         rows, moves = np.zeros(size, np.int64), self.moves(1, RandomStream(bytes(32)))
         seen = None if moves is None else moves.take(rows)
-        sums = gradients.zeros(self.parameters)
         kept = [parameter.detach().clone() for parameter in self._weights]
         try:
             load(self._weights, weights)
-            self._summer.add_(sums, *self.batch(one, rows, seen))
+            yield self.batch(one, rows, seen)
         finally:
             load(self._weights, kept)
-        return [total / size for total in sums.values()]
 
 
 @torch.no_grad()
@@ -268,21 +290,40 @@ def load(parameters: Iterable[nn.Parameter], values: Sequence[Tensor]) -> None:
         parameter.copy_(value)
 
 
+class _Noted:
+    """A loss that can tell which answers it was asked about."""
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss, self._notes, self._answers = loss, False, torch.empty(0)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self._notes:
+            self._answers = outputs.detach()
+        return self._loss(outputs, targets)
+
+    def noting(self, run: Callable[[], None]) -> Tensor:
+        """Runs a pass, and returns the answers of its model."""
+        self._notes = True
+        try:
+            run()
+            return self._answers
+        finally:
+            self._notes, self._answers = False, torch.empty(0)
+
+
 def _summer(
     contract: Contract, execution: Execution, model: nn.Module
-) -> tuple[ClippedSum | PlainSum, dict[str, nn.Parameter]]:
-    """Returns the way to sum, and the parameters by the names that it gives them, in one order."""
+) -> tuple[ClippedSum | PlainSum, dict[str, nn.Parameter], _Noted]:
+    """Returns the way to sum, the parameters by the names that it gives them, and its loss."""
     losses: Loss = partial(tasks.losses, task=contract.data.task)
     if contract.training.augmentation != "none":
         model, losses = views.Viewed(model), views.mean_loss(losses)
-    parameters = models.released_parameters(model)
+    loss, parameters = _Noted(losses), models.released_parameters(model)
     if contract.privacy.mechanism == "dp-sgd":
         clip_norm = contract.privacy.clip_norm
-        chosen = gradients.clipped_sum(
-            execution.mode, model, losses, clip_norm, execution.precision
-        )
-        return chosen, parameters
-    return PlainSum(model, losses), parameters
+        chosen = gradients.clipped_sum(execution.mode, model, loss, clip_norm, execution.precision)
+        return chosen, parameters, loss
+    return PlainSum(model, loss), parameters, loss
 
 
 def _out_of_memory(error: Exception) -> bool:

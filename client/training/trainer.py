@@ -13,6 +13,7 @@ import torch
 
 from bract.client.training import admission, gradients, scoring
 from bract.client.training.clipping import SLACK
+from bract.client.training.embeddings import padding_rows
 from bract.client.training.execution import Execution
 from bract.client.training.isolation import GREATEST_WEIGHT
 from bract.client.training.optimizer import PlainOptimizer, PrivateOptimizer, Sgd
@@ -60,6 +61,7 @@ class Trainer:
         self._noise_ahead = execution.noise_ahead
         self.parameters = models.released_parameters(model)
         self.shapes = models.released_shapes(model)
+        self._padding = padding_rows(model)
         self._sums = BatchSums(contract, execution, model, features)
         self._shared = SharedStep(contract, self._sums.parameters, self.parameters)
         if device.type == "cuda":  # before any charge, by the name that noise knows it by
@@ -101,6 +103,7 @@ class Trainer:
                     optimizer.draw_ahead(_drawing(os.getpid()))
                 optimizer.put(self._sums.of(ready, batch, moves, expected))
                 optimizer.step()
+                self._hold_padding(weights)
                 optimizer.zero_grad()
         return self._update(weights)
 
@@ -111,7 +114,8 @@ class Trainer:
         together, and each site's clipped gradients are summed and noised apart. The numbers are
         those of `train` but for how a product of more rows is rounded.
         """
-        if not (self._sums.may_be_shared and self._shared.holds(len(jobs))):
+        together = self._sums.may_be_shared and not self._padding
+        if not (together and self._shared.holds(len(jobs))):
             return [
                 self.train(
                     terms=job.terms, examples=job.examples, weights=weights, stream=job.stream
@@ -164,6 +168,12 @@ class Trainer:
     def _load(self, weights: Arrays) -> None:
         found = (np.array(weights[name], dtype=np.float32) for name in self.parameters)
         load(self.parameters.values(), [torch.from_numpy(value) for value in found])
+
+    def _hold_padding(self, weights: Arrays) -> None:
+        """Puts the rows back that only noise moved: an embedding's padding stays as it began."""
+        for name, row in self._padding:
+            before = torch.from_numpy(np.array(weights[name][row], dtype=np.float32))
+            self.parameters[name].data[row] = before
 
     def _update(self, weights: Arrays) -> Update:
         values: dict[str, Array] = {

@@ -116,6 +116,9 @@ def build(
         raise UsageError(f"model {name!r}: its factory fails with {reason}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name!r}: the factory returned no torch module")
+    for layer in model.modules():
+        if getattr(layer, "inplace", False) is True:
+            vars(layer)["inplace"] = False  # the same numbers, from a layer whose input stays
     return model
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from bract.shared import canonical, tasks
 from bract.shared.data.examples import Examples
+from bract.shared.models import rounding
 from bract.shared.terms import DataTerms
 
-TOGETHER = 64
+TOGETHER = rounding.UNIT
 GREATEST_BYTES = 2**31
 _BUCKET = 16
 
@@ -93,6 +94,7 @@ class Features:
         self._greatest = greatest_bytes
         self._kept: dict[str, np.ndarray] = {}
         self._last: tuple[Examples, np.ndarray | None] | None = None
+        self._uneven: bool | None = None
 
     def rows(self, examples: Examples, rows: np.ndarray | slice) -> Tensor:
         """Returns the features of some rows, on the model's device."""
@@ -132,7 +134,7 @@ class Features:
                 batch = np.zeros((TOGETHER, *inputs.shape[1:]), inputs.dtype)
                 batch[: len(rows)] = inputs[rows]
                 prepared = tasks.inputs_of(batch, self._data, self._device)
-                out = front(prepared if length is None else prepared[:, :length])
+                out = self._out(prepared if length is None else prepared[:, :length])
                 if found.ndim == 1:
                     if 4 * len(inputs) * math.prod(out.shape[1:]) > at_most:
                         raise _TooLarge
@@ -141,6 +143,17 @@ class Features:
         finally:
             front.train(was_training)
         return found
+
+    def _out(self, inputs: Tensor) -> Tensor:
+        """Returns the front's features of a batch, in which no place of an example decides."""
+        if self._uneven is None:
+            blank = torch.zeros_like(inputs)
+            self._uneven = inputs.device.type == "cpu" and not rounding.is_even(
+                lambda: self._model.front(blank)
+            )
+        with rounding.one_thread(self._uneven):
+            out: Tensor = self._model.front(inputs)
+        return out
 
     def _batches(self, inputs: np.ndarray) -> Iterator[tuple[np.ndarray, int | None]]:
         """Yields rows that are computed together, and to what length they are cut."""

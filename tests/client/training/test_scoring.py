@@ -122,6 +122,40 @@ def test_an_answer_is_the_same_whoever_is_scored_beside_it() -> None:
     assert int((at_once != one_by_one).sum()) > 1
 
 
+class Uneven(nn.Module):
+    """Cancels to the rounding of one operation, which differs by the place where threads cut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.shift = width, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.selu(x[:, :1].repeat(1, self.width))
+        turned = 1000 * (hidden.sum(1) - self.shift)
+        return torch.stack([turned, -turned], 1)
+
+
+@pytest.mark.parametrize("width", [513, 1025, 2049])
+def test_an_answer_is_the_same_whatever_its_place_in_a_batch(width: int) -> None:
+    model, before = Uneven(width), torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        differing = 0
+        for value in np.linspace(-3, -0.1, 200):
+            examples = Examples(np.full((64, 64), value, np.float32), np.zeros(64, np.int64))
+            with torch.inference_mode():
+                inputs, _ = plainly(examples, np.arange(64))
+                sums = nn.functional.selu(inputs[:, :1].repeat(1, width)).sum(1)
+            differing += len(sums.unique()) > 1
+            model.shift = float(sums.double().mean())
+            assert scoring.counts(model, examples, plainly)[0] in (0, 64)
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    if not differing:
+        pytest.skip("every place of a batch has the same numbers here")
+
+
 def test_nothing_to_score_is_no_answer_of_none() -> None:
     assert scoring.counts(Cancelling(), made_up(0), plainly) == (0, 0)
 

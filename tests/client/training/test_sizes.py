@@ -14,7 +14,7 @@ from bract.client.training import admission
 from bract.client.training.execution import Execution
 from bract.client.training.gradients import zeros
 from bract.client.training.randomness import RandomStream
-from bract.client.training.sizes import LEAST, Sizes, filled, planned
+from bract.client.training.sizes import LEAST, Sizes, fill, filled, planned
 from bract.client.training.together import Job
 from bract.client.training.trainer import Trainer
 from bract.shared.data import Examples
@@ -24,6 +24,19 @@ from bract.shared.terms import DataTerms, ModelTerms, TrainingTerms
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 IMAGES = DataTerms(name="made-up", shape=(1, 28, 28), classes=10, offset=72.9, scale=90.0)
 MODES = ("book-keeping", "opacus-hooks", "opacus-ghost")
+PLACED = """
+import torch
+from torch import nn
+
+class Last(nn.Module):
+    def forward(self, x):
+        # as another kernel would round the last rows of a pass: by less than admission looks for
+        last = torch.arange(len(x)) >= len(x) - 3
+        return torch.where(last[:, None] & (len(x) > 1), x * (1 + 2**-22), x)
+
+def by_place(shape, classes):
+    return nn.Sequential(nn.Flatten(), Last(), nn.Linear(64, classes))
+"""
 
 
 @pytest.mark.parametrize("most", [1, 7, 16, 60, 256])
@@ -143,6 +156,114 @@ def test_weights_that_turn_rounding_into_classes_move_one_example_and_no_other(
         trainer._sums._summer.add_(totals, *trainer._sums.batch(blank, np.arange(count)))
         found.append(torch.cat([value.flatten() for value in totals.values()]))
     assert float((found[0] - found[1]).norm()) > 2.0
+
+
+VALUES = DataTerms(name="arrays", shape=(4,), classes=1, task="value")
+ROWS = 64 * 3
+
+
+def by_place(trainer: Trainer, size: int) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Returns weights by which equal rows of a pass answer otherwise at its end, and those rows.
+
+    The answers differ by rounding alone, which 1,000 times a hidden unit makes the larger part of.
+    """
+    generator = np.random.default_rng(0)
+    weights = {name: np.zeros(shape, np.float32) for name, shape in trainer.shapes.items()}
+    into, _, out, bias = weights
+    ones = torch.ones(size, *VALUES.shape)
+    for _ in range(4000):
+        weights[into][:] = generator.normal(size=weights[into].shape)
+        weights[out][:] = 1000 * np.sign(generator.normal(size=weights[out].shape))
+        weights[bias][:] = 0
+        trainer._load(weights)
+        with torch.no_grad():
+            answers = trainer._model(ones).unique()
+            if len(answers) < 2 or float(answers.abs().max()) > 999:
+                continue
+            weights[bias][:] = -float(answers[0] + answers[-1]) / 2
+            trainer._load(weights)
+            found = trainer._model(ones)[:, 0]
+        if found.min() < 0 < found.max():
+            return weights, torch.nonzero(found != found[0]).flatten().tolist()
+    pytest.skip("every place of a pass has the same numbers here")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("nominal", "physical"), [(ROWS, 20), (20, None), (30, 24), (ROWS, 100)])
+def test_weights_that_turn_the_place_into_signs_move_one_example_and_no_other(
+    world: Any, mode: Any, nominal: int, physical: int | None
+) -> None:
+    """The rows behind an example move up by one where it is gone."""
+    contract = contract_of(
+        world, "mlp", VALUES, options={"hidden": 3, "activation": "selu"}, clip_norm=1e-3
+    )
+    trainer = Trainer(contract, Execution(mode=mode, physical_batch=physical))
+    size = planned(float(nominal), physical or 256)
+    weights, odd = by_place(trainer, size)
+    trainer.check(weights)
+    trainer._load(weights)
+    # Those whose neighbour before them answers otherwise would all turn; the others add nothing.
+    turning = [
+        row
+        for row in range(1, nominal)
+        if row % size in odd and (row % size == 0 or (row - 1) % size not in odd)
+    ]
+    targets = np.full(nominal, np.nan, np.float32)
+    targets[turning] = 0
+    data = Examples(np.ones((nominal, *VALUES.shape), np.float32), targets)
+    fewer = Examples(data.inputs[1:], data.targets[1:])
+
+    def summed(examples: Examples, by: Any) -> Tensor:
+        found = by(examples, np.arange(len(examples)), None, float(nominal))
+        return torch.cat([value.flatten() for value in found])
+
+    moved = summed(data, trainer._sums.of) - summed(fewer, trainer._sums.of)
+    assert float(moved.norm()) <= 1e-3
+
+    def at_its_place(examples: Examples, rows: Any, *_: Any) -> list[Tensor]:
+        totals = zeros(trainer._sums.parameters)
+        for start in range(0, len(rows), size):
+            inputs, wanted = trainer._sums.batch(examples, rows[start : start + size])
+            counted = torch.arange(size) < len(inputs)
+            trainer._sums._summer.add_(totals, fill(inputs, size), fill(wanted, size), counted)
+        return list(totals.values())
+
+    # That is what the attack would do where sizes followed the batch alone.
+    assert turning
+    moved = summed(data, at_its_place) - summed(fewer, at_its_place)
+    assert float(moved.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("most", [1, 7, 64, 100, 256])
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 500])
+def test_sizes_are_multiples_of_their_unit_or_one(most: int, count: int) -> None:
+    sizes = Sizes(Kernels(10_000).probe, 64)
+    pieces = list(sizes.pieces(count, expected=64.0, most=most))
+    assert [row for part, _ in pieces for row in range(part.start, part.stop)] == [*range(count)]
+    assert {size % 64 == 0 and size <= most for _, size in pieces} == {most >= 64}
+    if most < 64:
+        assert {size for _, size in pieces} == {1}
+
+
+def test_where_equal_examples_differ_in_one_pass_each_has_its_own() -> None:
+    def probe(size: int) -> list[Tensor] | None:
+        return None if size > 1 else [torch.ones(3, dtype=torch.float64)]
+
+    pieces = Sizes(probe).pieces(5, expected=64.0, most=256)
+    assert list(pieces) == [(slice(row, row + 1), 1) for row in range(5)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_answers_by_the_place_runs_each_example_alone(
+    world: Any, mode: Any, install: Callable[[str, str], None]
+) -> None:
+    install("placed", PLACED)
+    data = DataTerms(name="made-up", shape=(1, 8, 8), classes=10)
+    contract = contract_of(world, "placed:by_place", data, sampling_rate=0.2)
+    contract = contract.model_copy(update={"model": ModelTerms(name="placed:by_place")})
+    trainer = Trainer(contract, Execution(mode=mode))
+    pieces = trainer._sums._sizes.pieces(3, expected=20.0, most=256)
+    assert [size for _, size in pieces] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("mode", MODES)

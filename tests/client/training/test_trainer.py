@@ -20,6 +20,7 @@ from bract.client.training.execution import Execution
 from bract.client.training.graphs import ReplayedSum
 from bract.client.training.randomness import RandomStream, SecureRandomness
 from bract.client.training.sums import BatchSums, Ready
+from bract.client.training.together import Job
 from bract.client.training.trainer import Trainer
 from bract.shared import models
 from bract.shared.contract import Contract
@@ -49,6 +50,16 @@ def mixing(shape, classes):
         def forward(self, x):
             return x - x.mean(0)
     return nn.Sequential(nn.Flatten(), Centred(), nn.Linear(64, classes))
+
+def padded(shape, classes, vocabulary):
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(vocabulary, 6, padding_idx=2)
+            self.act, self.out = nn.ReLU(inplace=True), nn.Linear(6, classes)
+        def forward(self, x):
+            return self.out(self.act(self.tokens(x).mean(1)))
+    return Padded()
 
 def failing(shape, classes):
     class NotSixteen(nn.Module):
@@ -615,3 +626,26 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "made_factories", raising=False)
     return lambda factory: f"made_factories:{factory}"
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_padding_of_an_embedding_stays_as_it_is_and_all_else_is_noised(
+    world: Any, install: Callable[[str, str], None], mode: Any, momentum: float
+) -> None:
+    install("padded_factory", FACTORIES)
+    contract = world.contract(
+        model=ModelTerms(name="padded_factory:padded"),
+        data=DataTerms(name="made-up", shape=(5,), classes=2, vocabulary=9),
+        training=TrainingTerms(local_steps=3, learning_rate=0.5, momentum=momentum),
+    )
+    trainer = Trainer(contract, Execution(mode=mode))
+    generator = np.random.default_rng(1)
+    shapes = trainer.shapes.items()
+    weights = {n: generator.normal(0, 0.1, s).astype(np.float32) for n, s in shapes}
+    examples = Examples(generator.integers(0, 9, (40, 5)), generator.integers(0, 2, 40))
+    jobs = [Job(contract.cohort[0], examples, SecureRandomness().stream(1)) for _ in range(2)]
+    (update, _) = trainer.train_together(jobs, weights)
+    moved = update.arrays["tokens.weight"] != 0
+    assert not moved[2].any()
+    assert np.delete(moved, 2, 0).all()
