@@ -19,7 +19,7 @@ LEAST = 16  # below it the kernels of a product change most, and a pass is hardl
 # Of float64: an example's numbers in one kernel are off by 6e-8 of them in another.
 _TOLERANCE = 1e-12
 
-Probe = Callable[[int], list[Tensor] | None]
+Probe = Callable[[int], list[Tensor]]
 
 
 def filled(count: int, most: int, unit: int = 1) -> int:
@@ -56,15 +56,15 @@ class Sizes:
     """Cuts batches into pieces of public sizes.
 
     Args:
-        probe: returns the mean clipped gradient of so many equal, made-up examples, by parameter;
-            None where the answers to them differ.
+        probe: returns the mean clipped gradient of so many equal, made-up examples, by parameter.
+        is_even: returns whether each of so many equal examples adds the same, at any place.
         unit: of which each size is a multiple.
     """
 
-    def __init__(self, probe: Probe, unit: int = 1) -> None:
-        self._probe, self._unit = probe, unit
+    def __init__(self, probe: Probe, is_even: Callable[[int], bool], unit: int = 1) -> None:
+        self._probe, self._is_even, self._unit = probe, is_even, unit
         self._alike: dict[tuple[int, int], bool] = {}
-        self._planned: tuple[int, list[Tensor] | None] = (0, None)
+        self._planned: tuple[int, list[Tensor]] = (0, [])
 
     def pieces(self, count: int, *, expected: float, most: int) -> Iterator[tuple[slice, int]]:
         """Yields the parts of a batch, and the size that each is filled up to.
@@ -90,22 +90,19 @@ class Sizes:
         if key not in self._alike:
             if self._planned[0] != plan:
                 self._planned = plan, self._probe(plan)
-            known = self._planned[1]
             if size == plan:
-                self._alike[key] = known is not None
+                self._alike[key] = self._is_even(plan)
             else:
-                self._alike[key] = _equal(self._probe(size), known)
+                self._alike[key] = are_equal(self._probe(size), self._planned[1])
         return self._alike[key]
 
 
-def _equal(found: list[Tensor] | None, planned_for: list[Tensor] | None) -> bool:
+def are_equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     """Whether both are the same but for the order in which float64 added the equal examples.
 
     What is zero or not finite proves nothing.
     """
-    if found is None or planned_for is None:
-        return False
-    for one, other in zip(found, planned_for, strict=True):
+    for one, other in zip(found, expected, strict=True):
         greatest = other.abs().max() if other.numel() else other.new_ones(())
         if not (torch.isfinite(greatest) and greatest > 0):
             return False

@@ -34,8 +34,26 @@ class Last(nn.Module):
         last = torch.arange(len(x)) >= len(x) - 3
         return torch.where(last[:, None] & (len(x) > 1), x * (1 + 2**-22), x)
 
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return 1.0 * x
+
+    @staticmethod
+    def backward(context, gradient):
+        last = torch.arange(len(gradient)) >= len(gradient) - 3
+        scaled = gradient * (1 + 2**-22)
+        return torch.where(last[:, None] & (len(gradient) > 1), scaled, gradient)
+
+class Behind(nn.Module):
+    def forward(self, x):
+        return Scaled.apply(x)
+
 def by_place(shape, classes):
     return nn.Sequential(nn.Flatten(), Last(), nn.Linear(64, classes))
+
+def behind(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Behind(), nn.Linear(8, classes))
 """
 
 
@@ -55,6 +73,10 @@ def test_plan_holds_nearly_every_batch_that_may_be_drawn() -> None:
         assert (drawn <= planned(expected, 1000)).mean() > 0.97
 
 
+def even(size: int) -> bool:
+    return True
+
+
 class Kernels:
     """Gives sizes from `switch` on other numbers than those below."""
 
@@ -71,7 +93,7 @@ class Kernels:
 @pytest.mark.parametrize("most", [1, 16, 60, 256])
 def test_no_piece_has_another_kernel_than_the_planned_size(switch: int, most: int) -> None:
     kernels = Kernels(switch)
-    sizes = Sizes(kernels.probe)
+    sizes = Sizes(kernels.probe, even)
     plan = planned(64.0, most)
     for count in range(3 * most + 70):
         pieces = list(sizes.pieces(count, expected=64.0, most=most))
@@ -85,7 +107,7 @@ def test_no_piece_has_another_kernel_than_the_planned_size(switch: int, most: in
 
 @pytest.mark.parametrize("factor", [0.0, np.nan, np.inf])
 def test_numbers_that_prove_nothing_leave_the_planned_size_alone(factor: float) -> None:
-    sizes = Sizes(Kernels(1, factor).probe)
+    sizes = Sizes(Kernels(1, factor).probe, even)
     assert {size for _, size in sizes.pieces(500, expected=64.0, most=256)} == {planned(64.0, 256)}
 
 
@@ -237,7 +259,7 @@ def test_weights_that_turn_the_place_into_signs_move_one_example_and_no_other(
 @pytest.mark.parametrize("most", [1, 7, 64, 100, 256])
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 500])
 def test_sizes_are_multiples_of_their_unit_or_one(most: int, count: int) -> None:
-    sizes = Sizes(Kernels(10_000).probe, 64)
+    sizes = Sizes(Kernels(10_000).probe, even, 64)
     pieces = list(sizes.pieces(count, expected=64.0, most=most))
     assert [row for part, _ in pieces for row in range(part.start, part.stop)] == [*range(count)]
     assert {size % 64 == 0 and size <= most for _, size in pieces} == {most >= 64}
@@ -246,22 +268,19 @@ def test_sizes_are_multiples_of_their_unit_or_one(most: int, count: int) -> None
 
 
 def test_where_equal_examples_differ_in_one_pass_each_has_its_own() -> None:
-    def probe(size: int) -> list[Tensor] | None:
-        return None if size > 1 else [torch.ones(3, dtype=torch.float64)]
-
-    pieces = Sizes(probe).pieces(5, expected=64.0, most=256)
+    sizes = Sizes(Kernels(10_000).probe, lambda size: size == 1)
+    pieces = sizes.pieces(5, expected=64.0, most=256)
     assert list(pieces) == [(slice(row, row + 1), 1) for row in range(5)]
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["placed:by_place", "placed:behind"])
 def test_a_model_that_answers_by_the_place_runs_each_example_alone(
-    world: Any, mode: Any, install: Callable[[str, str], None]
+    world: Any, mode: Any, name: str, install: Callable[[str, str], None]
 ) -> None:
     install("placed", PLACED)
     data = DataTerms(name="made-up", shape=(1, 8, 8), classes=10)
-    contract = contract_of(world, "placed:by_place", data, sampling_rate=0.2)
-    contract = contract.model_copy(update={"model": ModelTerms(name="placed:by_place")})
-    trainer = Trainer(contract, Execution(mode=mode))
+    trainer = Trainer(contract_of(world, name, data, sampling_rate=0.2), Execution(mode=mode))
     pieces = trainer._sums._sizes.pieces(3, expected=20.0, most=256)
     assert [size for _, size in pieces] == [1, 1, 1]
 
