@@ -62,6 +62,44 @@ def test_gaussian_accountants_agree_with_the_closed_form_of_one_release() -> Non
     assert delta <= DELTA
 
 
+# noise, steps, δ, and ε of one example added or removed, and of one replaced: the root of
+# closed_form at 1/σ·√steps, by bisection in mpmath with 60 digits.
+EXACT = [
+    (12.5, 100_000, 1e-9, 470.836753223635, 1582.52276234487),
+    (1.0, 10_000, 1e-9, 5598.80957147303, 21198.5761120329),
+    (4.0, 16, 1e-5, 4.37717809568122, 9.9972561464343),
+    (20.0, 1, 1e-9, 0.260196773718019, 0.535148231553173),
+    (0.3, 1, 0.01, 12.5580409757933, 36.8766712694499),
+]
+
+
+@pytest.mark.parametrize(("noise", "steps", "delta", "one", "replaced"), EXACT)
+def test_steps_over_all_examples_never_cost_less_than_the_one_gaussian_that_they_are(
+    noise: float, steps: int, delta: float, one: float, replaced: float
+) -> None:
+    events = [PoissonGaussian(1.0, noise, steps)]
+    for found, exact in (
+        (accounting.epsilon(events, delta), one),
+        (accounting.epsilon_replace_one(events, delta), replaced),
+    ):
+        assert exact * (1 - 1e-9) <= found <= exact * (1 + 1e-3)
+
+
+@pytest.mark.parametrize(("noise", "steps", "delta", "one", "replaced"), EXACT)
+def test_the_closed_form_is_solved_to_many_digits(
+    noise: float, steps: int, delta: float, one: float, replaced: float
+) -> None:
+    distance = math.sqrt(steps) / noise
+    for apart, exact in ((distance, one), (2 * distance, replaced)):
+        assert accounting._epsilon_of_gaussian(apart, delta) == pytest.approx(exact, rel=1e-9)
+
+
+def test_kinds_of_steps_over_all_examples_are_one_gaussian_together() -> None:
+    events = [PoissonGaussian(1.0, 2.0, 3), PoissonGaussian(1.0, 12.5, 100_000)]
+    exact = 471.300581359976  # as above
+    assert exact * (1 - 1e-9) <= accounting.epsilon(events, 1e-9) <= exact * (1 + 1e-3)
+
+
 def test_the_filter_charges_the_divergence_at_its_one_order() -> None:
     event, order = PoissonGaussian(1.0, 2.0, 7), 9
     divergence = 7 * order / (2 * 2.0**2)
