@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -11,7 +12,16 @@ from bract.shared import canonical
 from bract.shared.configuration import Frozen
 from bract.shared.contract import Contract
 from bract.shared.errors import Reason, Refusal, UsageError
-from bract.shared.terms import Delta, EvaluationTerms, Hex32, Mechanism, Name, SiteTerms
+from bract.shared.preparation import Label
+from bract.shared.terms import (
+    Delta,
+    EvaluationTerms,
+    Grown,
+    Hex32,
+    Mechanism,
+    Name,
+    SiteTerms,
+)
 
 # Above this standard error a noised accuracy says nothing, and would be paid for all the same.
 GREATEST_EVALUATION_ERROR = 0.1
@@ -65,13 +75,21 @@ class Menu(Frozen):
         return classes
 
 
-class DomainPolicy(Frozen):
-    """The budget of one body of data, and the domains that share examples with it."""
+class DomainPolicy(Grown):
+    """The budget of one body of data, and the domains that share examples with it.
+
+    `person_column` allows contracts that keep only the first rows of equal cells there. What is
+    protected then is a person's rows as they are kept: one row less of a person who has more lets
+    another take its place.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"person_column"})
 
     epsilon: float = Field(gt=0)
     delta: Delta
     composition: Filter | Menu = Field(default=Filter(), discriminator="rule")
     overlaps: tuple[Name, ...] = ()
+    person_column: Label | None = None
 
 
 class Policy(Frozen):
@@ -132,6 +150,20 @@ def check(policy: Policy, contract: Contract) -> SiteTerms:
     Raises:
         Refusal: with the reason; the detail is for this site's operator.
     """
+    terms = check_charged(policy, contract)
+    _check_persons(policy, contract, terms)
+    return terms
+
+
+def check_charged(policy: Policy, contract: Contract) -> SiteTerms:
+    """Returns the same for a contract that a ledger was charged by.
+
+    An earlier version's policies could name no column of persons: one that names none says nothing
+    of it here.
+
+    Raises:
+        Refusal: as `check` does.
+    """
     terms = contract.site(policy.site)
     if terms is None:
         raise Refusal(Reason.NOT_IN_CONTRACT, f"the contract does not list {policy.site!r}")
@@ -150,7 +182,20 @@ def check(policy: Policy, contract: Contract) -> SiteTerms:
         raise Refusal(Reason.POLICY_NOISE, f"σ {privacy.noise_multiplier} is too low")
     if contract.evaluation is not None:
         _check_evaluation(policy, contract.evaluation, terms)
+    if policy.domains[terms.domain].person_column is not None:
+        _check_persons(policy, contract, terms)
     return terms
+
+
+def _check_persons(policy: Policy, contract: Contract, terms: SiteTerms) -> None:
+    asked = contract.data.person_column
+    if asked not in (None, policy.domains[terms.domain].person_column):
+        raise Refusal(
+            Reason.POLICY_DOMAIN,
+            f"the contract keeps only the first rows of equal cells in the column {asked!r}: "
+            f"person_column = {json.dumps(asked, ensure_ascii=False)} in domains.{terms.domain} "
+            "allows it, and says that what is protected there is a person's rows as they are kept",
+        )
 
 
 def _check_private(policy: Policy, contract: Contract, terms: SiteTerms) -> None:

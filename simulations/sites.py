@@ -89,7 +89,10 @@ class Plan(Frozen):
     def policy_of(self, site: str) -> Policy:
         """Returns the policy that a simulated site enforces."""
         budget = DomainPolicy(
-            epsilon=self.policy.epsilon, delta=self.delta, composition=self.policy.composition
+            epsilon=self.policy.epsilon,
+            delta=self.delta,
+            composition=self.policy.composition,
+            person_column=self.data.person_column,
         )
         return Policy(
             site=site,

@@ -14,7 +14,7 @@ from bract.shared import canonical, contract
 from bract.shared.configuration import parse
 from bract.shared.contract import Contract
 from bract.shared.errors import BractError, Refusal, VerificationFailed
-from bract.shared.policy import Policy, check
+from bract.shared.policy import Policy, check_charged
 from bract.shared.privacy import accounting, budget, entries, evidence, export, sharing
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Charge, Evaluation, Head
@@ -313,7 +313,7 @@ def _departure(charge: Charge, agreed: Contract, policy: Policy) -> str | None:
     if agreed.coordinator not in policy.coordinators:
         return "the contract's coordinator is not in the policy"
     try:
-        check(policy, agreed)
+        check_charged(policy, agreed)
     except Refusal as refusal:
         return f"the policy does not allow the contract ({refusal.reason})"
     if charge.domain not in policy.charged_domains(charge.primary):

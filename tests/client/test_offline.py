@@ -18,6 +18,7 @@ from bract.shared import contract as contracts
 from bract.shared.contract import Contract, SignedContract
 from bract.shared.data.heart_disease import split_files
 from bract.shared.errors import Refusal, UsageError, VerificationFailed
+from bract.shared.preparation import Numeric, Table, Target
 from bract.shared.privacy import accounting
 from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.reports import schema
@@ -147,6 +148,12 @@ def changed_terms(table: str, **changes: Any) -> Callable[[Layout], Path]:
     return change
 
 
+PERSONS = Table(
+    columns=(Numeric(name="age", low=20, high=80),),
+    target=Target(name="ill", classes=("no", "yes")),
+    group="patient",
+)
+
 REFUSED: dict[str, tuple[Callable[[Layout], Path], str]] = {
     "another coordinator": (by_another, "coordinator's key is not in the policy"),
     "altered": (altered, "signature does not verify"),
@@ -156,6 +163,11 @@ REFUSED: dict[str, tuple[Callable[[Layout], Path], str]] = {
     "another model": (changed_terms("model", name="cnn"), "policy-model"),
     "another data set": (changed_terms("data", name="fashion-mnist"), "policy-domain"),
     "another shape": (changed_terms("data", shape=(8, 8)), "policy-domain"),
+    "a column of persons": (
+        changed_terms("data", preparation=PERSONS),
+        "policy-domain: the contract keeps only the first rows of equal cells in the column "
+        "'patient': person_column = \"patient\" in domains.alpha allows it",
+    ),
     "less noise": (changed_terms("privacy", noise_multiplier=0.2), "policy-noise"),
     "seeded": (
         lambda layout: proposed(

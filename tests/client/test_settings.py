@@ -88,6 +88,12 @@ def test_the_policy_of_the_file_is_the_gates(tmp_path: Path) -> None:
     )
 
 
+def test_the_column_that_tells_persons_apart_is_the_sites_own_to_name(tmp_path: Path) -> None:
+    found = read(tmp_path, domain={"person_column": "patient"}).policy()
+    assert found.domains["ward"].person_column == "patient"
+    assert read(tmp_path / "none").policy().domains["ward"].person_column is None
+
+
 UNKNOWN: dict[str, tuple[dict[str, Any], str]] = {
     "at the top": ({"sites": "alpha"}, "did you mean 'site'?"),
     "in a table": ({"keys": {"nodes": "x"}}, "did you mean 'keys.node'?"),

@@ -32,7 +32,7 @@ def apart(world: Any, *, clinic: float = 8.0, **more: Any) -> Policy:
 
 def together(world: Any, **more: Any) -> Policy:
     """Returns the policy of the same domains once the operator knows that they share examples."""
-    return apart(world, ward={"overlaps": ("clinic",)}, **more)
+    return apart(world, ward={"overlaps": ("clinic",), **more.pop("ward", {})}, **more)
 
 
 def contract(world: Any, domain: str = "ward", **changes: Any) -> SignedContract:
@@ -176,8 +176,9 @@ def of_persons(rows: int) -> DataTerms:
 
 
 def test_a_persons_rows_are_those_of_joined_contracts_too(world: Any) -> None:
-    served(world, world.policy(), contract(world, data=of_persons(5)), 1)
-    served(world, together(world), contract(world, data=of_persons(2)), 1)
+    named = {"person_column": "patient"}
+    served(world, world.policy(domain=named), contract(world, data=of_persons(5)), 1)
+    served(world, together(world, ward=named), contract(world, data=of_persons(2)), 1)
     bounds = {name: one.rows_per_person for name, one in verified(world).items()}
     assert bounds == {"ward": 5, "clinic": 5}
 

@@ -17,10 +17,12 @@ from bract.shared.policy import (
     MenuClass,
     Policy,
     check,
+    check_charged,
     check_delta,
     evaluation_error,
 )
-from bract.shared.terms import EvaluationTerms
+from bract.shared.preparation import Numeric, Table, Target
+from bract.shared.terms import DataTerms, EvaluationTerms
 
 KEY = "ab" * 32
 
@@ -150,6 +152,7 @@ def test_sharing_is_symmetric_and_transitive(overlaps: dict[str, set[str]]) -> N
         {"domains": {"ward": {"epsilon": 1, "delta": 1}}},
         {"domains": {"ward": {"epsilon": 1, "delta": 1e-5, "overlaps": ["clinic"]}}},
         {"domains": {"ward": {"epsilon": 1, "delta": 1e-5, "composition": {"rule": "none"}}}},
+        {"domains": {"ward": {"epsilon": 1, "delta": 1e-5, "person_column": ""}}},
         {"domains": {"../ward": {"epsilon": 1, "delta": 1e-5}}},
         {"min_noise_multiplier": 0},
         {"max_sampling_rate": 0},
@@ -161,6 +164,57 @@ def test_a_policy_out_of_range_is_refused_in_one_line(changes: dict[str, Any]) -
     with pytest.raises(UsageError, match=r"site\.toml") as error:
         parse(Policy, value, source="site.toml")
     assert "\n" not in str(error.value)
+
+
+def of_persons(column: str | None) -> DataTerms:
+    """Returns a table, and which of its columns tells persons apart."""
+    table = Table(
+        columns=(Numeric(name="age", low=20, high=80),),
+        target=Target(name="ill", classes=("no", "yes")),
+        group=column,
+    )
+    return DataTerms(name="table", shape=(1,), classes=2, preparation=table)
+
+
+@pytest.mark.parametrize(
+    ("named", "asked"),
+    [(None, None), ("patient", None), ("patient", "patient"), ('a "b"', 'a "b"')],
+)
+def test_a_person_is_told_apart_by_the_column_that_the_site_names(
+    world: Any, named: str | None, asked: str | None
+) -> None:
+    agreed = world.contract(data=of_persons(asked))
+    assert check(world.policy(domain={"person_column": named}), agreed).domain == "ward"
+
+
+@pytest.mark.parametrize(("named", "asked"), [(None, "ward"), ("patient", "ward")])
+def test_a_contract_cannot_choose_the_column_that_tells_persons_apart(
+    world: Any, named: str | None, asked: str
+) -> None:
+    """Else a server could have one row less of a file let another in, and charge for one."""
+    limits = world.policy(domain={"person_column": named})
+    remedy = (
+        r"column 'ward': person_column = \"ward\" in domains\.ward allows it, and says that what "
+        "is protected there is a person's rows as they are kept"
+    )
+    with pytest.raises(Refusal, match=remedy) as no:
+        check(limits, world.contract(data=of_persons(asked)))
+    assert no.value.reason is Reason.POLICY_DOMAIN
+
+
+def test_a_charge_by_a_policy_that_could_name_no_column_stands(world: Any) -> None:
+    agreed = world.contract(data=of_persons("patient"))
+    assert check_charged(world.policy(), agreed).domain == "ward"
+    with pytest.raises(Refusal, match="column 'patient'"):
+        check_charged(world.policy(domain={"person_column": "household"}), agreed)
+
+
+def test_a_policy_that_names_no_column_keeps_the_name_it_had_before_there_was_one() -> None:
+    before = "9237fab4f605b5ae4f1d143f2036b1446348d3d7abf1c2d3544682217dacf974"
+    assert policy().sha256 == before
+    named = policy(domains={"ward": {"epsilon": 8, "delta": 1e-5, "person_column": "patient"}})
+    assert named.sha256 != before
+    assert parse(Policy, canonical.decode(named.to_bytes()), source="policy") == named
 
 
 @pytest.mark.parametrize("order", [1, 257, 2.5, "x"])

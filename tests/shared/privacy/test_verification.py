@@ -20,10 +20,11 @@ from bract.shared import contract as contracts
 from bract.shared.cli import bract as command
 from bract.shared.errors import BractError, UsageError, VerificationFailed
 from bract.shared.policy import DomainPolicy, Menu, MenuClass, Policy
+from bract.shared.preparation import Numeric, Table, Target
 from bract.shared.privacy import accounting, entries, events, ledger, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import NO_PREVIOUS, Body, Charge, Genesis, Head, Release
-from bract.shared.terms import EvaluationTerms
+from bract.shared.terms import DataTerms, EvaluationTerms
 
 WARD, CLINIC = ("alpha", "ward"), ("alpha", "clinic")
 Edit = Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -423,6 +424,27 @@ def test_charges_that_their_policy_does_not_allow_are_refused_though_the_site_si
     edit, documents = under(audited.policy(**limits))
     with pytest.raises(VerificationFailed, match=fault):
         verify(audited, rewritten(audited, edit, documents=documents))
+
+
+def test_charges_by_a_column_of_persons_stand_unless_their_policy_names_another(
+    world: Any,
+) -> None:
+    """A policy of an earlier version could name none."""
+    table = Table(
+        columns=(Numeric(name="age", low=20, high=80),),
+        target=Target(name="ill", classes=("no", "yes")),
+        group="patient",
+    )
+    data = DataTerms(name="table", shape=(1,), classes=2, preparation=table)
+    gate = world.gate(policy=world.policy(domain={"person_column": "patient"}))
+    world.serve(gate, world.order(world.sign(world.contract(data=data))))
+    gate.ledger.close()
+    edit, documents = under(world.policy())
+    (found,) = verify(world, rewritten(world, edit, documents=documents))
+    assert found.rows_per_person == 1
+    edit, documents = under(world.policy(domain={"person_column": "ward"}))
+    with pytest.raises(VerificationFailed, match=r"policy-domain"):
+        verify(world, rewritten(world, edit, documents=documents))
 
 
 def test_a_ceiling_that_is_raised_after_it_was_passed_does_not_hide_that(audited: Any) -> None:

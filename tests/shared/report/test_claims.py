@@ -57,7 +57,11 @@ class Sites:
         rounds: int,
         **shared: DomainPolicy,
     ) -> None:
-        """Charges a site's ledger with a run's first rounds, and copies it into the folder."""
+        """Charges a site's ledger with a run's first rounds, and copies it into the folder.
+
+        Its domain names the column by which the contract tells persons apart.
+        """
+        limits = limits.model_copy(update={"person_column": agreed.data.person_column})
         world, (domain,) = self.worlds[name], {s.domain for s in agreed.cohort if s.name == name}
         gate = world.gate(policy=world.policy(site=name, domains={domain: limits, **shared}))
         for number in range(1, rounds + 1):
