@@ -22,6 +22,7 @@ from bract.shared.privacy import accounting, budget, ledger, sharing, verificati
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.verification import Verified
 from bract.shared.reports.services import ContractCheck, DomainStatus, SiteStatus
+from bract.shared.terms import of_rows_kept
 
 _ROW = re.compile(r"(.*), row \d+[,:] (.*)", re.DOTALL)
 _SHOWN_ROWS = 3
@@ -45,6 +46,7 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
     reason: str | None = None
     problems: list[str] = []
     costs: dict[str, float | None] = {"epsilon_before": None, "epsilon_after": None}
+    rows_kept: int | None = None
     try:
         if agreed.coordinator not in chosen.coordinators:
             raise VerificationFailed("the coordinator's key is not in the policy")
@@ -55,6 +57,7 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
         roots.check(terms.domain, agreed.data)
         chains = _chains(chosen)
         costs = _costs(chains[terms.domain], agreed, chosen.domains[terms.domain].delta)
+        rows_kept = agreed.rows_per_person
         for domain in policy.charged_domains(terms.domain):
             held = chains[domain]
             begun = max((n for name, n in held.charges if name == agreed.sha256), default=0)
@@ -68,6 +71,7 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
         accepted=reason is None,
         reason=reason,
         problems=problems,
+        rows_kept=rows_kept,
         **costs,
     )
 
@@ -75,7 +79,11 @@ def check(path: Path, contract_path: Path) -> ContractCheck:
 def _costs(chain: Chain, agreed: Contract, delta: float) -> dict[str, float | None]:
     """Returns ε now, and after every attempt of a contract that is not charged yet."""
     found: dict[str, float | None] = {}
-    for when, more in (("before", ()), ("after", budget.ahead(chain, agreed))):
+    ahead = budget.ahead(chain, agreed)
+    if agreed.rows_per_person is not None:
+        replaced = accounting.epsilon_replace_one([*chain.events, *ahead], delta)
+        found["epsilon_replaced_after"] = _finite(replaced)
+    for when, more in (("before", ()), ("after", ahead)):
         found[f"epsilon_{when}"] = _finite(accounting.epsilon([*chain.events, *more], delta))
         found[f"epsilon_filter_{when}"] = _finite(budget.filtered(chain, delta, more))
     return found
@@ -92,6 +100,8 @@ def lines(report: ContractCheck) -> list[str]:
         before = _both(report.epsilon_before, report.epsilon_filter_before)
         after = _both(report.epsilon_after, report.epsilon_filter_after)
         shown.append(f"ε now {before}, after the whole contract {after}")
+    if report.rows_kept is not None:
+        shown.append(of_rows_kept(report.rows_kept, _number(report.epsilon_replaced_after)))
     shown += [f"data: {problem}" for problem in _shortened(report.problems)]
     if report.accepted:
         shown.append("the gate would accept it" + ("" if report.problems else "; the data fit"))

@@ -233,10 +233,13 @@ def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> Se
     spent = entries.events_of_attempts(agreed, attempts=charges, completed=result["rounds"])
     rows = agreed.data.rows_per_person
     person = accounting.epsilon_of_person(spent, delta, rows) if rows else math.inf
+    replaced = accounting.epsilon_replace_one(spent, delta) if rows else math.inf
     return ServerSummary(
         **facts_of(agreed),
         epsilon_run=accounting.epsilon(spent, delta),
         epsilon_person=person if math.isfinite(person) else None,
+        rows_kept=rows,
+        epsilon_replaced=replaced if math.isfinite(replaced) else None,
         delta=delta,
         guarantee=GUARANTEE_PRIVATE,
         out=chosen.server.out,

@@ -15,6 +15,7 @@ from bract.shared.reports.runs import (
     ServerSummary,
     Summary,
 )
+from bract.shared.terms import of_rows_kept
 from bract.shared.trained import labels_of
 
 _LOADING: Final = {
@@ -117,7 +118,7 @@ def guarantee(agreed: Contract, summary: Summary | ServerSummary) -> Guarantee:
 
 
 def claim(agreed: Contract, summary: Summary | ServerSummary) -> str:
-    """Returns the privacy of a run in one sentence."""
+    """Returns the privacy of a run in a sentence, and of which rows it holds where not of all."""
     claimed = guarantee(agreed, summary)
     epsilon = summary.epsilon if isinstance(summary, Summary) else summary.epsilon_run
     if claimed == GUARANTEE_UNPROTECTED:
@@ -127,10 +128,11 @@ def claim(agreed: Contract, summary: Summary | ServerSummary) -> str:
     cost = (
         f"ε = {spent} at δ = {summary.delta:g}, {privacy.adjacency} adjacency, per {privacy.unit}"
     )
+    rows = _of_rows(agreed, summary)
     if claimed != GUARANTEE_PRIVATE:
         return (
             f"{claimed}; the noise came from a seed, and kept secret it would have cost each site "
-            f"at most {cost}."
+            f"at most {cost}.{rows}"
         )
     alone = not isinstance(summary, Summary)  # a server knows its own run
     counted = "every attempt of this run that receipts show" if alone else "the worst site's ledger"
@@ -138,8 +140,19 @@ def claim(agreed: Contract, summary: Summary | ServerSummary) -> str:
     more = "; what other runs on the same data cost, the site's ledger adds up" if alone else ""
     return (
         f"{claimed}: {cost}, counted over {counted}, for each site's examples against anyone who "
-        f"sees {seen} and all other sites' data{more}."
+        f"sees {seen} and all other sites' data{more}.{rows}"
     )
+
+
+def _of_rows(agreed: Contract, summary: Summary | ServerSummary) -> str:
+    """Returns of which persons' examples the ε holds, nothing where that is all of them."""
+    told = (agreed.rows_per_person, summary.rows_kept)
+    rows = [row for row in told if row is not None]
+    if not rows:
+        return ""
+    spent = summary.epsilon_replaced  # which an earlier version's summary does not tell
+    replaced = "not bounded here" if spent is None else f"{spent:.4f}"
+    return f" {of_rows_kept(min(rows), replaced, 'example')}."
 
 
 def _sites(agreed: Contract) -> Iterator[str]:

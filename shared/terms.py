@@ -41,6 +41,24 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def of_rows_kept(kept: int, replaced: str, noun: str = "row") -> str:
+    """Returns in words of which persons' rows an ε holds where only so many of each are used.
+
+    Args:
+        kept: how many.
+        replaced: the ε of a row that another replaces, with its δ where that is not said already.
+        noun: what a row is called there.
+
+    Example:
+        >>> of_rows_kept(2, "8.26").split("; ")[1]
+        'of a person with more, another row takes its place, and by replace-one ε is 8.26'
+    """
+    return (
+        f"ε per {noun} holds where its person has no more than {counted(kept, noun)}; of a person "
+        f"with more, another {noun} takes its place, and by replace-one ε is {replaced}"
+    )
+
+
 class Grown(Frozen):
     """Terms that gained fields: a field of `later` is written only where it says something.
 

@@ -14,7 +14,7 @@ from bract.shared import garbage
 from bract.shared.cli import DATA_DIR, TRACK, print_json, shown
 from bract.shared.errors import BractError, UsageError
 from bract.shared.reports.runs import Summary
-from bract.shared.terms import counted
+from bract.shared.terms import counted, of_rows_kept
 
 if TYPE_CHECKING:
     from bract.simulations.engines import Engine
@@ -218,6 +218,8 @@ def _table(report: Summary) -> None:
     if report.rows_per_person is not None:
         rows = counted(report.rows_per_person, "row")
         console.print(f"a person with {rows}: ε ≤ {shown(report.epsilon_person)}")
+    if report.rows_kept is not None:
+        console.print(of_rows_kept(report.rows_kept, _spent(report.epsilon_replaced)))
     if report.refused:
         console.print(f"{len(report.refused)} refusals; the first: {report.refused[0]}")
     console.print(f"{report.out}: contract.json, metrics.jsonl, model.safetensors, ledgers/")

@@ -111,6 +111,7 @@ def proven(
     }
     return Summary(
         **{**facts_of(agreed), **_of_person(list(held.values()), agreed, delta)},
+        **_of_rows(list(held.values()), delta),
         **_worst(list(used.values()), per_site, delta),
         per_site=per_site,
         heads={
@@ -179,6 +180,16 @@ def _of_person(held: list[Verified], agreed: Contract, delta: float) -> dict[str
     return {
         "rows_per_person": max((rows for _, rows in bounded), default=agreed.rows_per_person),
         "epsilon_person": _finite(max(spent, default=0.0)),
+    }
+
+
+def _of_rows(held: list[Verified], delta: float) -> dict[str, Any]:
+    """Returns the fewest rows of a person that any contract charged kept, and ε of one replaced."""
+    some = [(found.chain.events, found.rows_kept) for found in held if found.rows_kept is not None]
+    spent = [accounting.epsilon_replace_one(events, delta) for events in {e for e, _ in some}]
+    return {
+        "rows_kept": min((rows for _, rows in some), default=None),
+        "epsilon_replaced": _finite(max(spent)) if spent else None,
     }
 
 

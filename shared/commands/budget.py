@@ -23,7 +23,7 @@ from bract.shared.commands.ledgers import (
 )
 from bract.shared.contract import Contract
 from bract.shared.reports.audits import Budget, DomainBudget, RunCost
-from bract.shared.terms import ADJACENCY, counted
+from bract.shared.terms import ADJACENCY, counted, of_rows_kept
 
 if TYPE_CHECKING:
     from bract.shared.privacy.chain import Chain
@@ -150,7 +150,10 @@ def _by_prv(found: Verified, delta: float) -> float | None:
 def _others(
     found: Verified, interval: float, replace_one: bool, group: int | None
 ) -> dict[str, float | int | None]:
-    """Returns ε of a person, and what the user asked for: replaced examples, groups, both."""
+    """Returns ε of a person, and what the user asked for: replaced examples, groups, both.
+
+    That of a replaced example too where contracts kept only some rows of a person.
+    """
     from bract.shared.privacy import accounting
 
     events = found.chain.events
@@ -159,7 +162,7 @@ def _others(
     asked: dict[str, float | int | None] = {"group": group, "rows_per_person": rows}
     if rows is not None:
         asked["epsilon_person"] = _finite(accounting.epsilon_of_person(events, delta, rows))
-    if replace_one:
+    if replace_one or found.rows_kept is not None:
         exact = accounting.epsilon_replace_one(events, delta, interval=interval)
         asked["epsilon_replace_one"] = _finite(exact)
     if group is not None:
@@ -200,6 +203,8 @@ def _notes(found: Verified, rounds: RoundsLeft) -> Iterator[str]:
 
     chain = found.chain
     yield _note(chain, budget.order_of(chain))
+    if found.rows_kept is not None:
+        yield of_rows_kept(found.rows_kept, "epsilon_replace_one", "example")
     _, *shared = found.policy.charged_domains(chain.domain)
     if shared:
         others = " and ".join(map(repr, shared))

@@ -15,7 +15,7 @@ from bract.shared.contract import Contract
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Numeric, Table, Text
 from bract.shared.reports.services import ContractShown
-from bract.shared.terms import ADJACENCY, DataTerms, counted
+from bract.shared.terms import ADJACENCY, DataTerms, counted, of_rows_kept
 
 _SHOWN = 6  # labels or categories of a line
 
@@ -105,6 +105,11 @@ def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
         spent = "unbounded" if shown.epsilon_person is None else f"ε {shown.epsilon_person:.3f}"
         rows = counted(shown.rows_per_person, "row")
         lines.append(f"a person     {rows} at the most: {spent}")
+    if agreed.rows_per_person is not None:
+        replaced = (
+            "unbounded" if shown.epsilon_replaced is None else f"{shown.epsilon_replaced:.3f}"
+        )
+        lines.append(f"a row        {of_rows_kept(agreed.rows_per_person, replaced)}")
     lines += [
         f"site         {site.name}: domain {site.domain}, nominal size {site.nominal_size}, "
         f"ledger key {site.key}"
@@ -184,6 +189,7 @@ def _shown(agreed: Contract, delta: float) -> ContractShown:
         return spent if math.isfinite(spent) else None
 
     every, rows = events(agreed.max_attempts), agreed.data.rows_per_person
+    replaced = accounting.epsilon_replace_one(every, delta) if agreed.rows_per_person else math.inf
     facts: dict[str, Any] = agreed.model_dump(mode="json")
     return ContractShown(
         contract_sha256=agreed.sha256,
@@ -192,6 +198,7 @@ def _shown(agreed: Contract, delta: float) -> ContractShown:
         epsilon_rounds=finite(accounting.epsilon(events(agreed.rounds), delta)),
         rows_per_person=rows,
         epsilon_person=rows and finite(accounting.epsilon_of_person(every, delta, rows)),
+        epsilon_replaced=finite(replaced),
         delta=delta,
         adjacency=agreed.privacy.adjacency,
     )

@@ -65,12 +65,24 @@ class Verified:
 
         Nor do contracts that tell persons apart by different columns bound the same persons' rows.
         """
-        joined = {name for body in self.chain.joined for name in body.contracts}
-        charged = [self.contracts[name] for name in {*self.chain.attempts, *joined}]
-        rows = [agreed.rows_per_person for agreed in charged]
+        rows = [agreed.rows_per_person for agreed in self._charged]
         bounded = [row for row in rows if row is not None]
-        alike = len({agreed.data.person_column for agreed in charged}) == 1
+        alike = len({agreed.data.person_column for agreed in self._charged}) == 1
         return max(bounded) if alike and len(bounded) == len(rows) else None
+
+    @property
+    def rows_kept(self) -> int | None:
+        """The fewest rows of a person that any charge kept, None where all used every row.
+
+        Of a person with more, one row less lets another take its place.
+        """
+        rows = (agreed.rows_per_person for agreed in self._charged)
+        return min((row for row in rows if row is not None), default=None)
+
+    @property
+    def _charged(self) -> list[Contract]:
+        joined = {name for body in self.chain.joined for name in body.contracts}
+        return [self.contracts[name] for name in {*self.chain.attempts, *joined}]
 
     @property
     def last_contract(self) -> Contract | None:

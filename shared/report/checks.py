@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bract.shared.privacy import accounting
-from bract.shared.privacy.events import Event
 from bract.shared.privacy.verification import TOLERANCE
 from bract.shared.report.evidence import Evidence
 from bract.shared.report.sites import Spent
@@ -174,7 +173,7 @@ def _summary(found: Evidence) -> Check:
                 f"{spent.site}: the ledger says ε {_shown(counted)} of this run at δ {delta:g}, "
                 f"the summary {_shown(said)}",
             )
-    if fault := _of_person(found, summary, delta):
+    if fault := _of_person(found, summary, delta) or _of_rows(found, summary, delta):
         return Check(name, "failed", fault)
     return Check(
         name, "passed", f"contract, and ε of this run at δ {delta:g} recomputed for each site"
@@ -192,12 +191,14 @@ def _of_person(found: Evidence, summary: Summary | ServerSummary, delta: float) 
     if found.contract.rows_per_person is None or summary.epsilon_person is None:
         return None
     for spent in found.of_run:
-        events, most = _covered(summary, spent, rows)
+        whole = _is_whole(summary, spent)
+        most = spent.rows_per_person if whole else rows
         if most is None or (said is not None and said < most):
             return (
                 f"{spent.site}: the contracts in the ledger take {most or 'any number of'} records "
                 f"of a person, summary.json says {said or 'nothing'}"
             )
+        events = spent.events if whole else spent.events_run
         least = accounting.epsilon_of_person(events, delta, most)
         if least > summary.epsilon_person + TOLERANCE:
             return (
@@ -208,16 +209,39 @@ def _of_person(found: Evidence, summary: Summary | ServerSummary, delta: float) 
     return None
 
 
-def _covered(
-    summary: Summary | ServerSummary, spent: Spent, rows: int | None
-) -> tuple[tuple[Event, ...], int | None]:
-    """Returns what a summary's figures must cover, and the rows of a person in it.
+def _of_rows(found: Evidence, summary: Summary | ServerSummary, delta: float) -> str | None:
+    """Returns how a summary's ε of a replaced record falls short, None where it does not.
+
+    One of an earlier version tells none.
+    """
+    said = summary.epsilon_replaced
+    for spent in found.of_run:
+        whole = _is_whole(summary, spent)
+        kept = spent.rows_kept if whole else found.contract.rows_per_person
+        if kept is None or said is None or summary.rows_kept is None:
+            continue
+        if summary.rows_kept > kept:
+            return (
+                f"{spent.site}: a contract in the ledger keeps {counted(kept, 'record')} of a "
+                f"person, summary.json says {summary.rows_kept}"
+            )
+        events = spent.events if whole else spent.events_run
+        least = accounting.epsilon_replace_one(events, delta)
+        if least > said + TOLERANCE:
+            return (
+                f"{spent.site}: the ledger says ε {_shown(least)} of a record that is replaced at "
+                f"δ {delta:g}, the summary {_shown(said)}"
+            )
+    return None
+
+
+def _is_whole(summary: Summary | ServerSummary, spent: Spent) -> bool:
+    """Returns whether a summary's figures must cover all of a ledger, not this run alone.
 
     A server knows its run alone, and a ledger goes on after its summary.
     """
     head = summary.heads.get(spent.site)
-    whole = isinstance(summary, Summary) and head is not None and head.hash == spent.head
-    return (spent.events, spent.rows_per_person) if whole else (spent.events_run, rows)
+    return isinstance(summary, Summary) and head is not None and head.hash == spent.head
 
 
 def _metrics(found: Evidence) -> Check:

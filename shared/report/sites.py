@@ -35,7 +35,9 @@ class Spent:
     Each use is charged to the domains `shared` too, and must fit what is left of them.
     `left` is None too where steps of `menu` are, which is None under a filter.
     `epsilon_person` bounds that of a person with `rows_per_person` examples, as every contract
-    charged bounds them; both are None where one does not.
+    charged bounds them; both are None where one does not. Where a contract charged keeps only
+    `rows_kept` of a person, ε is of a row of a person with no more; of one with more another takes
+    its place, at `epsilon_replaced`.
     `anchors` are the files whose head is in the chain, `anchor` the number of the last entry that
     one names; `witnessed` is by the contract's server alone; `received` counts the updates that a
     server took and that stand here behind a charge, None where nobody kept their receipts.
@@ -48,6 +50,8 @@ class Spent:
     epsilon_filter: float | None
     rows_per_person: int | None
     epsilon_person: float | None
+    rows_kept: int | None
+    epsilon_replaced: float | None
     epsilon_menu: float | None
     menu: tuple[MenuLeft, ...] | None
     ceiling: float
@@ -207,6 +211,8 @@ def _spent(found: Verified, agreed: Contract, seen: Mapping[str, int]) -> Spent:
         epsilon_filter=None if filtered is None else _finite(filtered),
         rows_per_person=found.rows_per_person,
         epsilon_person=_of_person(events, limit.delta, found.rows_per_person),
+        rows_kept=found.rows_kept,
+        epsilon_replaced=_replaced(events, limit.delta) if found.rows_kept else None,
         epsilon_menu=None if whole is None else _finite(whole),
         menu=None if menu is None else tuple(menu),
         ceiling=limit.epsilon,
@@ -267,6 +273,10 @@ def _of_person(events: tuple[Event, ...], delta: float, rows: int | None) -> flo
     if rows is None:
         return None
     return _finite(accounting.epsilon_of_person(events, delta, rows))
+
+
+def _replaced(events: tuple[Event, ...], delta: float) -> float | None:
+    return _finite(accounting.epsilon_replace_one(events, delta))
 
 
 def _finite(value: float) -> float | None:

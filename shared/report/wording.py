@@ -10,7 +10,7 @@ from typing import Literal
 from bract.shared.report.checks import Check, failed
 from bract.shared.report.evidence import Evidence
 from bract.shared.report.sites import Spent
-from bract.shared.terms import counted
+from bract.shared.terms import counted, of_rows_kept
 
 Kind = Literal["failed", "simulation", "unprotected", "incomplete", "verified"]
 _GREATEST_FACTOR = 1e6
@@ -89,7 +89,7 @@ def about(found: Evidence, made: list[Check]) -> str:
     return (
         f"{whose}, recomputed for this page from its ledger. The smaller ε, the less any one "
         f"{found.contract.privacy.unit} matters; the claim is about what others can learn, not "
-        f"about how likely a breach is.{_adaptive(found)}{_of_person(found)}"
+        f"about how likely a breach is.{_adaptive(found)}{_of_rows(found)}{_of_person(found)}"
     )
 
 
@@ -167,6 +167,21 @@ def _of_person(found: Evidence) -> str:
     return f" A person with up to {records}: ε at most {bounds}, by the ledgers."
 
 
+def _of_rows(found: Evidence) -> str:
+    """Returns what holds of a record whose place another takes, nothing where none does."""
+    kept = _rows_kept(found)
+    if kept is None:
+        return ""
+    some = [(s.delta, s.epsilon_replaced) for s in found.of_run if s.rows_kept is not None]
+    return f" {of_rows_kept(kept, f'at most {_most(some)}', 'record')}."
+
+
+def _rows_kept(found: Evidence) -> int | None:
+    """Returns the fewest records of a person that a contract charged used, None where all did."""
+    rows = (spent.rows_kept for spent in found.of_run)
+    return min((row for row in rows if row is not None), default=None)
+
+
 def _adaptive(found: Evidence) -> str:
     bounds = _most([(spent.delta, spent.epsilon_adaptive) for spent in found.of_run])
     return f" If contracts were chosen after looking at earlier releases: ε at most {bounds}."
@@ -194,11 +209,15 @@ def _bounded(found: Evidence, bounds: list[Spent]) -> bool:
 def _sentence(found: Evidence, bounds: list[Spent]) -> str:
     said = "; and at most ".join(_bound(found, spent, len(bounds)) for spent in bounds)
     record = "record" if found.contract.privacy.unit == "example" else found.contract.privacy.unit
+    kept = _rows_kept(found)
+    whose = (
+        "" if kept is None else f", of a person with no more than {counted(kept, record)} there,"
+    )
     return (
         f"For {_whose(found)}: whatever anyone concludes from all that the site released of these "
         "data, in this and every other run of its ledger, even if they know the "
-        f"data of all other sites, adding or taking away any one {record} of the site’s data makes "
-        f"that conclusion at most {said}."
+        f"data of all other sites, adding or taking away any one {record} of the site’s data"
+        f"{whose} makes that conclusion at most {said}."
     )
 
 

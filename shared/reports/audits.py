@@ -117,7 +117,9 @@ class DomainBudget(Frozen):
 
     `epsilon_prv` is null too where it was left out, which the note says. `more_rounds` are those of
     `forecast_contract`. `epsilon_replace_one` is of one example that is replaced, `epsilon_group`
-    bounds that of `group` examples; null where not asked for, or where nothing bounds it.
+    bounds that of `group` examples; null where not asked for, or where nothing bounds it. The first
+    is given too where a contract keeps only so many rows of a person, of whom another row takes the
+    place of one: `epsilon` is of a row of a person with no more, which the note says.
     `epsilon_person` bounds that of a person with `rows_per_person` examples, as every contract
     charged bounds them; null where one does not. `epsilon_menu` is of the whole of a menu, which
     holds however contracts were chosen; under a menu `left` is null while `menu` has steps left.

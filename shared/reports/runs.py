@@ -127,7 +127,9 @@ class RunFacts(Scores, LocalAccuracy, Traffic):
 
     Local accuracy is that of the last round which asked for it, `local_accuracy_round`; bytes are
     those of one site in one round. `model_sha256` is that of model.safetensors, which the scores
-    are of; null in a summary of before it was told.
+    are of; null in a summary of before it was told. Where only `rows_kept` of a person are used, ε
+    of an example is that of a person with no more; of one with more another row takes an example's
+    place, at `epsilon_replaced`.
     """
 
     local_accuracy_round: int | None = None
@@ -152,6 +154,8 @@ class RunFacts(Scores, LocalAccuracy, Traffic):
     out: str
     rows_per_person: int | None = None
     epsilon_person: float | None = None
+    rows_kept: int | None = None
+    epsilon_replaced: float | None = None
     model_sha256: Hex32 | None = None
 
 

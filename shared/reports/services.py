@@ -11,7 +11,9 @@ from bract.shared.policy import MenuLeft
 class ContractShown(Frozen):
     """`bract contract make --json` and `show --json`; ε is what one site spends.
 
-    `epsilon_person` is, for every attempt, that of a person with `rows_per_person`.
+    `epsilon_person` is, for every attempt, that of a person with `rows_per_person`; `epsilon` is of
+    a row of such a person, and `epsilon_replaced` of one of a person with more rows, whose place
+    another takes.
     """
 
     contract_sha256: str
@@ -20,6 +22,7 @@ class ContractShown(Frozen):
     epsilon_rounds: float | None
     rows_per_person: int | None = None
     epsilon_person: float | None = None
+    epsilon_replaced: float | None = None
     delta: float
     adjacency: str
 
@@ -28,7 +31,8 @@ class ContractCheck(Frozen):
     """`bract client SITE.toml --check contract.json --json`, for the site's operator alone.
 
     `problems` names files, rows and columns of the true data, never a value. The gate asks that
-    neither ε by PLD nor that by the domain's filter, if it has one, is over the limit.
+    neither ε by PLD nor that by the domain's filter, if it has one, is over the limit. Of a person
+    with more rows than `rows_kept` another takes a row's place: `epsilon_replaced_after` is of it.
     """
 
     contract_sha256: str
@@ -39,6 +43,8 @@ class ContractCheck(Frozen):
     epsilon_after: float | None
     epsilon_filter_before: float | None = None
     epsilon_filter_after: float | None = None
+    rows_kept: int | None = None
+    epsilon_replaced_after: float | None = None
 
 
 class Recovery(Frozen):

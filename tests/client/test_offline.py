@@ -9,6 +9,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import tomli_w
 
 from bract.client import installed, offline, settings
 from bract.client.gate import Gate, Permit
@@ -197,6 +198,39 @@ def test_what_the_gate_would_refuse_is_said_with_its_reason_and_reads_no_data(
     assert reason in (report.reason or "")
     assert report.problems == []
     assert not gate_accepts(world, layout, path)
+
+
+def test_of_which_rows_the_cost_is_told_where_a_contract_keeps_some_of_a_person(
+    tmp_path: Path, bract: Bract
+) -> None:
+    table = tmp_path / "schema.toml"
+    table.write_text(tomli_w.dumps(PERSONS.model_dump(mode="json", exclude_none=True)))
+    (tmp_path / "rows").mkdir()
+    rows = [f"{n},{20 + n % 60},{'yes' if n % 2 else 'no'}" for n in range(100)]
+    for part in ("train", "validation", "test"):
+        (tmp_path / f"rows/{part}.csv").write_text("\n".join(["patient,age,ill", *rows]))
+    layout = lay_out(
+        tmp_path / "federation",
+        sites=[SitePlan("alpha", 100, "table", "1/1", data_folder=str(tmp_path / "rows"))],
+        port=1,
+        public_data=str(tmp_path / "rows"),
+        terms={
+            "run": "trial",
+            "rounds": 3,
+            "model": {"name": "linear"},
+            "data": {"name": "table", "schema_file": str(table)},
+            "training": {"local_steps": 1, "learning_rate": 0.5},
+            "privacy": {"epsilon": 2.0, "delta": 1e-5, "clip_norm": 1.0, "batch": 10.0},
+        },
+    )
+    assert 'person_column = "patient" in domains.alpha' in (checked(layout).reason or "")
+    replaced(layout, "epsilon = 8.0", 'epsilon = 8.0\nperson_column = "patient"')
+    report = checked(layout)
+    assert (report.accepted, report.problems, report.rows_kept) == (True, [], 1)
+    assert (report.epsilon_replaced_after or 0.0) > (report.epsilon_after or 0.0)
+    text = bract("client", str(layout.site("alpha")), "--check", str(layout.contract)).stdout
+    said = "no more than 1 row; of a person with more, another row takes its place, and by"
+    assert f"{said} replace-one ε is {report.epsilon_replaced_after:.3f}\n" in text
 
 
 def test_a_contract_whose_attempts_are_used_up_is_refused(world: Any, layout: Layout) -> None:

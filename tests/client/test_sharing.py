@@ -181,6 +181,9 @@ def test_a_persons_rows_are_those_of_joined_contracts_too(world: Any) -> None:
     served(world, together(world, ward=named), contract(world, data=of_persons(2)), 1)
     bounds = {name: one.rows_per_person for name, one in verified(world).items()}
     assert bounds == {"ward": 5, "clinic": 5}
+    assert {name: one.rows_kept for name, one in verified(world).items()} == dict.fromkeys(
+        bounds, 2
+    )
 
 
 def rewritten(world: Any, edit: Any) -> None:

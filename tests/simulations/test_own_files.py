@@ -115,6 +115,10 @@ def test_rows_of_a_person_are_bounded_and_his_epsilon_is_told(bract: Bract, pati
     assert summary["rows_per_person"] == 2
     assert summary["epsilon_person"] > 2 * summary["epsilon"]
     assert f"a person with 2 rows: ε ≤ {summary['epsilon_person']:.4f}" in done.stderr
+    assert summary["rows_kept"] == 2
+    assert summary["epsilon"] < summary["epsilon_replaced"] < summary["epsilon_person"]
+    said = "no more than 2 rows; of a person with more, another row takes its place, and by"
+    assert f"{said} replace-one ε is {summary['epsilon_replaced']:.4f}" in done.stderr
     alone = bract("simulate", "digits", *column, *QUICK[:-3], "--out", "other")
     assert "need --schema FILE.toml of a table" in alone.stderr
 

@@ -205,6 +205,8 @@ def test_an_output_in_a_folder_that_is_not_there_is_bad_usage(layout: Layout, br
                 "prepared     ill: learned, one of no, yes",
                 "prepared     patient: tells persons apart",
                 "a person     3 rows at the most: ε ",
+                "a row        ε per row holds where its person has no more than 3 rows; of a "
+                "person with more, another row takes its place, and by replace-one ε is ",
             ],
         ),
         (
@@ -232,5 +234,7 @@ def test_how_files_become_inputs_is_shown(
     rows = data.rows_per_person
     assert value["rows_per_person"] == rows
     assert (value["epsilon_person"] is None) == (rows is None)
+    assert (value["epsilon_replaced"] is None) == (rows is None)
     if rows is not None:
-        assert value["epsilon_person"] > value["epsilon"]
+        assert value["epsilon_person"] > value["epsilon_replaced"] > value["epsilon"]
+        assert f"by replace-one ε is {value['epsilon_replaced']:.3f}" in shown

@@ -21,9 +21,11 @@ from safetensors.numpy import load_file, save_file
 
 from bract.shared import arrays, canonical, keys, trained
 from bract.shared.data import describe, load
+from bract.shared.preparation import Numeric, Table, Target
 from bract.shared.privacy import accounting, entries, receipts
 from bract.shared.privacy.receipts import Received
 from bract.shared.reports.runs import Scores, ServerSummary, facts_of
+from bract.shared.terms import DataTerms
 from bract.simulations import experiment, simulation
 from bract.simulations.engines import LocalEngine
 
@@ -220,6 +222,19 @@ def test_the_card_of_a_real_run_states_its_claim_whatever_is_simulated_states_no
     privacy = shown.split("## Privacy")[1].split("##")[0].strip()
     assert privacy.startswith("(ε, δ)-DP per example: ε = 2.5000 at δ = 1e-05, add-or-remove-one")
     assert "every attempt of this run" in privacy
+    table = Table(
+        columns=(Numeric(name="age", low=20, high=80),),
+        target=Target(name="ill", classes=("no", "yes")),
+        group="patient",
+    )
+    data = DataTerms(name="table", shape=(1,), classes=2, preparation=table)
+    assert "replace-one" not in privacy
+    for told, replaced in (({}, "not bounded here"), ({"epsilon_replaced": 4.5}, "4.5000")):
+        of_persons = card.claim(world.contract(data=data), real.model_copy(update=told))
+        assert of_persons.endswith(
+            " ε per example holds where its person has no more than 1 example; of a person with "
+            f"more, another example takes its place, and by replace-one ε is {replaced}."
+        )
     simulated = trained.read(run).contract
     assert card.claim(simulated, real).startswith("none: simulation;")
     plain = simulated.model_copy(

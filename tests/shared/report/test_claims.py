@@ -20,7 +20,7 @@ from bract.shared.report import checks, evidence, folder, wording
 from bract.shared.report.checks import Check
 from bract.shared.report.evidence import Evidence
 from bract.shared.reports.runs import GUARANTEE_PRIVATE, MetricsLine, ServerSummary, facts_of
-from bract.shared.terms import DataTerms, SiteTerms, TrainingTerms
+from bract.shared.terms import DataTerms, SiteTerms, TrainingTerms, counted
 from bract.simulations import summary
 
 Bract = Callable[..., Any]
@@ -85,6 +85,8 @@ class Sites:
         own = ServerSummary(
             **{**facts_of(agreed), **facts, **unknown, "epsilon_run": after[-1], "delta": 1e-5},
             epsilon_person=rows and accounting.epsilon_of_person(events[-1], 1e-5, rows),
+            rows_kept=rows,
+            epsilon_replaced=rows and accounting.epsilon_replace_one(events[-1], 1e-5),
             guarantee=GUARANTEE_PRIVATE,
         )
         text = json.dumps({**own.model_dump(mode="json"), **changes})
@@ -284,6 +286,59 @@ def test_a_persons_epsilon_is_the_ledgers_whatever_a_summary_says(
         assert about(found) == ""
     (sites.root / "summary.json").unlink()
     assert said in about(sites.gather())
+
+
+@pytest.mark.parametrize("words", [Sites.told, Sites.proven])
+def test_a_record_is_claimed_for_persons_of_no_more_than_are_kept_and_replaced_for_others(
+    sites: Sites, words: Callable[..., None], bract: Bract
+) -> None:
+    """One row less of a person with more lets another in: two records differ, not one."""
+    agreed = sites.contract(data=PERSONS)
+    sites.run(agreed, deltas=dict.fromkeys(OWN, 1e-5))
+    words(sites, agreed)
+    found = sites.gather()
+    assert checks.failed(checks.checks(found)) == []
+    events = found.spent[0].events
+    bound = accounting.epsilon_replace_one(events, 1e-5)
+    assert bound > accounting.epsilon(events, 1e-5)
+    whose = (
+        "any one record of the site’s data, of a person with no more than 2 records there, makes"
+    )
+    assert whose in claim(found)
+    assert (
+        "ε per record holds where its person has no more than 2 records; of a person with more, "
+        "another record takes its place, and by replace-one ε is at most "
+        f"{bound:.4f} at δ\u00a0=\u00a01e-05."
+    ) in about(found)
+    files = sorted(map(str, (sites.root / "ledgers").iterdir()))
+    pinned = ("--contract", str(sites.root / "contract.json"))
+    text = bract("audit", "budget", *files, *pinned).stdout
+    assert f"north, ward: ε {bound:.4f} of one example replaced" in text
+    assert "no more than 2 examples; of a person with more, another example" in text
+    for wrong in ({"epsilon_replaced": bound - 1e-3}, {"rows_kept": 3}):
+        words(sites, agreed, **wrong)
+        assert result(sites.gather(), "The summary agrees").result == "failed"
+    words(sites, agreed, rows_kept=None, epsilon_replaced=None)  # of an earlier version
+    assert checks.failed(checks.checks(sites.gather())) == []
+
+
+def test_a_record_is_claimed_by_the_fewest_that_any_contract_of_a_ledger_kept(
+    sites: Sites,
+) -> None:
+    """Whether or not this run's own contract leaves records out."""
+    agreed, limits = sites.contract(), DomainPolicy(epsilon=20.0, delta=1e-5)
+    sites.run(agreed, deltas=dict.fromkeys(OWN, 1e-5))
+    assert "of a person with no more" not in claim(sites.gather())
+    for kept, data in ((2, PERSONS), (1, SINGLE)):
+        sites.serve("north", sites.contract(data=data), limits, 1)
+        found = sites.gather()
+        assert f"with no more than {counted(kept, 'record')} there, makes" in claim(found)
+        assert "another record takes its place" in about(found)
+    sites.proven(agreed)
+    (events,) = (spent.events for spent in found.spent if spent.site == "north")
+    told = json.loads((sites.root / "summary.json").read_text())
+    replaced = accounting.epsilon_replace_one(events, 1e-5)
+    assert (told["rows_kept"], told["epsilon_replaced"]) == (1, replaced)
 
 
 def test_a_ledger_that_went_on_after_a_summary_does_not_belie_it(sites: Sites) -> None:
