@@ -67,6 +67,7 @@ class PublicFedAvg(FedAvg):
         super().__init__(fraction_evaluate=0.0, min_train_nodes=1)
         self._signed, self._shapes, self.desk, self._seed = signed, shapes, desk, seed
         self._registered, self._names = dict(names or {}), dict(names or {})
+        self._places = {site.name: place for place, site in enumerate(signed.contract.cohort)}
         self._retired: dict[int, str] = {}  # the process of each node that refused for good
         self._asked: dict[int, str] = {}
         self.replied: dict[str, Receipt] = {}
@@ -118,15 +119,25 @@ class PublicFedAvg(FedAvg):
         The choice follows from contract and round, in a simulation from its seed and round, so
         that a round which is run again asks the same sites. It is no secret, and nobody's privacy
         rests on it.
+
+        A simulation draws of the cohort, where the grid knows the sites of its nodes: an engine
+        may number its nodes anew at each start.
         """
         nodes, wanted = self.available(grid), self._signed.contract.sites_per_round
         if wanted is None or len(nodes) <= wanted:
             return nodes
         agreed = self._signed.contract
-        name = bytes.fromhex(agreed.sha256) if self._seed is None else str(self._seed).encode()
+        if self._seed is None:
+            name = bytes.fromhex(agreed.sha256)
+        else:
+            name, nodes = str(self._seed).encode(), sorted(nodes, key=self._place)
         words = canonical.tagged("chosen/1", name, str(server_round).encode())
         chosen = np.random.default_rng(list(words)).choice(len(nodes), wanted, replace=False)
         return sorted(nodes[place] for place in chosen)
+
+    def _place(self, node: int) -> tuple[int, int]:
+        """Returns a node's place in the contract's cohort; behind it where its site is unknown."""
+        return self._places.get(self._registered.get(node, ""), len(self._places)), node
 
     def configure_close(self, grid: Grid) -> list[Message]:
         """Returns the last message of the run, for each node that has a witness to be given."""

@@ -86,7 +86,8 @@ class RayEngine:
     def run(self, plan: Path, *, sites: int, workers: int, run_config: Mapping[str, Any]) -> int:
         """Returns the number of actors, when the ServerApp has ended."""
         torch.set_num_threads(1)
-        device = torch.device(open_plan(plan).device)
+        planned = open_plan(plan)
+        device = torch.device(planned.device)
         if device.type == "cuda" and device.index:
             raise UsageError(
                 f"device {device} will not do with --engine ray, where each worker sees its own "
@@ -95,7 +96,7 @@ class RayEngine:
         return flower.run_on_ray(
             server_app,
             client_app,
-            sites=sites,
+            sites=[planned.name_of(place) for place in range(sites)],
             run_config=run_config,
             cluster=flower.Cluster(
                 address=self.address,

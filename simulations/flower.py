@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from bract.shared.errors import BractError, UsageError
 
 _KNOCK_SECONDS = 5.0
 _INTERRUPTED_SECONDS = 15.0  # that an end may take
+_POLL_SECONDS = 0.05
 
 __all__ = ["Cluster", "Run", "bind_server", "context", "empty_run", "number", "run_on_ray"]
 
@@ -75,11 +76,18 @@ def run_on_ray(
     server: ServerApp,
     client: ClientApp,
     *,
-    sites: int,
+    sites: Sequence[str],
     run_config: Mapping[str, Any],
     cluster: Cluster,
 ) -> int:
     """Returns how many actors Ray ran, when the ServerApp has ended in Flower's own engine.
+
+    Args:
+        server: is told by its grid's `site_names` which node is which site.
+        client: serves every site.
+        sites: their names, in the order of the partitions.
+        run_config: the ServerApp's.
+        cluster: where the ClientApp runs.
 
     Raises:
         UsageError: where no Ray answers at the address, or it has no processor to give.
@@ -91,12 +99,13 @@ def run_on_ray(
 
     def serve(*, grid: Grid, context: Context) -> None:
         _stop_pulling_(grid, stopped)
+        grid.site_names = _named(grid, sites, stopped)  # type: ignore[attr-defined]
         server(grid, context)
 
     try:
         resources, actors = _connect(cluster)
         _run_simulation(
-            num_supernodes=sites,
+            num_supernodes=len(sites),
             exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
             client_app=client,
             server_app=serve,  # type: ignore[arg-type]  # it is called, and nothing else
@@ -170,6 +179,18 @@ def _share(total: Mapping[str, float], *, gpus: bool) -> tuple[dict[str, float],
     # Ray counts in ten-thousandths: rounded up, the last actor would not fit.
     share = math.floor(1e4 * min(1.0, total["GPU"] / actors)) / 1e4 if gpus else 0.0
     return {"num_cpus": 1, "num_gpus": share}, actors
+
+
+def _named(grid: Grid, sites: Sequence[str], stopped: threading.Event) -> dict[int, str]:
+    """Returns the site of each node, once all are there: Flower makes one for each partition.
+
+    It makes them in their order, under ids that are new at each start, while the ServerApp runs.
+    """
+    state = grid.state  # type: ignore[attr-defined]  # in this process, and in that order
+    while len(nodes := state.get_node_info()) < len(sites):
+        if stopped.wait(_POLL_SECONDS):
+            raise BractError("the simulation engine stopped before its nodes were there")
+    return {node.node_id: name for node, name in zip(nodes, sites, strict=True)}
 
 
 def _stop_pulling_(grid: Grid, stopped: threading.Event) -> None:

@@ -236,6 +236,20 @@ def orders_of(strategy: PublicFedAvg, grid: Any, number: int = 1) -> dict[int, T
     return {m.metadata.dst_node_id: wire.decode_order(m.content) for m in sent}
 
 
+@pytest.mark.parametrize("nodes", [(1000, 1001, 1002), (-3, 7, -8), (5, -1, 2)])
+def test_a_simulations_draw_is_of_sites_whatever_numbers_their_nodes_have(
+    world: Any, signed: SignedContract, nodes: tuple[int, ...]
+) -> None:
+    some = world.sign(
+        world.contract(cohort=signed.contract.cohort, simulation=True, sites_per_round=2)
+    )
+    names = dict(zip(nodes, NAMES, strict=True))
+    strategy = PublicFedAvg(some, SHAPES, WitnessDesk(None), names, seed=7)
+    town: Any = Town(*nodes)
+    asked = [{names[node] for node in strategy.chosen(town, number)} for number in (1, 2, 3)]
+    assert asked == [{"alpha", "gamma"}, {"alpha", "gamma"}, {"beta", "gamma"}]
+
+
 NODES = {1000: "alpha", 1001: "beta"}
 
 

@@ -49,6 +49,21 @@ def test_ray_gives_the_weights_of_the_local_engine_through_the_same_gates(
     assert bract("audit", "verify", *ledgers).returncode == 0
 
 
+@needs_ray
+@pytest.mark.slow
+def test_a_seed_repeats_whom_a_round_asks_on_ray_too(
+    bract: Bract, bract_process: Bract, tmp_path: Path
+) -> None:
+    some = ("simulate", "digits", "--model", "linear", "--rounds", "3", "--sites", "4")
+    some = (*some, "--set", "sites_per_round=2", "--seed", "7", "--workers", "2", "--json")
+    local = json.loads(bract(*some, "--out", "local").stdout)
+    done = bract_process(*some, "--engine", "ray", "--out", "ray")
+    assert done.returncode == 0, done.stderr
+    ray = json.loads(done.stdout)
+    assert ray["per_site"] == local["per_site"]
+    assert weights(tmp_path / "ray") == weights(tmp_path / "local")
+
+
 class Stop(Exception):
     """The coordinator dies."""
 
