@@ -89,10 +89,15 @@ class PublicFedAvg(FedAvg):
                 that it is hashed and held once.
             config: not used: what is asked stands in the contract.
             grid: knows which nodes are there.
+
+        Raises:
+            BractError: where it has no noise for the sum, which no site is then charged for.
         """
         # Only of a grid in this very process, which checks each update as `check_update` does.
         self._adds_up = bool(getattr(grid, "adds_up", False))
         self._noise = getattr(grid, "noise", None)  # a simulation's alone
+        if self._signed.contract.privacy.unit == "client":
+            self._server_noise()
         chosen = self.chosen(grid, server_round)
         self._asked = {node: _process_of(grid, node) for node in chosen}
         return [
@@ -260,17 +265,23 @@ class PublicFedAvg(FedAvg):
         return {name: (value / divisor).astype(np.float32) for name, value in total.items()}
 
     def _noise_(self, total: Mapping[str, packing.Sum], server_round: int) -> None:
-        """Adds N(0, (σC)²) to every number of a sum of clipped updates, in place.
-
-        Raises:
-            BractError: where the grid has no noise to give: it is no simulation's.
-        """
-        if self._noise is None:
-            raise BractError("this grid has no noise for the mechanism 'user-level'")
-        privacy, draw = self._signed.contract.privacy, self._noise(server_round)
+        """Adds N(0, (σC)²) to every number of a sum of clipped updates, in place."""
+        privacy, draw = self._signed.contract.privacy, self._server_noise()(server_round)
         for value in total.values():
             noise = draw(value.size).reshape(value.shape)
             value += privacy.noise_multiplier * privacy.clip_norm * noise
+
+    def _server_noise(self) -> Callable[[int], Callable[[int], packing.Sum]]:
+        """Returns what draws a round's noise.
+
+        Raises:
+            BractError: where the grid has none to give: it is not bract's own simulation's.
+        """
+        if self._noise is None:
+            raise BractError(
+                "this grid has no noise for the mechanism 'user-level': use --engine local"
+            )
+        return self._noise
 
     def _summed(self, message: Message) -> SummedReply | None:
         """Returns the replies in a sum; only of a grid that adds up in this very process."""

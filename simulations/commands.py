@@ -117,6 +117,7 @@ def simulate(
                 "--json"
             )
         run = simulation.resume(resume, workers=count)
+        _check_noise(engine, run.begun.experiment.privacy.mechanism)
         _leave_gpus(run.begun.experiment.device)
         if experiment not in (None, run.begun.experiment.name):
             raise UsageError(
@@ -142,8 +143,7 @@ def simulate(
         )
         _leave_gpus(chosen.device)
         folder = out or Path("runs") / f"{chosen.name}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
-        if engine == "ray" and chosen.privacy.mechanism == "user-level":
-            raise UsageError("--engine ray carries no user-level noise: leave it out")
+        _check_noise(engine, chosen.privacy.mechanism)
         run = simulation.begin(chosen, out=folder, state=state, data_dir=data_dir, workers=count)
     summary = run.complete(carrier, track)
     _table(summary)
@@ -172,6 +172,16 @@ def _engine(name: str, address: str | None, workers: int | None) -> Engine:
             f"the address {address}"
         )
     return RayEngine(address)
+
+
+def _check_noise(engine: str, mechanism: str) -> None:
+    """Returns where an engine has the noise that a mechanism's sum needs.
+
+    Raises:
+        UsageError: otherwise, before any site is asked: each would be charged in vain.
+    """
+    if engine == "ray" and mechanism == "user-level":
+        raise UsageError("--engine ray carries no user-level noise: use --engine local")
 
 
 def _leave_gpus(device: str) -> None:

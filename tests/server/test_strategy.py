@@ -15,7 +15,7 @@ from bract.server.strategy import INVALID_UPDATE, PublicFedAvg
 from bract.server.witnesses import WitnessDesk
 from bract.shared import arrays, contract, keys, packing, wire
 from bract.shared.contract import SignedContract
-from bract.shared.errors import Reason
+from bract.shared.errors import BractError, Reason
 from bract.shared.messages import (
     CloseOrder,
     RefusalReply,
@@ -248,6 +248,18 @@ def test_a_simulations_draw_is_of_sites_whatever_numbers_their_nodes_have(
     town: Any = Town(*nodes)
     asked = [{names[node] for node in strategy.chosen(town, number)} for number in (1, 2, 3)]
     assert asked == [{"alpha", "gamma"}, {"alpha", "gamma"}, {"beta", "gamma"}]
+
+
+def test_no_site_is_asked_for_a_sum_that_the_grid_cannot_noise(
+    world: Any, signed: SignedContract
+) -> None:
+    of_clients = {"mechanism": "user-level", "unit": "client", "randomness": "seeded"}
+    agreed = world.sign(
+        world.contract(cohort=signed.contract.cohort, simulation=True, privacy=of_clients)
+    )
+    strategy = PublicFedAvg(agreed, SHAPES, WitnessDesk(None), NODES)
+    with pytest.raises(BractError, match="no noise for the mechanism 'user-level': use --engine"):
+        orders_of(strategy, Town(*NODES))
 
 
 NODES = {1000: "alpha", 1001: "beta"}

@@ -39,7 +39,7 @@ CASES = {
         "ray",
         "--set",
         "privacy.mechanism=user-level",
-    ): (2, "carries no user-level noise"),
+    ): (2, "carries no user-level noise: use --engine local"),
     ("simulate", "digits", "--workers", "0"): (2, "--workers 0 must be at least 1"),
     ("simulate", "digits", "--device", "tpu"): (2, "unknown device 'tpu'"),
     ("simulate", "digits", "--device", "cuda:99"): (2, "no device 'cuda:99'"),

@@ -93,6 +93,22 @@ def test_a_run_stopped_on_one_engine_goes_on_with_the_other(
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
+@needs_ray
+def test_a_run_is_not_resumed_on_an_engine_without_its_noise_and_charges_nothing(
+    bract: Bract, tmp_path: Path
+) -> None:
+    experiment = load(
+        "digits", model="linear", overrides={"sites": 3}, settings=["privacy.mechanism=user-level"]
+    )
+    run = simulation.begin(experiment, out=tmp_path / "run", state=None, data_dir=None, workers=1)
+    with run.prepared():
+        pass
+    done = bract("simulate", "--resume", "run", "--engine", "ray")
+    assert done.returncode == 2
+    assert done.stderr == "bract: --engine ray carries no user-level noise: use --engine local\n"
+    assert list((tmp_path / "run/ledgers").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
