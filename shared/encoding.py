@@ -21,6 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from bract.shared import canonical
+from bract.shared.data import text as user_text
 from bract.shared.data import tokens
 from bract.shared.data.images import decoded, fault
 from bract.shared.data.table import Encoder
@@ -230,11 +231,11 @@ def _table(table: Table, path: Path) -> Rows:
 def _json_lines(text: Text, path: Path) -> Rows:
     """Returns the texts of a file of JSON objects, each with the key `text`."""
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in user_text.lines(_content(path)):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}, row {number}: not UTF-8") from error
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, row {number}: not JSON") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
@@ -321,10 +322,15 @@ def _joined(held: Mapping[str, Any], added: Mapping[str, Any], path: Path) -> di
     return {**held, **added}
 
 
-def _text(path: Path) -> str:
+def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode()
+        return path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return _content(path).removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8") from error

@@ -114,6 +114,15 @@ def private(folder: Path) -> Path:
     return folder if folder.is_file() else folder / "train.jsonl"
 
 
+def lines(content: bytes) -> list[tuple[int, bytes]]:
+    r"""Returns the lines of a file that hold anything, each with its number, from 1.
+
+    A line ends at "\n" alone: within a string JSON may hold what ends lines elsewhere, as U+2028.
+    """
+    each = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return [(number, line) for number, line in enumerate(each, 1) if line.strip()]
+
+
 def _own(folder: Path | None, part: str) -> tuple[Path, list[Row]]:
     """Returns a site's file and its rows that are of a part."""
     path = private(_somewhere(folder))
@@ -175,12 +184,12 @@ def _somewhere(where: Path | None) -> Path:
 
 def _rows(path: Path) -> list[Row]:
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        content = path.read_bytes()
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror}; it should hold a JSON object a line"
         ) from error
-    return [_row(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [_row(number, line) for number, line in lines(content)]
 
 
 def _row(number: int, line: bytes) -> Row:

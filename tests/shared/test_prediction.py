@@ -15,6 +15,9 @@ from torch import nn
 
 from bract.shared import exports, models, prediction, trained
 from bract.shared.data import Examples
+from bract.shared.data import table as user_table
+from bract.shared.data import text as user_text
+from bract.shared.encoding import encode
 from bract.shared.errors import UsageError
 from bract.shared.evaluation import Evaluator
 from bract.shared.preparation import Categorical, Images, Numeric, Table, Target, Text
@@ -178,6 +181,42 @@ def test_json_lines_go_back_with_their_keys_and_answers(
         (tmp_path / "broken.jsonl").write_text(broken)
         with pytest.raises(UsageError, match=fault):
             predicted(made(TOPIC), tmp_path / "broken.jsonl", "other")
+
+
+ENDS_OF_LINES = "a\u2028b\u2029c\x85d"  # to str.splitlines(), and not to JSON nor to CSV
+
+
+def test_json_lines_that_train_are_predicted_whatever_else_ends_a_line(
+    made: Any, tmp_path: Path
+) -> None:
+    row = json.dumps({"text": ENDS_OF_LINES, "label": "fair"}, ensure_ascii=False)
+    (tmp_path / "train.jsonl").write_text(f"\ufeff{row}\n\n{row}\n", encoding="utf-8")
+    of = made(TOPIC)
+    trained_on = user_text.load_part(of.contract.data, tmp_path, "1/1")
+    assert trained_on.targets.tolist() == [1, 1]
+    rows = encode(of.contract.data, [tmp_path / "train.jsonl"])
+    assert rows.inputs.tolist() == trained_on.inputs.tolist()
+    written = predicted(of, tmp_path / "train.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["text"] for line in written[:-1]] == [ENDS_OF_LINES] * 2
+
+
+def test_a_table_that_trains_is_predicted_whatever_else_ends_a_line(
+    made: Any, tmp_path: Path
+) -> None:
+    content = f"age,ward,ill,note\n40,a,no,{ENDS_OF_LINES}\r\n50,b,yes,\n"
+    (tmp_path / "rows.csv").write_text(content, encoding="utf-8", newline="")
+    trained_on = user_table.read(ILL, tmp_path / "rows.csv")
+    assert trained_on.targets.tolist() == [0, 1]
+    rows = encode(ILL, [tmp_path / "rows.csv"])
+    assert rows.inputs.tolist() == trained_on.inputs.tolist()
+    with predicted(made(ILL), tmp_path / "rows.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["note"] for row in csv.DictReader(file)] == [ENDS_OF_LINES, ""]
+
+
+def test_json_lines_that_are_not_utf8_are_named(made: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(UsageError, match="row 2: not UTF-8"):
+        predicted(made(TOPIC), tmp_path / "rows.jsonl")
 
 
 def test_a_folder_of_images_becomes_a_csv_of_labels(
