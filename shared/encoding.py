@@ -252,7 +252,8 @@ def _json_lines(text: Text, path: Path) -> Rows:
                 each = answers.probabilities[place].tolist()
                 added["probabilities"] = dict(zip(answers.labels, each, strict=True))
             lines.append(json.dumps(_joined(row, added, path), ensure_ascii=False) + "\n")
-        return "".join(lines).encode()
+        # Half of a surrogate pair, which JSON may hold, has no UTF-8: it goes back as it came.
+        return "".join(lines).encode(errors="backslashreplace")
 
     return Rows(text_inputs(text, [row["text"] for row in rows]), answered)
 

@@ -213,6 +213,12 @@ def test_a_table_that_trains_is_predicted_whatever_else_ends_a_line(
         assert [row["note"] for row in csv.DictReader(file)] == [ENDS_OF_LINES, ""]
 
 
+def test_half_of_a_surrogate_pair_goes_back_as_it_came(made: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a\\ud800é"}\n', encoding="utf-8")
+    written = predicted(made(TOPIC), tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    assert written.startswith('{"text": "a\\ud800é", "prediction": ')
+
+
 def test_json_lines_that_are_not_utf8_are_named(made: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
     with pytest.raises(UsageError, match="row 2: not UTF-8"):
