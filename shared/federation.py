@@ -20,6 +20,8 @@ from bract.shared.privacy import entries
 from bract.shared.privacy.calibration import check_budget, noise_within, rate_of
 from bract.shared.privacy.orders import best_order
 from bract.shared.terms import (
+    GREATEST_NOISE,
+    LEAST_NOISE,
     DataTerms,
     Delta,
     EvaluationTerms,
@@ -88,7 +90,7 @@ class FederatedPrivacy(Frozen):
     delta: Delta
     clip_norm: float = Field(gt=0)
     batch: float = Field(gt=0)
-    noise_multiplier: float | None = Field(default=None, ge=0.1)
+    noise_multiplier: float | None = Field(default=None, ge=LEAST_NOISE, le=GREATEST_NOISE)
     ceiling: float | None = Field(default=None, gt=0)
 
 
@@ -156,6 +158,11 @@ class Federation(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Federation:
         check_evaluation(self.evaluation, self.rounds)
+        if self.evaluation is not None and self.evaluation.noise_multiplier < LEAST_NOISE:
+            raise ValueError(
+                f"evaluation.noise_multiplier {self.evaluation.noise_multiplier:g} must be "
+                f"{LEAST_NOISE:g} or more"
+            )
         if self.minimum_cohort > len(self.sites):
             raise ValueError(
                 f"minimum_cohort {self.minimum_cohort} is over the {len(self.sites)} sites listed"

@@ -29,6 +29,9 @@ MAX_STEPS = 10_000_000
 # it is, by 0.0005 of 120 at 1e-10 and by 0.05 at 1e-12.
 LEAST_DELTA = 1e-9
 Delta = Annotated[float, Field(ge=LEAST_DELTA, lt=1)]
+# Of less ε is in the thousands: it protects nothing, and PLD takes gigabytes to tell it. Of more
+# nothing is learned, and float64 no longer tells the privacy loss.
+LEAST_NOISE, GREATEST_NOISE = 0.1, 1e5
 
 
 def counted(number: int, noun: str) -> str:
@@ -206,7 +209,7 @@ class PrivacyTerms(Frozen):
     adjacency: Literal["add-or-remove-one"] = ADJACENCY
     unit: Unit = "example"
     sampling_rate: float = Field(gt=0, le=1)
-    noise_multiplier: float = Field(ge=0)
+    noise_multiplier: float = Field(ge=0, le=GREATEST_NOISE)
     clip_norm: float = Field(gt=0)
 
     @model_validator(mode="after")
@@ -229,7 +232,7 @@ class EvaluationTerms(Frozen):
     """
 
     every: int = Field(ge=1, le=1_000_000)
-    noise_multiplier: float = Field(gt=0)
+    noise_multiplier: float = Field(gt=0, le=GREATEST_NOISE)
 
     def falls_on(self, round_number: int) -> bool:
         """Returns whether a round is evaluated."""

@@ -18,6 +18,7 @@ from bract.shared.errors import UnknownName, UsageError
 from bract.shared.policy import Filter, Menu
 from bract.shared.preparation import Preparation, Table
 from bract.shared.terms import (
+    GREATEST_NOISE,
     Delta,
     EvaluationTerms,
     Mechanism,
@@ -72,7 +73,7 @@ class PrivacySettings(Frozen):
     delta: Delta
     clip_norm: float = Field(gt=0)
     batch: float = Field(gt=0)
-    noise_multiplier: float | None = Field(default=None, gt=0)
+    noise_multiplier: float | None = Field(default=None, gt=0, le=GREATEST_NOISE)
 
 
 class PolicySettings(Frozen):

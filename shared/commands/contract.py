@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from bract.shared.contract import Contract
 from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Numeric, Table, Text
 from bract.shared.reports.services import ContractShown
-from bract.shared.terms import ADJACENCY, DataTerms, counted, of_rows_kept
+from bract.shared.terms import ADJACENCY, LEAST_NOISE, DataTerms, counted, of_rows_kept
 
 _SHOWN = 6  # labels or categories of a line
 
@@ -101,14 +101,13 @@ def _tell(agreed: Contract, delta: float, as_json: bool) -> None:
         f"evaluation   {_evaluation(agreed)}",
         f"cost         {_cost(shown, agreed)}",
     ]
+    without = "unbounded" if _untold(agreed) is None else "ε not computed"
     if shown.rows_per_person is not None:
-        spent = "unbounded" if shown.epsilon_person is None else f"ε {shown.epsilon_person:.3f}"
+        spent = without if shown.epsilon_person is None else f"ε {shown.epsilon_person:.3f}"
         rows = counted(shown.rows_per_person, "row")
         lines.append(f"a person     {rows} at the most: {spent}")
     if agreed.rows_per_person is not None:
-        replaced = (
-            "unbounded" if shown.epsilon_replaced is None else f"{shown.epsilon_replaced:.3f}"
-        )
+        replaced = without if shown.epsilon_replaced is None else f"{shown.epsilon_replaced:.3f}"
         lines.append(f"a row        {of_rows_kept(agreed.rows_per_person, replaced)}")
     lines += [
         f"site         {site.name}: domain {site.domain}, nominal size {site.nominal_size}, "
@@ -170,12 +169,25 @@ def _asked(agreed: Contract) -> str:
 
 
 def _cost(shown: ContractShown, agreed: Contract) -> str:
+    if (noise := _untold(agreed)) is not None:
+        return (
+            f"ε not computed: at σ {noise:g}, under {LEAST_NOISE:g}, it is in the thousands and "
+            "takes gigabytes"
+        )
     if shown.epsilon is None or shown.epsilon_rounds is None:
         return "unbounded: this contract has no privacy at this δ"
     return (
         f"ε {shown.epsilon:.3f} at δ {shown.delta:g} ({ADJACENCY}, per {agreed.privacy.unit}) to "
         f"each site if every attempt is used; {shown.epsilon_rounds:.3f} for {agreed.rounds} rounds"
     )
+
+
+def _untold(agreed: Contract) -> float | None:
+    """Returns the noise multiplier for which ε is not computed, None where it is."""
+    if agreed.privacy.mechanism == "none":
+        return None  # which is told at once: ε is unbounded
+    least = min(terms.noise_multiplier for terms in (agreed.privacy, agreed.evaluation) if terms)
+    return least if least < LEAST_NOISE else None
 
 
 def _shown(agreed: Contract, delta: float) -> ContractShown:
@@ -185,20 +197,21 @@ def _shown(agreed: Contract, delta: float) -> ContractShown:
     def events(attempts: int) -> tuple[Event, ...]:
         return entries.events_of_attempts(agreed, attempts=attempts, completed=agreed.rounds)
 
-    def finite(spent: float) -> float | None:
-        return spent if math.isfinite(spent) else None
+    def finite(spent: Callable[[], float]) -> float | None:
+        if _untold(agreed) is not None:
+            return None
+        return found if math.isfinite(found := spent()) else None
 
     every, rows = events(agreed.max_attempts), agreed.data.rows_per_person
-    replaced = accounting.epsilon_replace_one(every, delta) if agreed.rows_per_person else math.inf
     facts: dict[str, Any] = agreed.model_dump(mode="json")
     return ContractShown(
         contract_sha256=agreed.sha256,
         contract=facts,
-        epsilon=finite(accounting.epsilon(every, delta)),
-        epsilon_rounds=finite(accounting.epsilon(events(agreed.rounds), delta)),
+        epsilon=finite(lambda: accounting.epsilon(every, delta)),
+        epsilon_rounds=finite(lambda: accounting.epsilon(events(agreed.rounds), delta)),
         rows_per_person=rows,
-        epsilon_person=rows and finite(accounting.epsilon_of_person(every, delta, rows)),
-        epsilon_replaced=finite(replaced),
+        epsilon_person=rows and finite(lambda: accounting.epsilon_of_person(every, delta, rows)),
+        epsilon_replaced=rows and finite(lambda: accounting.epsilon_replace_one(every, delta)),
         delta=delta,
         adjacency=agreed.privacy.adjacency,
     )

@@ -12,11 +12,9 @@ from bract.shared.errors import UsageError
 from bract.shared.privacy.accounting import epsilon, filter_epsilon, fits
 from bract.shared.privacy.events import Event, PoissonGaussian
 from bract.shared.privacy.orders import best_order
-from bract.shared.terms import LEAST_DELTA
+from bract.shared.terms import GREATEST_NOISE, LEAST_DELTA, LEAST_NOISE
 
-GREATEST_NOISE = 1e5
-# Beyond these ε is in the thousands: it protects nothing, and PLD takes gigabytes to tell it.
-LEAST_NOISE, GREATEST_EPSILON = 0.1, 1000.0
+GREATEST_EPSILON = 1000.0  # more protects nothing, and PLD takes gigabytes to tell it
 DIGITS = 4
 
 

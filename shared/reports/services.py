@@ -11,6 +11,7 @@ from bract.shared.policy import MenuLeft
 class ContractShown(Frozen):
     """`bract contract make --json` and `show --json`; ε is what one site spends.
 
+    It is null where it is unbounded, and where a noise multiplier under 0.1 makes it absurd.
     `epsilon_person` is, for every attempt, that of a person with `rows_per_person`; `epsilon` is of
     a row of such a person, and `epsilon_replaced` of one of a person with more rows, whose place
     another takes.

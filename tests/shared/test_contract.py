@@ -15,6 +15,7 @@ from bract.shared.contract import Contract, SignedContract
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.preparation import Categorical, Numeric, Table, Target, Text
 from bract.shared.terms import (
+    GREATEST_NOISE,
     DataTerms,
     EvaluationTerms,
     ModelTerms,
@@ -51,7 +52,7 @@ def contracts_of_any_terms(draw: st.DrawFn) -> Contract:
             mechanism=mechanism,
             randomness=draw(st.sampled_from(["csprng", "seeded"] if simulation else ["csprng"])),
             sampling_rate=draw(st.floats(0, 1, exclude_min=True)),
-            noise_multiplier=draw(POSITIVE),
+            noise_multiplier=draw(st.floats(0, GREATEST_NOISE, exclude_min=True)),
             clip_norm=draw(POSITIVE),
         ),
         cohort=[

@@ -222,6 +222,11 @@ def test_sigma_is_calibrated_to_every_attempt_that_the_contract_allows(folder: P
     assert given.privacy.noise_multiplier == 3.5
     with pytest.raises(UsageError, match=r"privacy\.noise_multiplier.*0\.1"):
         read(folder, privacy={"noise_multiplier": 0.01})  # whose ε takes gigabytes to be told
+    with pytest.raises(UsageError, match=r"privacy\.noise_multiplier.*100000 \(got 1e\+300\)"):
+        read(folder, privacy={"noise_multiplier": 1e300})
+    for noise, range_ in ((0.001, r"0\.001 must be 0\.1 or more"), (1e300, "100000")):
+        with pytest.raises(UsageError, match=rf"evaluation\.noise_multiplier.*{range_}"):
+            read(folder, evaluation={"every": 1, "noise_multiplier": noise})
 
 
 def test_a_ceiling_raises_sigma_until_the_sites_filter_admits_the_whole_run(folder: Path) -> None:

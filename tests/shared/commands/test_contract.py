@@ -16,10 +16,13 @@ from bract.shared.commands import contract as command
 from bract.shared.preparation import Categorical, Images, Numeric, Table, Target, Text
 from bract.shared.privacy import accounting, entries, events
 from bract.shared.reports import schema
-from bract.shared.terms import DataTerms
+from bract.shared.terms import DataTerms, EvaluationTerms
 from bract.simulations.federations.loopback import Layout
 
 Bract = Callable[..., Any]
+
+
+FAINT = EvaluationTerms(every=1, noise_multiplier=1e-6)
 
 
 def strict(text: str) -> Any:
@@ -68,6 +71,21 @@ def test_a_simulation_without_noise_has_no_price(world: Any, tmp_path: Path, bra
     jsonschema.validate(value, schema("contract"))
     assert (value["epsilon"], value["epsilon_rounds"]) == (None, None)
     assert "has no privacy" in bract("contract", "show", "plain.json").stdout
+
+
+@pytest.mark.parametrize("part", ["privacy", "evaluation"])
+def test_of_absurdly_little_noise_no_epsilon_is_computed_and_why_is_told(
+    world: Any, tmp_path: Path, bract: Bract, part: str
+) -> None:
+    terms = {"noise_multiplier": 1e-6} if part == "privacy" else FAINT
+    agreed = world.contract(**{part: terms})
+    (tmp_path / "faint.json").write_bytes(world.sign(agreed).to_bytes())
+    done = bract("contract", "show", "faint.json", "--json")
+    value = strict(done.stdout)
+    jsonschema.validate(value, schema("contract"))
+    assert (value["epsilon"], value["epsilon_rounds"]) == (None, None)
+    text = bract("contract", "show", "faint.json").stdout
+    assert "ε not computed: at σ 1e-06, under 0.1, it is in the thousands" in text
 
 
 def test_who_is_asked_and_whose_price_it_is_are_told(
@@ -129,6 +147,11 @@ BAD: dict[str, tuple[Callable[[Layout], bytes], int, str]] = {
         lambda f: altered(f, lambda v: v["contract"].update(coordinator="a" * 64)),
         1,
         "signature does not verify",
+    ),
+    "absurdly much noise": (
+        lambda f: altered(f, lambda v: v["contract"]["privacy"].update(noise_multiplier=1e300)),
+        2,
+        "privacy.noise_multiplier: Input should be less than or equal to 100000 (got 1e+300)",
     ),
     "no signature": (lambda f: altered(f, lambda v: v.pop("signature")), 2, "signature: "),
     "a further key": (lambda f: altered(f, lambda v: v.update(signatur="x")), 2, "did you mean"),

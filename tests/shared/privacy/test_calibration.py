@@ -10,6 +10,7 @@ from bract.shared.errors import UsageError
 from bract.shared.privacy import accounting, calibration
 from bract.shared.privacy.events import Event, PoissonGaussian
 from bract.shared.privacy.orders import best_order
+from bract.shared.terms import LEAST_NOISE
 
 SETTINGS = [
     (3.0, 1e-5, 0.1, 100),
@@ -174,6 +175,6 @@ def test_a_small_epsilon_that_no_filter_tells_is_calibrated_by_pld(target: float
 def test_no_noise_under_the_least_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rate so small that any noise will do: there is no least."""
     terms = {"delta": 9e-4, "sampling_rate": 5e-4, "steps": 1}
-    assert calibration.noise_multiplier(epsilon_target=1.0, **terms) == calibration.LEAST_NOISE
+    assert calibration.noise_multiplier(epsilon_target=1.0, **terms) == LEAST_NOISE
     with pytest.raises(UsageError, match=r"epsilon 1001 must be 1000 or less to find its noise"):
         calibration.noise_multiplier(epsilon_target=1001, **terms)
