@@ -17,7 +17,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.special import log_ndtr, ndtri
 
 from bract.shared.privacy.events import Event, PoissonGaussian, Spent, Unbounded, merge
-from bract.shared.terms import LEAST_DELTA
+from bract.shared.terms import LEAST_DELTA, LEAST_NOISE
 
 ONLINE_INTERVAL = 1e-3
 THOROUGH_INTERVAL = 1e-4
@@ -77,7 +77,10 @@ def epsilon_of_person(events: Iterable[Event], delta: float, rows: int) -> float
         for e in merged
         if isinstance(e, PoissonGaussian)
     ]
-    return min(_epsilon_of_group(merged, delta, rows), epsilon(together, delta))
+    of_group = _epsilon_of_group(merged, delta, rows)
+    if any(event.noise_multiplier < LEAST_NOISE for event in together):
+        return of_group  # by the other bound ε is in the hundreds, and takes gigabytes to tell
+    return min(of_group, epsilon(together, delta))
 
 
 def _epsilon_of_group(events: tuple[Event, ...], delta: float, rows: int) -> float:

@@ -282,3 +282,10 @@ def test_nothing_bounds_a_replaced_example_where_entries_were_lost_or_noise_was_
     for event in (Spent(3.0), Unbounded()):
         assert accounting.epsilon_replace_one([event], 1e-5) == math.inf
     assert accounting.epsilon_replace_one([], 1e-5) == 0.0
+
+
+def test_a_person_of_very_many_rows_is_bounded_without_gigabytes() -> None:
+    """A noise of σ/m under 0.1 is not asked for: its ε says nothing, and its grid is endless."""
+    steps = [PoissonGaussian(0.001, 1.0, 100)]
+    assert accounting.epsilon_of_person(steps, 1e-5, 11) < 5
+    assert accounting.epsilon_of_person(steps, 1e-5, 100_000) == math.inf
