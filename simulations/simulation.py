@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from bract.client.training import admission, devices
 from bract.shared import canonical, contract, keys, models, tracking
 from bract.shared.configuration import Frozen, parse
 from bract.shared.contract import Contract, SignedContract
-from bract.shared.data import Splits, load
+from bract.shared.data import Splits, dataset, load
 from bract.shared.data.locations import folder_of
 from bract.shared.data.partitions import group_names, nominal_size, split
 from bract.shared.errors import UsageError
@@ -29,7 +28,7 @@ from bract.shared.privacy.budget import fixed_rule
 from bract.shared.privacy.calibration import check_budget, check_target, noise_within, rate_of
 from bract.shared.reports.runs import Summary
 from bract.shared.terms import DataTerms, PrivacyTerms, SiteTerms
-from bract.simulations import summary
+from bract.simulations import digests, summary
 from bract.simulations.engines import Engine
 from bract.simulations.experiment import Experiment
 from bract.simulations.progress import showing
@@ -40,13 +39,16 @@ from bract.simulations.state import State
 class Begun(Frozen):
     """What a run was begun with, so that it can be resumed by its folder alone.
 
-    `data_sha256` is of the user's own data file, None where there is none.
+    The hashes are of data of the user's own (`digests`): of the files, of the examples where code
+    made them, and of which rows each site has. None where there is nothing such.
     """
 
     experiment: Experiment
     data: DataTerms
     data_folder: str | None
     data_sha256: str | None = None
+    examples_sha256: str | None = None
+    rows_sha256: str | None = None
     state: str | None
 
 
@@ -241,7 +243,9 @@ def begin(
         experiment=experiment,
         data=data,
         data_folder=str(folder.resolve()) if folder else None,
-        data_sha256=_hash_of(Path(experiment.data.file)) if experiment.data.file else None,
+        data_sha256=digests.of_files(data, folder),
+        examples_sha256=digests.of_examples(data, folder),
+        rows_sha256=None if dataset(data.name).published else digests.of_rows(parts),
         state=str(state.resolve()) if state else None,
     )
     if state is not None:
@@ -274,21 +278,12 @@ def resume(out: Path, *, workers: int) -> Simulation:
     begun = parse(Begun, canonical.decode(text), source=str(path))
     if begun.data_sha256 and begun.data_folder:
         file = Path(begun.data_folder)
-        if _hash_of(file) != begun.data_sha256:
+        if digests.of_files(begun.data, file) != begun.data_sha256:
             raise UsageError(
                 f"{file} has changed since the run in {out} began: put it back, or begin another "
                 "run; nothing was charged"
             )
     return Simulation(begun=begun, out=out.resolve(), workers=workers)
-
-
-def _hash_of(file: Path) -> str:
-    """Returns the SHA-256 of a data file, which may be larger than the memory."""
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}; put it back") from error
 
 
 def where(experiment: Experiment, root: Path | None) -> Path | None:
@@ -359,6 +354,8 @@ def _domain_facts(begun: Begun) -> dict[str, Any]:
     persons = preparation if isinstance(preparation, Table) else None
     chosen = {
         "data_sha256": begun.data_sha256,
+        "examples_sha256": begun.examples_sha256,
+        "rows_sha256": begun.rows_sha256,
         "group": persons and persons.group,
         "rows_per_group": persons and persons.rows_per_group,
     }

@@ -73,6 +73,7 @@ def _in_shares(
         load_part=load_part,
         check_part=check_part,
         embedded=embedded,
+        published=True,
     )
 
 
@@ -95,6 +96,7 @@ def _in_files(describe: Describe, reader: Reader) -> Dataset:
         load_public=reader.load_public,
         load_part=reader.load_part,
         check_part=reader.check_part,
+        files=reader.files,
         private=reader.private,
     )
 
@@ -125,6 +127,7 @@ DATASETS: dict[str, Dataset] = {
         load_public=lambda given, folder: heart_disease.load_public_patients(folder),
         load_part=lambda given, folder, part: heart_disease.load_hospital(folder, part),
         check_part=lambda given, folder, part: heart_disease.check_hospital(folder, part),
+        published=True,
     ),
     "sst2": Dataset(
         _described_text("sst2", sst2.LABELS),
@@ -133,6 +136,7 @@ DATASETS: dict[str, Dataset] = {
         load_part=sst2.load_part,
         check_part=sst2.check_part,
         prepare=sst2.prepare,
+        published=True,
     ),
     "text": Dataset(
         _described_text("text"),
@@ -141,6 +145,7 @@ DATASETS: dict[str, Dataset] = {
         load_part=text.load_part,
         check_part=text.check_part,
         prepare=text.prepare,
+        files=text.files,
         private=text.private,
     ),
     "shakespeare": Dataset(
@@ -149,13 +154,15 @@ DATASETS: dict[str, Dataset] = {
         load_public=lambda given, folder: shakespeare.load_public_speeches(folder),
         load_part=lambda given, folder, part: shakespeare.load_role(folder, part),
         check_part=lambda given, folder, part: shakespeare.check_role(folder, part),
+        published=True,
     ),
     "table": _in_files(
         table.describe,
         Reader((".csv",), "--data-file FILE.csv", table.read, table.check, table.demand),
     ),
     "images": _in_files(
-        images.describe, Reader(("",), "--image-dir DIR", images.read, images.check)
+        images.describe,
+        Reader(("",), "--image-dir DIR", images.read, images.check, files_of=images.files),
     ),
     "hub": Dataset(
         hub.describe,
@@ -163,6 +170,7 @@ DATASETS: dict[str, Dataset] = {
         hub.load_public,
         hub.load_part,
         hub.check_part,
+        files=hub.FILES.files,
         private=hub.FILES.private,
     ),
     "arrays": _in_files(

@@ -31,6 +31,8 @@ class Dataset:
         prepare: the preparation by options, by the user's own where there is one, and by public
             files where it is learned from them; None where `describe` knows everything.
         embedded: whether it ships with a library, so that a folder says nothing of where it lies.
+        published: whether its name says which examples it has: what lies elsewhere is refused.
+        files: those that are read in a folder of the user's own; None where code decides on it.
         private: what must be there before a site's folder is opened, the file of its part where
             that is known; the folder itself says enough otherwise.
     """
@@ -42,6 +44,8 @@ class Dataset:
     check_part: Callable[[DataTerms, Path | None, str], list[str]]
     prepare: Prepare | None = None
     embedded: bool = False
+    published: bool = False
+    files: Callable[[Path], list[Path]] | None = None
     private: Callable[[Path], Path] = lambda folder: folder
 
     def fits(self, terms: DataTerms) -> bool:

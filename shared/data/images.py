@@ -83,13 +83,13 @@ def read(terms: DataTerms, folder: Path) -> Examples:
         UsageError: where there is no such folder.
     """
     schema = _schema(terms)
-    files = _files(folder)
-    inputs = np.zeros((len(files), *terms.shape), dtype=np.uint8)
-    targets = np.full(len(files), UNREADABLE, dtype=np.int64)
-    for place, path in enumerate(files):
-        found = decoded(path, schema) if path.parent.name in schema.labels else None
-        if found is not None:
-            inputs[place], targets[place] = found[0], schema.labels.index(path.parent.name)
+    found = files(folder)
+    inputs = np.zeros((len(found), *terms.shape), dtype=np.uint8)
+    targets = np.full(len(found), UNREADABLE, dtype=np.int64)
+    for place, path in enumerate(found):
+        image = decoded(path, schema) if path.parent.name in schema.labels else None
+        if image is not None:
+            inputs[place], targets[place] = image[0], schema.labels.index(path.parent.name)
     return Examples(inputs=inputs, targets=targets)
 
 
@@ -98,7 +98,7 @@ def check(terms: DataTerms, folder: Path) -> list[str]:
     schema = _schema(terms)
     unread: list[str] = []
     resized: list[str] = []
-    for path in _files(folder):
+    for path in files(folder):
         if path.parent.name not in schema.labels:
             unread.append(f"{path}: its folder is no label of the contract")
             continue
@@ -176,8 +176,12 @@ def _of_16_bits(image: Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
-def _files(folder: Path) -> list[Path]:
-    """Returns the files within the folders of a folder, in the order of their names."""
+def files(folder: Path) -> list[Path]:
+    """Returns the files within the folders of a folder, in the order of their names.
+
+    Raises:
+        UsageError: where there is no such folder.
+    """
     if not folder.is_dir():
         raise UsageError(f"no folder {folder}: name the one that holds a folder for each label")
     labels = [path for path in _shown(folder) if path.is_dir()]

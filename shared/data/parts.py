@@ -22,6 +22,7 @@ from bract.shared.terms import DataTerms
 
 logger = logging.getLogger("bract.data")
 
+PARTS = ("train", "validation", "test")
 TRAIN, VALIDATION = 0.8, 0.05
 _SEED = 80_515  # public: nothing but the number of examples is looked at
 
@@ -37,6 +38,7 @@ class Reader:
         check: what is wrong with a part, by file, row and column and never by value; first what
             keeps examples from being read.
         demand: raises what a user must settle first, in a simulation and of public files.
+        files_of: those that `read` opens of a part.
     """
 
     suffixes: tuple[str, ...]
@@ -44,6 +46,7 @@ class Reader:
     read: Callable[[DataTerms, Path], Examples]
     check: Callable[[DataTerms, Path], list[str]]
     demand: Callable[[DataTerms, Path], None] = lambda terms, path: None
+    files_of: Callable[[Path], list[Path]] = lambda path: [path]
 
     def load(self, terms: DataTerms, where: Path | None) -> Splits:
         """Returns everything, as a simulation holds it.
@@ -80,6 +83,12 @@ class Reader:
         """Returns what is wrong with a site's `train`."""
         return self.check(terms, self._part(self._folder(terms, where), "train"))
 
+    def files(self, folder: Path) -> list[Path]:
+        """Returns the files that a simulation reads in a folder: of its parts, or of the whole."""
+        parts = [self._part(folder, name) for name in PARTS]
+        read = [path for path in parts if path.exists()] or [folder]
+        return [file for path in read for file in self.files_of(path)]
+
     def private(self, folder: Path) -> Path:
         """Returns where a site's `train` lies, or should."""
         return self._part(folder, "train")
@@ -112,7 +121,7 @@ class Reader:
         return Splits(cut.train, cut.validation.readable(), cut.test.readable())
 
     def _in_parts(self, where: Path) -> bool:
-        return any(self._part(where, name).exists() for name in ("train", "validation", "test"))
+        return any(self._part(where, name).exists() for name in PARTS)
 
     def _part(self, folder: Path, name: str) -> Path:
         found = [folder / f"{name}{suffix}" for suffix in self.suffixes]

@@ -109,6 +109,11 @@ def check_part(terms: DataTerms, folder: Path | None, part: str) -> list[str]:
     ]
 
 
+def files(folder: Path) -> list[Path]:
+    """Returns the files that a simulation reads in a folder."""
+    return [folder / f"{part}.jsonl" for part in ("train", "validation", "test")]
+
+
 def private(folder: Path) -> Path:
     """Returns the file of a site's rows: one that is named itself, or its folder's train.jsonl."""
     return folder if folder.is_file() else folder / "train.jsonl"

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bract.shared.data import load
+
 Bract = Callable[..., Any]
 QUICK = ("--rounds", "3", "--sites", "2", "--workers", "1", "--out", "run", "--json")
 SCHEMA = """\
@@ -104,6 +106,127 @@ def test_other_rows_over_one_state_are_another_domain(bract: Bract, patients: Pa
     assert "was begun with data_sha256" in refused(*persons)
 
 
+def test_another_target_over_one_state_moves_rows_where_labels_share_them_out(
+    bract: Bract, patients: Path
+) -> None:
+    schema = SCHEMA.format(target="ward", learned='classes = ["a", "b"]')
+    (patients / "other.toml").write_text(schema.replace('name = "ward"', 'name = "ill"', 1))
+    common = (*QUICK[:-3], "--set", "policy.epsilon=60", "--state", "state")
+    assert bract(*table("classes.toml"), *common, "--out", "a").returncode == 0
+    assert bract(*table("other.toml"), *common, "--out", "b").returncode == 0  # the same rows
+    labels = ("--set", "data.partition.kind=dirichlet", "--state", "by-label")
+    assert bract(*table("classes.toml"), *common, *labels, "--out", "c").returncode == 0
+    refused = bract(*table("other.toml"), *common, *labels, "--out", "d")
+    assert (refused.returncode, (patients / "d").exists()) == (2, False)
+    assert "by-label was begun with rows_sha256" in refused.stderr
+
+
+def pictures(folder: Path) -> tuple[str, ...]:
+    """Lays a folder of images down and returns the words that simulate on it."""
+    made_up = np.random.default_rng(1)
+    for n in range(240):
+        pixels = made_up.integers(0, 90, (10, 12, 3)) + 120 * (n % 2)
+        path = folder / ("light" if n % 2 else "dark") / f"{n:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    sides = ("--set", "data.options.height=8", "--set", "data.options.width=8")
+    return ("images", "--image-dir", str(folder), *sides, "--set", "privacy.batch=40")
+
+
+def points(folder: Path) -> tuple[str, ...]:
+    """Lays a folder of arrays down and returns the words that simulate on it."""
+    made_up = np.random.default_rng(1)
+    folder.mkdir()
+    for part, count in (("train", 300), ("validation", 30), ("test", 60)):
+        targets = made_up.integers(0, 3, count)
+        inputs = (made_up.standard_normal((count, 5)) + targets[:, None]).astype(np.float32)
+        np.savez(folder / f"{part}.npz", inputs=inputs, targets=targets)
+    shape = ("--set", "data.options.shape=5", "--set", "data.options.classes=3")
+    named = ("--data", "arrays", "--set", f"data.dir={folder}", "--model", "linear")
+    return ("digits", *named, *shape, "--set", "privacy.batch=40")
+
+
+def reviews(folder: Path) -> tuple[str, ...]:
+    """Lays a folder of labelled text down and returns the words that simulate on it."""
+    folder.mkdir()
+    for part, count in (("train", 120), ("validation", 20), ("test", 40)):
+        rows = [{"text": f"{part} {n}", "label": "no" if n % 2 else "yes"} for n in range(count)]
+        (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--set", "data.options.tokens=bytes", "--set", "data.options.length=16")
+    return ("text", "--set", f"data.dir={folder}", *options, "--set", "privacy.batch=20")
+
+
+def one_image_more(folder: Path) -> None:
+    (folder / "dark/000a.png").write_bytes((folder / "dark/000.png").read_bytes())
+
+
+def one_point_fewer(folder: Path) -> None:
+    with np.load(folder / "train.npz") as stored:
+        kept = {name: stored[name][1:] for name in stored}
+    np.savez(folder / "train.npz", **kept)
+
+
+def one_review_moved(folder: Path) -> None:
+    train = folder / "train.jsonl"
+    first, *rest = train.read_text().splitlines()
+    train.write_text("\n".join([*rest, first]))
+
+
+FOLDERS = [(pictures, one_image_more), (points, one_point_fewer), (reviews, one_review_moved)]
+Lay = Callable[[Path], tuple[str, ...]]
+Change = Callable[[Path], None]
+
+
+@pytest.mark.parametrize(("lay", "change"), FOLDERS)
+def test_a_folder_of_other_rows_over_one_state_is_another_domain(
+    bract: Bract, tmp_path: Path, lay: Lay, change: Change
+) -> None:
+    """A row paid at two sites, and no ledger added up what it cost."""
+    more = ("--set", "policy.epsilon=60", "--state", "state")
+    common = ("simulate", *lay(tmp_path / "data"), *QUICK[:-3], *more)
+    assert bract(*common, "--out", "a").returncode == 0
+    (tmp_path / "data/.DS_Store").write_text("what no data set reads")
+    (tmp_path / "data/notes.txt").write_text("what no data set reads")
+    again = bract(*common, "--out", "b")
+    assert again.returncode == 0, again.stderr
+    change(tmp_path / "data")
+    load.cache_clear()  # as in a process of its own
+    refused = bract(*common, "--out", "c")
+    assert (refused.returncode, (tmp_path / "c").exists()) == (2, False)
+    assert "state was begun with data_sha256" in refused.stderr
+
+
+def test_the_same_images_of_another_size_are_the_same_domain(bract: Bract, tmp_path: Path) -> None:
+    more = ("--set", "policy.epsilon=60", "--state", "state")
+    common = ("simulate", *pictures(tmp_path / "data"), *QUICK[:-3], *more)
+    assert bract(*common, "--out", "a").returncode == 0
+    done = bract(*common, "--set", "data.options.height=12", "--out", "b")
+    assert done.returncode == 0, done.stderr
+    one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in "ab")
+    assert other["epsilon"] > one["epsilon"]
+
+
+def test_options_of_code_over_one_state_are_another_domain(bract: Bract, tmp_path: Path) -> None:
+    rings = ("--data", "bract.simulations.examples.rings:data")
+    model = ("--model", "bract.simulations.examples.rings:model", "--set", "privacy.batch=100")
+    common = ("simulate", "digits", *rings, *model, *QUICK[:-3], "--state", "state")
+    noise = ("--set", "data.options.noise=0.1")
+    assert bract(*common, *noise, "--out", "a").returncode == 0
+    refused = bract(*common, "--set", "data.options.noise=0.9", "--out", "b")
+    assert (refused.returncode, (tmp_path / "b").exists()) == (2, False)
+    assert "state was begun with examples_sha256" in refused.stderr
+    done = bract(*common, *noise, "--set", "policy.epsilon=60", "--out", "c")
+    assert done.returncode == 0, done.stderr
+
+
+def test_data_that_their_name_tells_keep_their_domain(bract: Bract, tmp_path: Path) -> None:
+    """Whatever folder they lie in: their files are looked at by their published hash."""
+    done = bract("simulate", "digits", *QUICK, "--state", "state")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "state/private/domain.json").read_text())
+    assert sorted(facts) == ["data", "partition", "seed", "sites"]
+
+
 def test_rows_of_a_person_are_bounded_and_his_epsilon_is_told(bract: Bract, patients: Path) -> None:
     column = ("--group-column", "patient")
     refused = bract(*table("classes.toml"), *column, *QUICK)
@@ -126,18 +249,9 @@ def test_rows_of_a_person_are_bounded_and_his_epsilon_is_told(bract: Bract, pati
 def test_a_folder_of_images_is_learned_by_the_names_of_its_folders(
     bract: Bract, tmp_path: Path
 ) -> None:
-    made_up = np.random.default_rng(1)
-    for n in range(240):
-        pixels = made_up.integers(0, 90, (10, 12, 3)) + 120 * (n % 2)
-        path = tmp_path / "pictures" / ("light" if n % 2 else "dark") / f"{n}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(path)
-    settings = ("--set", "data.options.height=8", "--set", "data.options.width=8")
-    more = ("--set", "privacy.batch=40", "--set", "training.views=2")
-    augmented = ("--set", "training.augmentation=shift-flip")
-    done = bract(
-        "simulate", "images", "--image-dir", "pictures", *settings, *more, *augmented, *QUICK
-    )
+    words = pictures(tmp_path / "pictures")
+    augmented = ("--set", "training.views=2", "--set", "training.augmentation=shift-flip")
+    done = bract("simulate", *words, *augmented, *QUICK)
     assert done.returncode == 0, done.stderr
     agreed = json.loads((tmp_path / "run/contract.json").read_text())["contract"]
     assert agreed["data"]["preparation"]["labels"] == ["dark", "light"]
