@@ -266,7 +266,7 @@ def resume(out: Path, *, workers: int) -> Simulation:
     """Returns the run in a folder.
 
     Raises:
-        UsageError: where nothing was begun there, or on another data file.
+        UsageError: where nothing was begun there, or on other data.
     """
     path = out / "checkpoint" / "begun.json"
     try:
@@ -276,14 +276,29 @@ def resume(out: Path, *, workers: int) -> Simulation:
             f"{out} holds no run to resume: nothing was charged there; run it anew"
         ) from error
     begun = parse(Begun, canonical.decode(text), source=str(path))
-    if begun.data_sha256 and begun.data_folder:
-        file = Path(begun.data_folder)
-        if digests.of_files(begun.data, file) != begun.data_sha256:
-            raise UsageError(
-                f"{file} has changed since the run in {out} began: put it back, or begin another "
-                "run; nothing was charged"
-            )
+    _check_data_stayed(begun, out)
     return Simulation(begun=begun, out=out.resolve(), workers=workers)
+
+
+def _check_data_stayed(begun: Begun, out: Path) -> None:
+    """Returns where the data are those that a run began on, as far as it was noted then.
+
+    Raises:
+        UsageError: otherwise: its sites would hold other rows than they were charged for.
+    """
+    folder = Path(begun.data_folder) if begun.data_folder else None
+    changed = None
+    if begun.data_sha256 and digests.of_files(begun.data, folder) != begun.data_sha256:
+        changed = str(folder)
+    elif begun.examples_sha256 and (
+        digests.of_examples(begun.data, folder) != begun.examples_sha256
+    ):
+        changed = f"what data set {begun.data.name!r} reads" + (f" in {folder}" if folder else "")
+    if changed is not None:
+        raise UsageError(
+            f"{changed} has changed since the run in {out} began: put it back, or begin another "
+            "run; nothing was charged"
+        )
 
 
 def where(experiment: Experiment, root: Path | None) -> Path | None:

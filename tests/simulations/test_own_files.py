@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,97 @@ def test_a_folder_of_other_rows_over_one_state_is_another_domain(
     refused = bract(*common, "--out", "c")
     assert (refused.returncode, (tmp_path / "c").exists()) == (2, False)
     assert "state was begun with data_sha256" in refused.stderr
+
+
+def two_images_fewer(folder: Path) -> None:
+    for name in ("000", "002"):
+        (folder / f"dark/{name}.png").unlink()
+
+
+def one_image_renamed(folder: Path) -> None:
+    (folder / "dark/000.png").rename(folder / "dark/999.png")
+
+
+def one_test_point_fewer(folder: Path) -> None:
+    (folder / "test.npz").write_bytes((folder / "validation.npz").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("lay", "change"),
+    [
+        *FOLDERS,
+        (pictures, two_images_fewer),
+        (pictures, one_image_renamed),
+        (points, one_test_point_fewer),
+    ],
+)
+def test_a_run_is_not_resumed_on_a_folder_of_other_rows(
+    bract: Bract, tmp_path: Path, lay: Lay, change: Change
+) -> None:
+    """Rows that had gone were refused behind the charge, and others came in silence."""
+    done = bract("simulate", *lay(tmp_path / "data"), *QUICK)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "run/checkpoint/result.json").unlink()  # as if it had been killed
+    spent = {path: path.read_bytes() for path in (tmp_path / "run/ledgers").iterdir()}
+    kept = shutil.copytree(tmp_path / "data", tmp_path / "kept")
+    change(tmp_path / "data")
+    load.cache_clear()  # as in a process of its own
+    refused = bract("simulate", "--resume", "run")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"bract: {tmp_path}/data has changed since the run in run")
+    assert refused.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "run/ledgers").iterdir()} == spent
+    shutil.rmtree(tmp_path / "data")
+    assert "cannot read" in bract("simulate", "--resume", "run").stderr
+    shutil.move(kept, tmp_path / "data")
+    load.cache_clear()
+    assert bract("simulate", "--resume", "run").returncode == 0
+
+
+CODE = """
+import numpy as np
+from bract.shared.data import Examples
+from bract.shared.terms import DataTerms
+
+class Columns:
+    terms = DataTerms(name="columns", shape=(4,), classes=2)
+
+    def train(self, folder):
+        inputs = np.loadtxt(folder / "train.txt", dtype=np.float32)
+        return Examples(inputs, (inputs[:, 0] > 0).astype(np.int64))
+
+    def public(self, folder):
+        made = np.eye(4, dtype=np.float32)
+        return (Examples(made, np.array([1, 0, 0, 0])),) * 2
+
+    def part(self, folder, part):
+        return self.train(folder)
+
+def columns():
+    return Columns()
+"""
+
+
+def test_a_run_is_not_resumed_on_what_code_reads_otherwise(
+    bract: Bract, tmp_path: Path, install: Callable[[str, str], None]
+) -> None:
+    install("own_columns", CODE)
+    (tmp_path / "data").mkdir()
+    rows = np.random.default_rng(1).standard_normal((200, 4))
+    np.savetxt(tmp_path / "data/train.txt", rows)
+    data = ("--data", "own_columns:columns", "--set", "data.dir=data", "--model", "linear")
+    done = bract("simulate", "digits", *data, "--set", "privacy.batch=40", *QUICK)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "run/checkpoint/result.json").unlink()  # as if it had been killed
+    np.savetxt(tmp_path / "data/train.txt", rows[1:])
+    load.cache_clear()  # as in a process of its own
+    refused = bract("simulate", "--resume", "run")
+    assert refused.returncode == 2
+    what = f"what data set 'own_columns:columns' reads in {tmp_path}/data has changed"
+    assert what in refused.stderr
+    np.savetxt(tmp_path / "data/train.txt", rows)
+    load.cache_clear()
+    assert bract("simulate", "--resume", "run").returncode == 0
 
 
 def test_the_same_images_of_another_size_are_the_same_domain(bract: Bract, tmp_path: Path) -> None:
