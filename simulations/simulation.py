@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from bract.client.training import admission, devices
+from bract.client.training import devices
 from bract.shared import canonical, contract, keys, models, tracking
 from bract.shared.configuration import Frozen, parse
 from bract.shared.contract import Contract, SignedContract
@@ -32,6 +32,7 @@ from bract.simulations import digests, summary
 from bract.simulations.engines import Engine
 from bract.simulations.experiment import Experiment
 from bract.simulations.progress import showing
+from bract.simulations.rehearsal import rehearse
 from bract.simulations.sites import Plan
 from bract.simulations.state import State
 
@@ -322,12 +323,11 @@ def _checked(experiment: Experiment, data: DataTerms, folder: Path | None) -> li
         check_target(privacy.epsilon)
     devices.resolve(experiment.device)
     splits = load(data, folder)
-    model = models.of(experiment.model, data)
-    admission.admit_once(model, terms=experiment.model, data=data)
     parts = _parts(experiment, splits)
     sizes = [nominal_size(len(part)) for part in parts]
     check_delta(privacy.delta, _protected(experiment, sizes))
     rate_of(privacy.batch, sizes)
+    rehearse(experiment, data)
     return parts
 
 

@@ -192,6 +192,40 @@ def test_sites_that_the_data_do_not_suffice_for_are_refused_before_anything_is_w
     assert corrected.returncode == 0, corrected.stderr
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            ("training.views=2", "training.augmentation=shift", "execution.mode=opacus-ghost"),
+            "opacus-ghost takes no Linear whose parameter is used twice: use the mode opacus-hooks",
+        ),
+        (
+            ("execution.precision=bfloat16", "execution.mode=opacus-hooks"),
+            "precision bfloat16 needs the mode book-keeping, not opacus-hooks",
+        ),
+    ],
+)
+def test_a_way_to_compute_that_a_site_would_refuse_is_refused_before_anything_is_written(
+    bract: Bract, tmp_path: Path, settings: tuple[str, ...], words: str
+) -> None:
+    """Its sites refused every round, and the run told to look into ledgers that held nothing."""
+    more = [word for setting in settings for word in ("--set", setting)]
+    refused = bract("simulate", "digits", *QUICK, *more, "--state", "state", "--out", "a")
+    assert refused.returncode != 0
+    assert words in refused.stderr
+    assert [path.name for path in (tmp_path / "a", tmp_path / "state") if path.exists()] == []
+
+
+def test_views_of_what_is_no_image_are_refused_before_anything_is_written(
+    bract: Bract, tmp_path: Path
+) -> None:
+    views = ("--set", "training.augmentation=shift")
+    refused = bract("simulate", "heart-disease", *QUICK, "--sites", "4", *views, "--out", "a")
+    assert refused.returncode == 2
+    assert "augmentation 'shift' is for images, and an example has the shape" in refused.stderr
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_run_without_privacy_says_so_everywhere_and_keeps_to_a_throwaway_domain(
     bract: Bract, tmp_path: Path
 ) -> None:
