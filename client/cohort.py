@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from bract.client.gate import Permit, as_refusals
+from bract.client.gate import as_refusals
+from bract.client.permits import Permit
 from bract.client.site import Site
 from bract.shared import arrays
 from bract.shared.messages import CloseOrder, RefusalReply, SignedReceipt, TrainOrder, TrainReply

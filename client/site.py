@@ -7,7 +7,8 @@ import traceback
 from dataclasses import dataclass, field
 
 from bract.client.fingerprint import Fingerprints
-from bract.client.gate import Gate, Permit
+from bract.client.gate import Gate
+from bract.client.permits import Permit
 from bract.client.training.execution import Execution
 from bract.client.training.randomness import Randomness
 from bract.client.training.together import Job

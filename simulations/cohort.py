@@ -18,7 +18,7 @@ from pathlib import Path
 from flwr.app import Message, MessageType
 
 from bract.client import cohort
-from bract.client.gate import Permit
+from bract.client.permits import Permit
 from bract.client.site import Site
 from bract.server.grid import Value
 from bract.shared import wire

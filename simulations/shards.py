@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bract.client import gate
-from bract.client.gate import Permit
+from bract.client import permits
+from bract.client.permits import Permit
 from bract.client.site import Learner
 from bract.client.training.together import Job
 from bract.server.strategy import check_update
@@ -191,7 +191,7 @@ class ShardTrainer:
             terms = self._contract.site(learner.name)
             if terms is None:
                 raise BractError(f"the contract does not list {learner.name!r}")
-            yield learner, gate.permit(holdings, self._contract, terms, shard.round, attempt)
+            yield learner, permits.permit(holdings, self._contract, terms, shard.round, attempt)
 
 
 def _opened(permit: Permit) -> Examples | Exception:

@@ -19,7 +19,8 @@ import torch
 from flwr.common.constant import Status
 from sqlalchemy import text
 
-from bract.client.gate import Gate, Permit
+from bract.client.gate import Gate
+from bract.client.permits import Permit
 from bract.client.training.randomness import SecureRandomness
 from bract.client.updates import UpdateStore
 from bract.server.flower.host import _link_state

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bract.client.gate import Gate, Permit
+from bract.client.gate import Gate
+from bract.client.permits import Permit
 from bract.client.training.execution import Execution
 from bract.client.training.randomness import SecureRandomness
 from bract.client.training.trainer import Trainer

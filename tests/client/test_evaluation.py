@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bract.client.gate import Gate, Permit
+from bract.client.gate import Gate
+from bract.client.permits import Permit
 from bract.client.site import Site, Trainers
 from bract.client.training.execution import Execution
 from bract.client.training.randomness import SecureRandomness

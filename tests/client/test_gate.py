@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from bract.client import cohort
-from bract.client.gate import Gate, Permit
+from bract.client.gate import Gate
+from bract.client.permits import Permit
 from bract.client.site import Site, Trainers
 from bract.client.training.execution import Execution
 from bract.client.training.randomness import SecureRandomness

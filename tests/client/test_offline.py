@@ -12,8 +12,9 @@ import pytest
 import tomli_w
 
 from bract.client import installed, offline, settings
-from bract.client.gate import Gate, Permit
+from bract.client.gate import Gate
 from bract.client.installed import SiteState
+from bract.client.permits import Permit
 from bract.shared import canonical, keys, locks
 from bract.shared import contract as contracts
 from bract.shared.contract import Contract, SignedContract

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bract.client.gate import Permit
+from bract.client.permits import Permit
 from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, Refusal, UsageError, VerificationFailed
 from bract.shared.policy import DomainPolicy, Filter, Policy

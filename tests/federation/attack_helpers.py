@@ -52,7 +52,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from google.protobuf.message import Message as Protobuf
 
 from bract.client import settings
-from bract.client.gate import Gate, Permit
+from bract.client.gate import Gate
+from bract.client.permits import Permit
 from bract.client.training.randomness import SecureRandomness
 from bract.client.updates import UpdateStore
 from bract.shared import canonical, cli, flower, incarnation, keys, node_keys, wire

@@ -51,7 +51,7 @@ from flwr.app.message import make_message
 from flwr.proto.fleet_pb2 import PushMessagesResponse
 from flwr.proto.message_pb2 import ObjectTree
 
-from bract.client.gate import Permit
+from bract.client.permits import Permit
 from bract.server.strategy import greatest_norm
 from bract.shared import arrays, canonical, incarnation, keys, wire
 from bract.shared.data import describe, load_part

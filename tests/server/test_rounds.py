@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from flwr.app import Message, MessageType, RecordDict
 
-from bract.client.gate import Permit
+from bract.client.permits import Permit
 from bract.server import checkpoint
 from bract.server.rounds import CohortTooSmall, Patience, RoundLoop, initial_state
 from bract.server.strategy import PublicFedAvg

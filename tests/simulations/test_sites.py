@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bract.client.gate import Permit
+from bract.client.permits import Permit
 from bract.server import checkpoint
 from bract.shared import contract, keys, models
 from bract.shared.messages import RefusalReply, TrainOrder

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bract.client.gate import Gate, Permit
+from bract.client.gate import Gate
+from bract.client.permits import Permit
 from bract.shared import canonical
 from bract.shared.errors import Reason, Refusal, RolledBack, UsageError
 from bract.shared.policy import DomainPolicy

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from bract.client.gate import Permit
+from bract.client.permits import Permit
 from bract.shared import arrays, keys
 from bract.shared.errors import LedgerBusy, LedgerError, Reason, Refusal, VerificationFailed
 from bract.shared.messages import TrainReply
@@ -111,7 +111,7 @@ def write_and_fail(world: Any, gate: Any, error: type[BaseException]) -> None:
         chain = transaction.chain(*ALPHA, key=world.key.public)
         (contract,), before = chain.attempts, chain.length
         facts = {"kind": "release", "contract": contract, "round": 1, "update": "0" * 64}
-        body = entries.Release.model_validate({**gate._common(chain, 1), **facts})
+        body = entries.Release.model_validate({**gate.book.common(chain, 1), **facts})
         transaction.append(chain, body, world.key)
         transaction.keep("policy", "a" * 64, b"{}")
         assert chain.length == before + 1
@@ -469,7 +469,7 @@ def test_a_chain_of_an_unpinned_key_is_not_read(world: Any) -> None:
 def release_of(world: Any, gate: Any, chain: Any, number: int) -> entries.Release:
     (contract,) = chain.attempts
     facts = {"kind": "release", "contract": contract, "round": number, "update": "0" * 64}
-    return entries.Release.model_validate({**gate._common(chain, 1), **facts})
+    return entries.Release.model_validate({**gate.book.common(chain, 1), **facts})
 
 
 POLICY = ("policy", "ab")

@@ -210,7 +210,9 @@ def forged(world: Any, made: type[Any], **changes: Any) -> Path:
     with gate.ledger.transaction() as transaction:
         chain = transaction.chain("alpha", "ward", key=world.key.public)
         facts: dict[str, Any] = {"kind": made.__name__.lower(), **changes}
-        body: Body = made.model_validate({**gate._common(chain, facts.pop("attempt", 0)), **facts})
+        body: Body = made.model_validate(
+            {**gate.book.common(chain, facts.pop("attempt", 0)), **facts}
+        )
         entry = entries.write(body, world.key)
         transaction._connection.execute(
             "INSERT INTO entries VALUES (?, ?, ?, ?, ?)",

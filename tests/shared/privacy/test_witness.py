@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bract.client.gate import Permit
+from bract.client.permits import Permit
 from bract.shared import canonical, keys
 from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, Refusal, RolledBack, VerificationFailed
