@@ -26,7 +26,7 @@ from bract.shared.privacy.entries import (
     Recovered,
     Release,
 )
-from bract.shared.privacy.ledger import Transaction
+from bract.shared.privacy.transaction import Transaction
 from bract.shared.terms import ADJACENCY, SiteTerms, Unit
 from bract.shared.updates import ProtectedScore
 

@@ -14,7 +14,8 @@ from bract.client.permits import Permit
 from bract.client.site import Site
 from bract.shared import arrays
 from bract.shared.messages import CloseOrder, RefusalReply, SignedReceipt, TrainOrder, TrainReply
-from bract.shared.privacy.ledger import Ledger, Transaction
+from bract.shared.privacy.ledger import Ledger
+from bract.shared.privacy.transaction import Transaction
 from bract.shared.terms import SiteTerms
 from bract.shared.updates import ProtectedScore
 

@@ -26,8 +26,9 @@ from bract.shared.policy import Policy, check
 from bract.shared.privacy import budget, witness
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import Head, Release
-from bract.shared.privacy.ledger import Ledger, Transaction
+from bract.shared.privacy.ledger import Ledger
 from bract.shared.privacy.receipts import Receipt
+from bract.shared.privacy.transaction import Transaction
 from bract.shared.privacy.witness import Witness
 from bract.shared.terms import SiteTerms
 from bract.shared.updates import KINDS, ProtectedScore, Update

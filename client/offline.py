@@ -18,7 +18,7 @@ from bract.shared import keys, locks
 from bract.shared.contract import Contract
 from bract.shared.errors import Refusal, RolledBack, VerificationFailed
 from bract.shared.policy import check as check_policy
-from bract.shared.privacy import accounting, budget, ledger, sharing, verification
+from bract.shared.privacy import accounting, budget, contents, sharing, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.verification import Verified
 from bract.shared.reports.services import ContractCheck, DomainStatus, SiteStatus
@@ -237,7 +237,7 @@ def _verified(chosen: SiteSettings) -> dict[str, Verified]:
     path, head_file = SiteState(Path(chosen.state)).ledger, head_file_of(chosen)
     seen = head_file.read() if head_file else {}
     # A site that was started and has not trained has a ledger without entries.
-    if not path.exists() or not ledger.contents(path).rows:
+    if not path.exists() or not contents.read(path).rows:
         if any(site == chosen.site for site, _ in seen):
             raise RolledBack(
                 f"{path} lacks entries that {chosen.head_file} saw: restore the newest copy, or "

@@ -6,7 +6,7 @@ from bract.client.book import Book
 from bract.shared.errors import UsageError
 from bract.shared.privacy import accounting, budget
 from bract.shared.privacy.entries import Head
-from bract.shared.privacy.ledger import Transaction
+from bract.shared.privacy.transaction import Transaction
 
 
 def check_ledger(book: Book, transaction: Transaction) -> None:

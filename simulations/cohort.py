@@ -24,7 +24,7 @@ from bract.server.grid import Value
 from bract.shared import wire
 from bract.shared.errors import BractError, VerificationFailed
 from bract.shared.messages import RefusalReply, SignedReceipt, SummedReply, TrainOrder, TrainReply
-from bract.shared.privacy.ledger import Transaction
+from bract.shared.privacy.transaction import Transaction
 from bract.simulations.grid import FIRST_NODE, SimulatedGrid, failed
 from bract.simulations.shards import Board, Shard, ShardTrainer, Trained, lost, shards_of
 from bract.simulations.sites import site_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from bract.shared.contract import Contract
 from bract.shared.errors import VerificationFailed
 from bract.shared.privacy import entries, receipts, witness
+from bract.shared.privacy.contents import Contents
 from bract.shared.privacy.entries import Head, Release
-from bract.shared.privacy.ledger import Contents
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.witness import Witness
 

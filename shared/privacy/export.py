@@ -20,8 +20,8 @@ from typing import Any
 
 from bract.shared import canonical
 from bract.shared.errors import LedgerError, VerificationFailed
-from bract.shared.privacy import entries, ledger
-from bract.shared.privacy.ledger import Contents
+from bract.shared.privacy import entries
+from bract.shared.privacy.contents import Contents, read
 
 _SQLITE = b"SQLite format 3\0"
 _HEADER = {"bract": "ledger", "schema_version": entries.SCHEMA_VERSION}
@@ -40,7 +40,7 @@ def contents(path: Path) -> Contents:
     with path.open("rb") as file:
         start = file.read(len(_SQLITE))
     if start == _SQLITE or not start.startswith(b"{"):
-        return ledger.contents(path)
+        return read(path)
     return from_bytes(path.read_bytes(), source=str(path))
 
 

@@ -17,8 +17,8 @@ from bract.shared.errors import BractError, Refusal, VerificationFailed
 from bract.shared.policy import Policy, check_charged
 from bract.shared.privacy import accounting, budget, entries, evidence, export, sharing
 from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.contents import Contents
 from bract.shared.privacy.entries import Charge, Evaluation, Head
-from bract.shared.privacy.ledger import Contents
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.witness import Witness
 from bract.shared.reports.audits import Ceiling

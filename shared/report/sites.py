@@ -14,8 +14,8 @@ from bract.shared.errors import BractError, VerificationFailed
 from bract.shared.policy import MenuLeft
 from bract.shared.privacy import accounting, budget, evidence, export, verification
 from bract.shared.privacy.chain import Chain
+from bract.shared.privacy.contents import Contents
 from bract.shared.privacy.events import Event
-from bract.shared.privacy.ledger import Contents
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.verification import Verified
 from bract.shared.privacy.witness import Witness

@@ -20,7 +20,8 @@ from bract.shared.policy import DomainPolicy, Policy
 from bract.shared.privacy import accounting, budget, entries, prv, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import NO_PREVIOUS, Charge, Genesis
-from bract.shared.privacy.ledger import Ledger, Transaction
+from bract.shared.privacy.ledger import Ledger
+from bract.shared.privacy.transaction import Transaction
 from bract.shared.terms import (
     ADJACENCY,
     DataTerms,

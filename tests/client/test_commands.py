@@ -12,7 +12,7 @@ import pytest
 
 from bract.client import installed, service
 from bract.shared import keys, logs, pki
-from bract.shared.privacy import ledger
+from bract.shared.privacy import contents
 from bract.shared.reports import schema
 from bract.simulations.federations.loopback import Layout
 
@@ -107,12 +107,12 @@ def test_a_ledger_signed_by_another_key_is_one_line_and_a_failure(
     site.gate.recover("alpha", None)
     site.gate.ledger.close()
     installed.opened.cache_clear()
-    before = ledger.contents(layout.ledger("alpha")).rows
+    before = contents.read(layout.ledger("alpha")).rows
     site_file(layout, "ledger.pem").write_bytes(keys.to_pem(keys.generate()))
     done = bract("client", str(layout.site("alpha")))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "another key than the pinned" in done.stderr
-    assert ledger.contents(layout.ledger("alpha")).rows == before
+    assert contents.read(layout.ledger("alpha")).rows == before
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from bract.shared.data import Examples
 from bract.shared.errors import Reason, Refusal, VerificationFailed
 from bract.shared.messages import RefusalReply, TrainReply
 from bract.shared.policy import DomainPolicy, Menu, MenuClass
-from bract.shared.privacy import accounting, budget, entries, ledger, verification
+from bract.shared.privacy import accounting, budget, contents, entries, verification
 from bract.shared.privacy.events import PoissonGaussian, merge
 from bract.shared.terms import EvaluationTerms
 from bract.shared.updates import ProtectedScore, ProtectedUpdate
@@ -48,7 +48,7 @@ def site(gate: Gate) -> Site:
 
 
 def bodies(world: Any, domain: str = "ward") -> list[dict[str, Any]]:
-    rows = ledger.contents(world.ledger_path).rows.get(("alpha", domain), [])
+    rows = contents.read(world.ledger_path).rows.get(("alpha", domain), [])
     return [json.loads(text) for _, text, _ in rows]
 
 

@@ -16,7 +16,7 @@ from bract.client.training.execution import Execution
 from bract.client.training.randomness import SecureRandomness
 from bract.shared.data import Examples
 from bract.shared.messages import TrainReply
-from bract.shared.privacy import ledger
+from bract.shared.privacy import contents
 
 
 def edited(examples: Examples) -> Examples:
@@ -62,7 +62,7 @@ def test_edited_data_go_on_with_the_same_ledger_and_the_fingerprint_stays_home(
         with caplog.at_level(logging.WARNING):
             assert isinstance(site.train(world.order(agreed, number)), TrainReply)
         assert ("nothing is refunded" in caplog.text) == (number == 2)
-    held = ledger.contents(world.ledger_path)
+    held = contents.read(world.ledger_path)
     kinds = [json.loads(text)["kind"] for _, text, _ in held.rows["alpha", "ward"]]
     assert kinds == ["genesis", "charge", "release", "charge", "release"]
     prints = [file.read_bytes().hex() for file in (tmp_path / "f").glob("*.fingerprint")]

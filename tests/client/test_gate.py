@@ -23,7 +23,7 @@ from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, Refusal, UsageError, VerificationFailed
 from bract.shared.messages import RefusalReply, TrainOrder, TrainReply
 from bract.shared.policy import DomainPolicy, Menu, MenuClass
-from bract.shared.privacy import accounting, ledger, verification
+from bract.shared.privacy import accounting, contents, verification
 from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.privacy.orders import best_order
@@ -33,7 +33,7 @@ from bract.shared.updates import ProtectedUpdate, UnprotectedUpdate
 
 def written(world: Any) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Returns the bodies on disk, read by a connection of its own."""
-    rows = ledger.contents(world.ledger_path).rows
+    rows = contents.read(world.ledger_path).rows
     return {name: [json.loads(text) for _, text, _ in stored] for name, stored in rows.items()}
 
 
@@ -204,7 +204,7 @@ def test_what_is_not_allowed_is_refused_by_its_reason_and_writes_nothing(
     order = replace(world.order(world.sign(world.contract())), contract=signed)
     assert refused(gate, order) is reason
     assert written(world) == {}
-    assert ledger.contents(world.ledger_path).documents == {}
+    assert contents.read(world.ledger_path).documents == {}
     reply = site(world, gate).train(order)
     assert reply == RefusalReply(site="alpha", round=1, reason=reason)
     assert world.opened == 0

@@ -11,7 +11,7 @@ from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, Refusal, UsageError, VerificationFailed
 from bract.shared.policy import DomainPolicy, Filter, Policy
 from bract.shared.preparation import Numeric, Table, Target
-from bract.shared.privacy import accounting, entries, ledger, verification
+from bract.shared.privacy import accounting, contents, entries, ledger, verification
 from bract.shared.privacy.events import PoissonGaussian
 from bract.shared.privacy.verification import Verified
 from bract.shared.terms import DataTerms, EvaluationTerms, SiteTerms
@@ -51,11 +51,11 @@ def served(world: Any, policy: Policy, signed: SignedContract, *rounds: int) -> 
 
 def refused(world: Any, policy: Policy, signed: SignedContract) -> Reason:
     gate = world.gate(policy=policy)
-    before = ledger.contents(world.ledger_path).rows
+    before = contents.read(world.ledger_path).rows
     with pytest.raises(Refusal) as refusal:
         gate.admit(world.order(signed))
     gate.ledger.close()
-    assert ledger.contents(world.ledger_path).rows == before
+    assert contents.read(world.ledger_path).rows == before
     return refusal.value.reason
 
 
@@ -75,7 +75,7 @@ def steps(world: Any) -> dict[str, int]:
 
 
 def kinds(world: Any, domain: str) -> list[str]:
-    rows = ledger.contents(world.ledger_path).rows["alpha", domain]
+    rows = contents.read(world.ledger_path).rows["alpha", domain]
     return [entries.body(text).kind for _, text, _ in rows]
 
 
@@ -191,7 +191,7 @@ def rewritten(world: Any, edit: Any) -> None:
 
     The ledger is signed and linked as ever: what a dishonest site would show.
     """
-    held = ledger.contents(world.ledger_path)
+    held = contents.read(world.ledger_path)
     world.ledger_path.unlink()
     with ledger.Ledger(world.ledger_path).transaction() as transaction:
         for (kind, sha256), text in held.documents.items():

@@ -35,11 +35,11 @@ PUSHED_ROUND_2 = "bract.server.flower.grid:FleetGrid.push_messages 2"
 CLIENT_KILLS = {
     "before its charge": ("kill before bract.client.gate:Gate.admit 2", ONCE),
     "during its charge": (
-        "kill after bract.shared.privacy.ledger:Transaction.append 4",
+        "kill after bract.shared.privacy.transaction:Transaction.append 4",
         ONCE,
     ),
     "while its charge is half on disk": (
-        "spill after bract.shared.privacy.ledger:Transaction.append 4",
+        "spill after bract.shared.privacy.transaction:Transaction.append 4",
         ONCE,
     ),
     "after its charge, before the head file": (

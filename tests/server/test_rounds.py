@@ -26,7 +26,7 @@ from bract.shared import keys, models, wire
 from bract.shared.errors import Refusal
 from bract.shared.evaluation import Evaluator
 from bract.shared.messages import RefusalReply
-from bract.shared.privacy import accounting, entries, ledger
+from bract.shared.privacy import accounting, contents, entries
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.privacy.witness import Witness
@@ -197,7 +197,7 @@ def test_nothing_newer_than_the_saved_checkpoint_is_ever_countersigned(
         assert seen.head == saved["alpha"]
     # What the site released in the void attempt is witnessed once its round is saved.
     assert [seen.sequence for _, seen, _ in site.brought[1:] if seen] == [2, 2, 4, 6, 8, 10]
-    held = ledger.contents(world.ledger_path).witnesses
+    held = contents.read(world.ledger_path).witnesses
     (last,) = held.values()
     assert last == site.brought[-1][1].to_bytes()  # type: ignore[union-attr]
 
@@ -243,7 +243,7 @@ def test_a_site_killed_behind_its_charge_is_counted_as_its_ledger_counts(
     for line, count in zip(state.metrics, charges, strict=True):
         spent = entries.events_of_attempts(world.agreed, attempts=count, completed=line["round"])
         assert line["epsilon_run"] == pytest.approx(accounting.epsilon(spent, 1e-5))
-    bodies = [text for _, text, _ in ledger.contents(world.ledger_path).rows["alpha", "ward"]]
+    bodies = [text for _, text, _ in contents.read(world.ledger_path).rows["alpha", "ward"]]
     assert sum(b'"kind":"charge"' in text for text in bodies) <= state.charges
     resumed = checkpoint.load(tmp_path / "checkpoint", world.agreed.sha256)
     assert resumed is not None
@@ -263,7 +263,7 @@ def test_charges_of_a_round_that_went_on_without_a_site_count_once_it_answers(
     for number, charges in ((3, 4), (4, 5)):
         state = rounds._round(grid, state)
         assert (state.round, state.charges) == (number, charges)
-        bodies = [text for _, text, _ in ledger.contents(world.ledger_path).rows["alpha", "ward"]]
+        bodies = [text for _, text, _ in contents.read(world.ledger_path).rows["alpha", "ward"]]
         assert sum(b'"kind":"charge"' in text for text in bodies) == charges
         state = checkpoint.load(tmp_path / "checkpoint", world.agreed.sha256)
 
@@ -312,7 +312,7 @@ def test_a_server_killed_before_it_saved_goes_on_with_what_was_saved(
     # The third round was released before the kill: it is sent again, for nothing.
     assert (state.round, state.attempts, state.refused) == (5, 5, ())
     assert [what for what, _, _ in site.brought][:2] == ["round 3", "round 4"]
-    bodies = [text for _, text, _ in ledger.contents(world.ledger_path).rows["alpha", "ward"]]
+    bodies = [text for _, text, _ in contents.read(world.ledger_path).rows["alpha", "ward"]]
     assert sum(b'"kind":"charge"' in text for text in bodies) == 5
     for _, seen, kept in site.brought:
         assert seen is None or seen.head == kept["alpha"]
@@ -353,7 +353,7 @@ class Ailing:
 
     def charges(self) -> dict[int, int]:
         """Returns how often each round was charged."""
-        ((_, rows),) = ledger.contents(self.path).rows.items()
+        ((_, rows),) = contents.read(self.path).rows.items()
         bodies = [json.loads(text) for _, text, _ in rows]
         return dict(Counter(body["round"] for body in bodies if body["kind"] == "charge"))
 

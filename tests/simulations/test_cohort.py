@@ -20,7 +20,7 @@ from bract.server.checkpoint import RoundState
 from bract.server.rounds import RoundLoop
 from bract.shared import contract, models
 from bract.shared.errors import Reason, Refusal, UsageError, VerificationFailed
-from bract.shared.privacy import accounting, budget, ledger
+from bract.shared.privacy import accounting, budget, contents
 from bract.shared.privacy.events import PoissonGaussian
 from bract.simulations import shards, simulation, state
 from bract.simulations import summary as summaries
@@ -222,7 +222,7 @@ def test_an_update_that_the_server_would_not_take_is_released_and_left_out_of_th
     assert {refusal.reason for refusal in summary.refused} == {"node-failed"}
     assert [line["replied"] for line in lines(tmp_path / "run")] == [SITES - 1] * 3
     assert all(np.abs(value).max() < 100 for value in weights(tmp_path / "run").values())
-    held = ledger.contents(tmp_path / "run/ledgers/all.sqlite")
+    held = contents.read(tmp_path / "run/ledgers/all.sqlite")
     (chain,) = (rows for (site, _), rows in held.rows.items() if site == "site-03")
     assert [json.loads(text)["kind"] for _, text, _ in chain].count("release") == 3
 
@@ -268,7 +268,7 @@ def test_a_round_asks_as_many_sites_as_the_contract_says_and_charges_no_other(
     charges = [site.charges for site in summary.per_site.values()]
     assert sum(charges) == 20
     assert 4 < sum(count > 0 for count in charges) <= SITES
-    held = ledger.contents(tmp_path / "run/ledgers/all.sqlite")
+    held = contents.read(tmp_path / "run/ledgers/all.sqlite")
     assert len(held.rows) == sum(count > 0 for count in charges)
 
 

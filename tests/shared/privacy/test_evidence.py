@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from bract.shared import canonical, keys
 from bract.shared.errors import UsageError, VerificationFailed
-from bract.shared.privacy import anchors, evidence, ledger, receipts, verification, witness
+from bract.shared.privacy import (
+    anchors,
+    contents,
+    evidence,
+    receipts,
+    verification,
+    witness,
+)
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.witness import NOTHING, Witness
 
@@ -206,7 +213,7 @@ def test_two_histories_of_one_chain_are_told_apart_and_an_older_copy_is_none(wor
     gate = world.gate()
     for number in (1, 2):
         world.serve(gate, world.order(signed, number))
-        files[f"after {number}"] = ledger.contents(world.ledger_path)
+        files[f"after {number}"] = contents.read(world.ledger_path)
     gate.ledger.close()
     evidence.check_forks(files)
     world.ledger_path.unlink()  # and begun anew, with the same key: what was spent is forgotten
@@ -216,4 +223,4 @@ def test_two_histories_of_one_chain_are_told_apart_and_an_older_copy_is_none(wor
             VerificationFailed,
             match=f"{name} and new: two histories of 'alpha', domain 'ward', which part at entry 0",
         ):
-            evidence.check_forks({name: files[name], "new": ledger.contents(world.ledger_path)})
+            evidence.check_forks({name: files[name], "new": contents.read(world.ledger_path)})

@@ -12,7 +12,7 @@ import pytest
 
 from bract.shared import canonical
 from bract.shared.errors import LedgerError, VerificationFailed
-from bract.shared.privacy import export, ledger, verification
+from bract.shared.privacy import contents, export, verification
 
 WARD = ("alpha", "ward")
 Lines = list[dict[str, Any]]
@@ -26,7 +26,7 @@ def exported(world: Any) -> Path:
         world.serve(gate, world.order(signed, number))
     gate.ledger.close()
     path: Path = world.folder / "x.jsonl"
-    path.write_bytes(export.to_bytes(ledger.contents(world.ledger_path)))
+    path.write_bytes(export.to_bytes(contents.read(world.ledger_path)))
     return path
 
 
@@ -153,7 +153,7 @@ def test_a_ledger_that_would_be_mended_is_not_exported(world: Any, exported: Pat
         connection.commit()
         connection.close()
         with pytest.raises(VerificationFailed, match=fault):
-            export.to_bytes(ledger.contents(path))
+            export.to_bytes(contents.read(path))
 
 
 def test_a_missing_file_is_named(world: Any) -> None:

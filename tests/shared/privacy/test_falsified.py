@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from bract.shared import canonical, keys
 from bract.shared.errors import BractError
-from bract.shared.privacy import entries, export, ledger, verification, witness
+from bract.shared.privacy import contents, entries, export, verification, witness
+from bract.shared.privacy.contents import Contents
 from bract.shared.privacy.entries import NO_PREVIOUS, Head
-from bract.shared.privacy.ledger import Contents
 from bract.shared.terms import EvaluationTerms
 
 CASES = int(os.environ.get("BRACT_CASES", "100"))
@@ -101,7 +101,7 @@ def record(new_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Record:
             seen = witness.sign(*NAME, reply.receipt.head, server)
         world.serve(gate, replace(world.order(world.sign(world.contract()), 1)))
         gate.ledger.close()
-        return ledger.contents(world.ledger_path)
+        return contents.read(world.ledger_path)
 
     held = made(site)
     return Record(held, made(site), made(keys.generate()), site.public, export.to_bytes(held))
@@ -359,7 +359,7 @@ def test_the_same_by_the_pinned_key_holds_so_that_it_is_the_key_that_is_refused(
     gate = world.gate()
     world.serve(gate, world.order(world.sign(world.contract())))
     gate.ledger.close()
-    held = ledger.contents(world.ledger_path)
+    held = contents.read(world.ledger_path)
     rows = resigned(held.rows[NAME], 0, key, True)
     own = replace(record, held=held, key=key.public)
     assert own.accepts(Contents({NAME: rows}, held.documents, {}), _head_of(rows))

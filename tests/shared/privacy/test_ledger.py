@@ -21,9 +21,10 @@ from bract.client.permits import Permit
 from bract.shared import arrays, keys
 from bract.shared.errors import LedgerBusy, LedgerError, Reason, Refusal, VerificationFailed
 from bract.shared.messages import TrainReply
-from bract.shared.privacy import entries, ledger, verification
+from bract.shared.privacy import contents, entries, ledger, ledger_file, verification
 from bract.shared.privacy.entries import Head
 from bract.shared.privacy.ledger import Ledger
+from bract.shared.privacy.transaction import Transaction
 
 ALPHA = ("alpha", "ward")
 
@@ -37,7 +38,7 @@ def charged(world: Any, rounds: int = 3) -> Any:
 
 
 def hashes(path: Path, key: str) -> list[str]:
-    rows = ledger.contents(path).rows.get(ALPHA, [])
+    rows = contents.read(path).rows.get(ALPHA, [])
     return [entries.read(text, signature, key=key).hash for _, text, signature in rows]
 
 
@@ -71,7 +72,7 @@ def test_a_file_that_an_earlier_bract_began_is_charged_and_verified_as_before(wo
         " body TEXT NOT NULL,\n    PRIMARY KEY (site, domain, key)\n) WITHOUT ROWID, STRICT",
         "CREATE TABLE documents (\n    kind TEXT NOT NULL, sha256 TEXT NOT NULL, body TEXT NOT"
         " NULL,\n    PRIMARY KEY (kind, sha256)\n) WITHOUT ROWID, STRICT",
-        f"PRAGMA application_id = {ledger.APPLICATION_ID}",
+        f"PRAGMA application_id = {ledger_file.APPLICATION_ID}",
         "PRAGMA user_version = 1",
     )
     gate = charged(world)
@@ -86,7 +87,7 @@ def test_a_file_is_little_more_than_what_it_holds(world: Any) -> None:
     gate = world.gate()
     for number in range(1, 41):
         world.serve(gate, world.order(signed, number))
-    held = ledger.contents(gate.ledger.path)
+    held = contents.read(gate.ledger.path)
     entries_held = sum(len(text) + len(signed) for _, text, signed in held.rows[ALPHA])
     documents = sum(map(len, held.documents.values()))
     assert gate.ledger.path.stat().st_size < 1.5 * (entries_held + documents) + 8 * 4096
@@ -94,7 +95,7 @@ def test_a_file_is_little_more_than_what_it_holds(world: Any) -> None:
 
 def test_the_file_explains_its_entries_by_the_documents_that_they_name(world: Any) -> None:
     gate = charged(world)
-    held = ledger.contents(world.ledger_path)
+    held = contents.read(world.ledger_path)
     bodies = [
         entries.read(text, signature, key=world.key.public).body
         for _, text, signature in held.rows[ALPHA]
@@ -204,9 +205,9 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
         connection.execute("PRAGMA user_version = 2")
     for path, said in ((text, "ledger"), (other, "no bract ledger"), (newer, "schema 2")):
         with pytest.raises(LedgerError, match=said):
-            ledger.contents(path)
+            contents.read(path)
     with pytest.raises(LedgerError, match="no ledger at"):
-        ledger.contents(tmp_path / "missing.sqlite")
+        contents.read(tmp_path / "missing.sqlite")
     with pytest.raises(LedgerError, match="schema 2"):
         Ledger(newer)
     with pytest.raises(LedgerError):
@@ -476,7 +477,7 @@ POLICY = ("policy", "ab")
 
 
 @contextmanager
-def kept_and_undone(transaction: ledger.Transaction) -> Iterator[None]:
+def kept_and_undone(transaction: Transaction) -> Iterator[None]:
     transaction.keep("policy", "ab", b"text")
     yield
     raise RuntimeError
@@ -492,7 +493,7 @@ def test_a_document_of_an_undone_transaction_is_kept_when_it_is_named_again(
     with held.transaction() as second:
         second.keep("policy", "ab", b"text")
         second.keep("policy", "ab", b"text")
-    assert ledger.contents(held.path).documents == {POLICY: b"text"}
+    assert contents.read(held.path).documents == {POLICY: b"text"}
 
 
 def test_a_document_of_an_undone_part_is_kept_when_it_is_named_again(tmp_path: Path) -> None:
@@ -501,7 +502,7 @@ def test_a_document_of_an_undone_part_is_kept_when_it_is_named_again(tmp_path: P
         with pytest.raises(RuntimeError), transaction.part(), kept_and_undone(transaction):
             pass
         transaction.keep("policy", "ab", b"text")
-    assert ledger.contents(held.path).documents == {POLICY: b"text"}
+    assert contents.read(held.path).documents == {POLICY: b"text"}
 
 
 def test_a_part_that_fails_undoes_itself_and_leaves_the_rest_of_its_transaction(

@@ -18,7 +18,15 @@ from bract.shared import keys
 from bract.shared.errors import Reason, Refusal, RolledBack, UsageError, VerificationFailed
 from bract.shared.messages import TrainReply
 from bract.shared.policy import DomainPolicy, Policy
-from bract.shared.privacy import accounting, entries, events, forecast, ledger, prv, verification
+from bract.shared.privacy import (
+    accounting,
+    contents,
+    entries,
+    events,
+    forecast,
+    prv,
+    verification,
+)
 from bract.shared.privacy.entries import Body, Charge, Head, Recovered
 from bract.shared.privacy.events import PoissonGaussian, Spent, Unbounded
 from bract.shared.privacy.head_file import HeadFile
@@ -122,7 +130,7 @@ def test_a_recovered_domain_has_spent_its_ceiling_and_says_what_was_lost(recover
 def test_nothing_more_is_charged_to_a_recovered_domain_whatever_epsilon_is_allowed(
     recovered: Any,
 ) -> None:
-    before = ledger.contents(recovered.ledger_path).rows
+    before = contents.read(recovered.ledger_path).rows
     for epsilon in (8.0, 800.0):
         gate = recovered.gate(policy=recovered.policy(domain={"epsilon": epsilon}))
         for signed, number in (
@@ -134,7 +142,7 @@ def test_nothing_more_is_charged_to_a_recovered_domain_whatever_epsilon_is_allow
                 gate.admit(recovered.order(signed, number))
             assert refusal.value.reason is Reason.BUDGET_EXHAUSTED
         gate.ledger.close()
-    assert ledger.contents(recovered.ledger_path).rows == before
+    assert contents.read(recovered.ledger_path).rows == before
     assert recovered.opened == 0
 
 
@@ -229,7 +237,7 @@ def closing(epsilon: float, **changes: Any) -> dict[str, Any]:
 
 
 def a_charge(world: Any) -> dict[str, Any]:
-    held = ledger.contents(world.ledger_path).rows["alpha", "ward"]
+    held = contents.read(world.ledger_path).rows["alpha", "ward"]
     bodies = [json.loads(text) for _, text, _ in held]
     charge = next(body for body in bodies if body["kind"] == "charge")
     fields = set(Charge.model_fields) - set(Recovered.model_fields) | {"kind", "event"}
@@ -384,7 +392,7 @@ def test_a_recovery_that_was_killed_before_the_head_file_goes_on(
     before = heads.read_bytes()
     words = ("client", str(layout.site("alpha")), "--recover", "alpha")
     assert bract(*words).returncode == 0
-    length = len(ledger.contents(layout.ledger("alpha")).rows["alpha", "alpha"])
+    length = len(contents.read(layout.ledger("alpha")).rows["alpha", "alpha"])
     heads.write_bytes(before)
     with pytest.raises(RolledBack):
         process(layout).check_ledger()
@@ -392,7 +400,7 @@ def test_a_recovery_that_was_killed_before_the_head_file_goes_on(
     assert (done.returncode, done.stderr) == (0, "")
     assert "counts as spent" in done.stdout
     process(layout).check_ledger()
-    assert len(ledger.contents(layout.ledger("alpha")).rows["alpha", "alpha"]) == length
+    assert len(contents.read(layout.ledger("alpha")).rows["alpha", "alpha"]) == length
     again = bract(*words)
     assert (again.returncode, "closed already" in again.stderr) == (2, True)
 

@@ -21,7 +21,7 @@ from bract.shared.cli import bract as command
 from bract.shared.errors import BractError, UsageError, VerificationFailed
 from bract.shared.policy import DomainPolicy, Menu, MenuClass, Policy
 from bract.shared.preparation import Numeric, Table, Target
-from bract.shared.privacy import accounting, entries, events, ledger, verification
+from bract.shared.privacy import accounting, contents, entries, events, ledger, verification
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import NO_PREVIOUS, Body, Charge, Genesis, Head, Release
 from bract.shared.terms import DataTerms, EvaluationTerms
@@ -90,7 +90,7 @@ def _stored(value: Any) -> Any:
 
 
 def rows(path: Path, name: tuple[str, str] = WARD) -> list[tuple[int, bytes, bytes]]:
-    return ledger.contents(path).rows[name]
+    return contents.read(path).rows[name]
 
 
 def put(number: int, text: bytes, signature: bytes) -> tuple[str, tuple[Any, ...]]:
@@ -106,7 +106,7 @@ def rewritten(
     `edit` returns the values of a body, or None to leave the entry out.
     """
     statements: list[Any] = ["DELETE FROM entries"]
-    for site, domain in ledger.contents(world.ledger_path).rows:
+    for site, domain in contents.read(world.ledger_path).rows:
         previous, genesis, sequence = NO_PREVIOUS, NO_PREVIOUS, 0
         for _, text, _ in rows(world.ledger_path, (site, domain)):
             values = edit(json.loads(text))
@@ -316,7 +316,7 @@ def test_a_chain_kept_under_another_name_is_refused(audited: Any) -> None:
 
 
 def document(world: Any, kind: str) -> tuple[str, bytes]:
-    held = ledger.contents(world.ledger_path).documents
+    held = contents.read(world.ledger_path).documents
     return next((sha256, text) for (of, sha256), text in held.items() if of == kind)
 
 
@@ -604,7 +604,7 @@ def test_a_commit_that_is_being_made_is_waited_for(
         if len(looks) == 3:
             journal.write_bytes(b"")  # as a commit ends
 
-    monkeypatch.setattr(ledger.time, "sleep", wait)
+    monkeypatch.setattr(contents.time, "sleep", wait)
     assert verify(audited)
     assert len(looks) == 3
 
@@ -867,7 +867,7 @@ def test_more_evaluations_than_the_contract_allows_are_refused(evaluated: Any) -
     """Five rounds, two evaluated, two spare attempts: four evaluations, and here are five."""
     (_, text), *_ = [
         (name, body)
-        for name, body in ledger.contents(evaluated.ledger_path).documents.items()
+        for name, body in contents.read(evaluated.ledger_path).documents.items()
         if name[0] == "contract"
     ]
     agreed = contracts.from_bytes(text).contract

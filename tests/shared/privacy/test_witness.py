@@ -20,7 +20,7 @@ from bract.shared.contract import SignedContract
 from bract.shared.errors import Reason, Refusal, RolledBack, VerificationFailed
 from bract.shared.keys import SigningKey
 from bract.shared.policy import DomainPolicy
-from bract.shared.privacy import entries, ledger, verification, witness
+from bract.shared.privacy import contents, entries, ledger, verification, witness
 from bract.shared.privacy.entries import NO_PREVIOUS, Charge, Genesis, Head, Release
 from bract.shared.privacy.witness import Extension, Link, Witness
 
@@ -319,7 +319,7 @@ def test_only_what_a_pinned_key_countersigned_counts(witnessed: Any) -> None:
     head = Head(receipt.head_sequence, receipt.head_hash)
     gate.keep_witness(signed, witness.sign("alpha", "ward", head, other))
     gate.ledger.close()
-    assert len(ledger.contents(witnessed.ledger_path).witnesses) == 2
+    assert len(contents.read(witnessed.ledger_path).witnesses) == 2
     assert verify(witnessed, server=other).witnessed == receipt.head_sequence == 8
     assert verify(witnessed).witnessed == 4
     assert verify(witnessed, server=keys.generate()).witnessed is None
@@ -426,10 +426,10 @@ def test_a_ledger_put_back_is_refused_by_a_new_process_through_the_witness_it_ho
     gate = witnessed.gate(ledger=ledger.Ledger(cut(witnessed, 3)))
     with pytest.raises(RolledBack, match="restore the newest copy"):
         gate.check_ledger()
-    before = ledger.contents(gate.ledger.path).rows
+    before = contents.read(gate.ledger.path).rows
     order = witnessed.order(witnessed.sign(witnessed.contract()), 1)
     assert refused(lambda: gate.admit(order)) is Reason.LEDGER_ROLLED_BACK
-    assert ledger.contents(gate.ledger.path).rows == before
+    assert contents.read(gate.ledger.path).rows == before
     assert witnessed.opened == 0
 
 
@@ -444,12 +444,12 @@ def test_a_ledger_put_back_is_refused_by_the_witness_that_an_order_brings(
     connection.close()
     gate = witnessed.gate(ledger=ledger.Ledger(path))
     gate.check_ledger()  # alone the site cannot know
-    before = ledger.contents(path).rows
+    before = contents.read(path).rows
     order = replace(witnessed.order(witnessed.signed, 3), witness=witnessed.seen)
     assert refused(lambda: gate.admit(order)) is Reason.LEDGER_ROLLED_BACK
     close = lambda: gate.keep_witness(witnessed.signed, witnessed.seen)  # noqa: E731
     assert refused(close) is Reason.LEDGER_ROLLED_BACK
-    assert ledger.contents(path).rows == before
+    assert contents.read(path).rows == before
     # the negative control: without the witness nothing would have been noticed
     assert isinstance(gate.admit(replace(order, witness=None)), Permit)
 
@@ -458,7 +458,7 @@ def test_a_witness_that_the_contracts_key_did_not_sign_is_refused_before_the_led
     witnessed: Any,
 ) -> None:
     gate, order = witnessed.gate(), witnessed.order(witnessed.signed, 4)
-    before = ledger.contents(witnessed.ledger_path).rows
+    before = contents.read(witnessed.ledger_path).rows
     for seen in (
         countersigned(witnessed, key=OTHER),
         countersigned(witnessed, site="beta"),
@@ -468,7 +468,7 @@ def test_a_witness_that_the_contracts_key_did_not_sign_is_refused_before_the_led
     ):
         assert refused(lambda: gate.admit(replace(order, witness=seen))) is Reason.WITNESS_INVALID  # noqa: B023
         assert refused(lambda: gate.keep_witness(witnessed.signed, seen)) is Reason.WITNESS_INVALID  # noqa: B023
-    assert ledger.contents(witnessed.ledger_path).rows == before
+    assert contents.read(witnessed.ledger_path).rows == before
     assert isinstance(gate.admit(replace(order, witness=witnessed.seen)), Permit)
 
 
@@ -485,12 +485,12 @@ def test_an_older_witness_neither_replaces_the_newer_nor_is_refused(witnessed: A
     older = countersigned(witnessed, head=Head(2, entry_hash(witnessed, 2)))
     reply = witnessed.serve(gate, replace(witnessed.order(witnessed.signed, 4), witness=older))
     assert reply.ledger.since == witnessed.seen
-    held = ledger.contents(witnessed.ledger_path).witnesses
+    held = contents.read(witnessed.ledger_path).witnesses
     assert held == {("alpha", "ward", witnessed.server.public): witnessed.seen.to_bytes()}
 
 
 def entry_hash(world: Any, number: int) -> str:
-    rows = ledger.contents(world.ledger_path).rows[WARD]
+    rows = contents.read(world.ledger_path).rows[WARD]
     return entries.hash_of(rows[number][1])
 
 
@@ -499,7 +499,7 @@ def test_a_refused_order_keeps_no_witness(witnessed: Any) -> None:
     newest = countersigned(witnessed, head=Head(6, entry_hash(witnessed, 6)))
     order = replace(witnessed.order(witnessed.signed, 2, fill=0.5), witness=newest)
     assert refused(lambda: gate.admit(order)) is Reason.WEIGHTS_CHANGED
-    (text,) = ledger.contents(witnessed.ledger_path).witnesses.values()
+    (text,) = contents.read(witnessed.ledger_path).witnesses.values()
     assert text == witnessed.seen.to_bytes()
 
 
