@@ -17,7 +17,7 @@ from bract.shared.configuration import parse
 from bract.shared.contract import Contract
 from bract.shared.errors import UsageError, VerificationFailed
 from bract.shared.privacy import accounting
-from bract.shared.privacy.verification import TOLERANCE
+from bract.shared.privacy.conformity import TOLERANCE
 from bract.shared.reports.runs import ServerSummary, Summary
 from bract.shared.terms import DataTerms
 

@@ -7,24 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from bract.shared import canonical, contract
 from bract.shared.configuration import parse
 from bract.shared.contract import Contract
-from bract.shared.errors import BractError, Refusal, VerificationFailed
-from bract.shared.policy import Policy, check_charged
-from bract.shared.privacy import accounting, budget, entries, evidence, export, sharing
+from bract.shared.errors import BractError, VerificationFailed
+from bract.shared.policy import Policy
+from bract.shared.privacy import conformity, entries, evidence, export
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.contents import Contents
-from bract.shared.privacy.entries import Charge, Evaluation, Head
+from bract.shared.privacy.entries import Head
 from bract.shared.privacy.receipts import Received
 from bract.shared.privacy.witness import Witness
 from bract.shared.reports.audits import Ceiling
-
-# ε is a float that another version of an accountant may round differently.
-TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +154,12 @@ def verify_contents(
     }
     used: set[tuple[str, str]] = set()
     for chain in chains.values():
-        used |= _check_policies(chain, policies)
-        used |= _check_contracts(chain, contracts, policies)
+        used |= conformity.check_policies(chain, policies)
+        used |= conformity.check_contracts(chain, contracts, policies)
     unused = sorted(set(held.documents) - used)
     if unused:
         raise VerificationFailed(f"{unused[0][0]} {unused[0][1]} is stored but no entry names it")
-    _check_overlaps(chains, policies)
+    conformity.check_overlaps(chains, policies)
     seen = evidence.check_witnesses(held, contracts, witnesses)
     countersigned = evidence.last_by([*seen.stored, *seen.given], witness_keys)
     given = {name: head.sequence for name, head in anchors.items()}
@@ -239,141 +235,3 @@ def _documents(held: Contents) -> tuple[dict[str, Contract], dict[str, Policy]]:
         except BractError as error:
             raise VerificationFailed(f"{kind} {sha256}: {error}") from error
     return contracts, policies
-
-
-def _check_policies(chain: Chain, policies: Mapping[str, Policy]) -> set[tuple[str, str]]:
-    named = {sha256 for _, sha256 in chain.policies}
-    for sha256 in sorted(named):
-        policy = policies.get(sha256)
-        if policy is None:
-            raise VerificationFailed(f"the policy {sha256} that entries name is missing")
-        if policy.site != chain.site or chain.domain not in policy.domains:
-            raise VerificationFailed(f"the policy {sha256} is of another site or domain")
-        fault = budget.genesis_fault(chain, policy)
-        if fault:
-            raise VerificationFailed(fault)
-    for (_, before), (entry, now) in pairwise(chain.policies):
-        fault = sharing.parted(chain.domain, policies[before], policies[now])
-        if fault:
-            raise VerificationFailed(f"ledger of {chain.site!r}, entry {entry}: {fault}")
-    ceiling = accounting.lost(chain.events)
-    if ceiling is not None and ceiling < budget.worst_case(chain, policies) * (1 - TOLERANCE):
-        raise VerificationFailed(
-            f"ledger of {chain.site!r}, domain {chain.domain!r}: recovered at epsilon {ceiling:g}, "
-            "which is under what its policies allowed"
-        )
-    last_charges: dict[str, int] = {}
-    for cost in chain.costs():
-        last_charges[cost.policy] = max(cost.sequence, last_charges.get(cost.policy, 0))
-    for sha256, last in last_charges.items():
-        # Raising a ceiling is the operator's right, but not after it was passed.
-        spent, domain = chain.events_until(last), policies[sha256].domains[chain.domain]
-        if not accounting.is_unbounded(spent) and not budget.within(chain, spent, domain):
-            raise VerificationFailed(
-                f"ledger of {chain.site!r}, domain {chain.domain!r}: its charges up to entry "
-                f"{last} are over the policy's epsilon {domain.epsilon}"
-            )
-    return {("policy", sha256) for sha256 in named}
-
-
-def _check_contracts(
-    chain: Chain, contracts: Mapping[str, Contract], policies: Mapping[str, Policy]
-) -> set[tuple[str, str]]:
-    used = set()
-    for charges in chain.charges.values():
-        for charge in charges:
-            agreed = contracts.get(charge.contract)
-            if agreed is None:
-                raise VerificationFailed(f"the contract {charge.contract} of a charge is missing")
-            fault = _departure(charge, agreed, policies[charge.policy]) or _misjudged(
-                charge, chain.evaluations.get(charge.sequence), agreed
-            )
-            if fault:
-                raise VerificationFailed(
-                    f"ledger of {chain.site!r}, domain {chain.domain!r}, entry {charge.sequence}: "
-                    f"{fault}"
-                )
-            used.add(("contract", charge.contract))
-    for name in {name for body in chain.joined for name in body.contracts}:
-        if name not in contracts:
-            raise VerificationFailed(f"the contract {name} of charges that were joined is missing")
-    for name, attempts in chain.attempts.items():
-        if attempts > contracts[name].max_attempts:
-            raise VerificationFailed(f"more charges than the contract {name} allows")
-        if chain.evaluated[name] > contracts[name].max_evaluations:
-            raise VerificationFailed(f"more evaluations than the contract {name} allows")
-    return used
-
-
-def _misjudged(charge: Charge, found: Evaluation | None, agreed: Contract) -> str | None:
-    """Returns how the evaluation that stands beside a charge departs from the contract, or None."""
-    asked = agreed.evaluation if agreed.evaluates(charge.round) else None
-    if asked is None:
-        return None if found is None else "an evaluation that the contract does not ask for"
-    if found is None:
-        return "the contract asks for an evaluation, and none is charged"
-    if found.event != entries.evaluation_for(asked):
-        return "the evaluation's event is not the contract's"
-    return None
-
-
-def _departure(charge: Charge, agreed: Contract, policy: Policy) -> str | None:
-    """Returns how a charge departs from its contract or policy, or None."""
-    terms = agreed.site(charge.site)
-    if terms is None or terms.key != charge.key or terms.domain != charge.primary:
-        return "the contract does not list this site, key and domain"
-    if agreed.coordinator not in policy.coordinators:
-        return "the contract's coordinator is not in the policy"
-    try:
-        check_charged(policy, agreed)
-    except Refusal as refusal:
-        return f"the policy does not allow the contract ({refusal.reason})"
-    if charge.domain not in policy.charged_domains(charge.primary):
-        return "charges a domain that the policy does not share"
-    privacy = agreed.privacy
-    expected = {
-        "run": agreed.run,
-        "event": entries.event_for(agreed),
-        "clip_norm": privacy.clip_norm.hex(),
-        "clipping": entries.clipping_for(agreed),
-        "normaliser": agreed.normaliser(terms).hex(),
-        "mechanism": privacy.mechanism,
-        "randomness": privacy.randomness,
-    }
-    different = [name for name, value in expected.items() if getattr(charge, name) != value]
-    if different:
-        return f"{different[0]} is not the contract's"
-    if charge.round > agreed.rounds:
-        return f"round {charge.round} is over the contract's {agreed.rounds}"
-    return None
-
-
-def _check_overlaps(
-    chains: Mapping[tuple[str, str], Chain], policies: Mapping[str, Policy]
-) -> None:
-    """Every charge stands equally often in its own domain and in all that share with it.
-
-    And each of them counts what the others were charged before they shared examples.
-    """
-    held = {name: sharing.uses(chain) for name, chain in chains.items()}
-    together: set[tuple[str, frozenset[str]]] = set()
-    for (site, domain), uses in held.items():
-        for use, charges in uses.items():
-            _, _, primary, policy = use
-            for other in policies[policy].charged_domains(primary):
-                there = held.get((site, other), {}).get(use, [])
-                if len(there) < len(charges):
-                    raise VerificationFailed(
-                        f"ledger of {site!r}, domain {domain!r}, entry "
-                        f"{charges[len(there)].sequence}: has no counterpart in the domain "
-                        f"{other!r}"
-                    )
-        if (last := chains[site, domain].last_charge) is not None:
-            shared = policies[last.policy].charged_domains(last.primary)
-            together.add((site, frozenset(shared)))
-    for site, domains in sorted(together, key=repr):
-        for domain in sharing.missing([chains[site, name] for name in sorted(domains)]):
-            raise VerificationFailed(
-                f"ledger of {site!r}, domain {domain!r}: does not count what the domains that "
-                "share its examples were charged before; the next charge of a contract adds it"
-            )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bract.shared.privacy import accounting
-from bract.shared.privacy.verification import TOLERANCE
+from bract.shared.privacy.conformity import TOLERANCE
 from bract.shared.report.evidence import Evidence
 from bract.shared.report.sites import Spent
 from bract.shared.reports.runs import ServerSummary, Summary

@@ -21,7 +21,15 @@ from bract.shared.cli import bract as command
 from bract.shared.errors import BractError, UsageError, VerificationFailed
 from bract.shared.policy import DomainPolicy, Menu, MenuClass, Policy
 from bract.shared.preparation import Numeric, Table, Target
-from bract.shared.privacy import accounting, contents, entries, events, ledger, verification
+from bract.shared.privacy import (
+    accounting,
+    conformity,
+    contents,
+    entries,
+    events,
+    ledger,
+    verification,
+)
 from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import NO_PREVIOUS, Body, Charge, Genesis, Head, Release
 from bract.shared.terms import DataTerms, EvaluationTerms
@@ -876,7 +884,7 @@ def test_more_evaluations_than_the_contract_allows_are_refused(evaluated: Any) -
         chain = Chain(site="alpha", domain="ward", key=evaluated.key.public)
         chain.evaluated[agreed.sha256] = chain.attempts[agreed.sha256] = charges
         if charges == 4:
-            verification._check_contracts(chain, {agreed.sha256: agreed}, found.policies)
+            conformity.check_contracts(chain, {agreed.sha256: agreed}, found.policies)
             continue
         with pytest.raises(VerificationFailed, match="more evaluations than the contract"):
-            verification._check_contracts(chain, {agreed.sha256: agreed}, found.policies)
+            conformity.check_contracts(chain, {agreed.sha256: agreed}, found.policies)
