@@ -18,7 +18,9 @@ from flwr.clientapp import ClientApp
 
 from bract.client import installed, settings
 from bract.client.app import app
-from bract.client.flower import Address, BackOff, Connection, Disconnected, NotTaken
+from bract.client.back_off import BackOff
+from bract.client.faults import UNREADABLE, Disconnected, NotTaken
+from bract.client.flower import Address, Connection
 from bract.client.installed import SiteState
 from bract.client.settings import SiteSettings
 from bract.shared import canonical, keyfiles, malloc, node_keys
@@ -117,7 +119,7 @@ class Answers:
         except Exception as error:
             # The app answers every order it can read; what it cannot is the server's doing.
             raise NotTaken(
-                f"a message that is no order ({type(error).__name__})", reason="unreadable-order"
+                f"a message that is no order ({type(error).__name__})", reason=UNREADABLE
             ) from error
 
 

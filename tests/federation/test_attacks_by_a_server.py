@@ -33,7 +33,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.proto.message_pb2 import ObjectTree
 
-from bract.client.flower import Address, Connection, Disconnected
+from bract.client.faults import Disconnected
+from bract.client.flower import Address, Connection
 from bract.shared import contract as contracts
 from bract.shared import keys, models, node_keys, pki, wire
 from bract.shared.contract import Contract, SignedContract
