@@ -127,7 +127,7 @@ class Journal:
     """What the process last said of itself, for `--status`; public facts alone."""
 
     def __init__(self, state: SiteState, site: str) -> None:
-        self._path, self._site, self._round, self._since = state.status, site, None, time.time()
+        self._path, self._site = state.status, site
 
     def write(self, doing: str, round_number: str | None = None) -> None:
         """Replaces the status file; `round_number` is the server's word, and need not be one."""

@@ -119,6 +119,6 @@ class Refusal(BractError):
         detail: a remedy for the operator of this site; stays in the site's own log.
     """
 
-    def __init__(self, reason: Reason, detail: str = "") -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         self.reason = reason
-        super().__init__(f"refused: {reason.value}{': ' + detail if detail else ''}")
+        super().__init__(f"refused: {reason.value}: {detail}")

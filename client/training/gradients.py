@@ -20,6 +20,7 @@ from bract.client.training.bookkeeping import BookKeepingSum, GhostSum, Loss
 from bract.client.training.clipping import clip_factors, joint_norms, row_norms, weighted_sum
 from bract.client.training.embeddings import without_padding
 from bract.shared.errors import UsageError
+from bract.shared.models import released_parameters
 from bract.shared.models.layout import Layout
 
 Mode = Literal["book-keeping", "opacus-hooks", "opacus-ghost"]
@@ -77,7 +78,7 @@ class HooksSum:
 
     def __init__(self, model: nn.Module, loss: Loss, clip_norm: float) -> None:
         self._module = SampleModule(model, loss_reduction="sum")
-        self._parameters = _released(model)
+        self._parameters = released_parameters(model)
         self._loss, self._clip_norm = loss, clip_norm
 
     def add_(
@@ -104,7 +105,7 @@ class PlainSum:
     """The sum without clipping, for the mechanism 'none'."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
-        self._model, self._parameters, self._loss = model, _released(model), loss
+        self._model, self._parameters, self._loss = model, released_parameters(model), loss
         self._layout = Layout(model)
 
     def add_(self, sums: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> None:
@@ -136,10 +137,6 @@ def clipped_sum(
         raise UsageError(f"precision {precision} needs the mode book-keeping, not {mode}")
     kind = GhostSum if mode == "opacus-ghost" else HooksSum
     return kind(model, loss, clip_norm)
-
-
-def _released(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _samples(name: str, parameter: nn.Parameter) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -111,7 +111,6 @@ class Recovered(_Body):
 
 
 Body = Genesis | Charge | Evaluation | Release | Joined | Recovered
-BodyT = TypeVar("BodyT", bound=_Body)
 _ADAPTER: TypeAdapter[Body] = TypeAdapter(Annotated[Body, Field(discriminator="kind")])
 
 
