@@ -54,20 +54,6 @@ def check(kinds: Iterable[str]) -> None:
             ) from error
 
 
-def track(run: Path, kinds: Iterable[str]) -> None:
-    """Writes what a run folder holds, after the fact.
-
-    Raises:
-        UsageError: where there is no run, or a library is missing.
-
-    Example:
-        track(Path("runs/mine"), ["tensorboard"])     # tensorboard --logdir runs/mine/tracking
-    """
-    contract.read(run / "contract.json")
-    with following(run, kinds):
-        pass
-
-
 @contextmanager
 def following(run: Path, kinds: Iterable[str]) -> Iterator[None]:
     """Writes each round once the server says that it is done, and the summary when a block ends.
