@@ -230,6 +230,14 @@ class Gate:
         stored = self._stored(transaction, primary, contract, order.round)
         if stored is not None:
             return stored  # before other chains are begun: it costs nothing and writes nothing
+        led_to = primary.led_to.get(contract.sha256, 0)
+        if order.round < led_to:
+            # Its noise would be new, and so the weights of every later round, which are refused.
+            raise Refusal(
+                Reason.ROUND_OUT_OF_RANGE,
+                f"round {order.round} of a contract that has come to round {led_to} here: the "
+                "coordinator's newest run folder must be put back; nothing was charged",
+            )
         others = (self.book.chain(transaction, domain, unit, rounds=(key,)) for domain in shared)
         chains = [primary, *others]
         if shared and not all(chain.attempts[contract.sha256] for chain in chains):

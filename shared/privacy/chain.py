@@ -40,10 +40,11 @@ class Chain:
 
     `charges` maps (contract, round) to its charges in order; `releases` maps (contract, round)
     to the last release; `evaluations` maps the number of a charge to the evaluation that was
-    charged with it, `evaluated` counts them by contract; `policies` are those in force, each with
-    the entry from which on; `joined` are the entries that count charges of other domains;
-    `events` are merged; `last` is the newest entry as it rests, body and signature. `forgotten`
-    maps a contract to its last round of which no entries are held here.
+    charged with it, `evaluated` counts them by contract, and `attempts` its charges; `led_to` is
+    the greatest round that a contract was charged; `policies` are those in force, each with the
+    entry from which on; `joined` are the entries that count charges of other domains; `events` are
+    merged; `last` is the newest entry as it rests, body and signature. `forgotten` maps a contract
+    to its last round of which no entries are held here.
     """
 
     site: str
@@ -56,6 +57,7 @@ class Chain:
     releases: dict[RoundKey, Release] = field(default_factory=dict)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     attempts: Counter[str] = field(default_factory=Counter)
+    led_to: dict[str, int] = field(default_factory=dict)
     evaluated: Counter[str] = field(default_factory=Counter)
     policies: list[tuple[int, str]] = field(default_factory=list)
     joined: list[Joined] = field(default_factory=list)
@@ -200,6 +202,7 @@ class Chain:
         self.count_((event,))
         self.seeded |= charge.randomness == "seeded"
         self.attempts[charge.contract] += 1
+        self.led_to[charge.contract] = max(charge.round, self.led_to.get(charge.contract, 0))
         before.append(charge)
 
     def _add_evaluation(self, evaluation: Evaluation) -> None:
