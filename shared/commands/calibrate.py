@@ -10,6 +10,8 @@ from bract.shared.errors import UsageError
 from bract.shared.reports import Calibration
 from bract.shared.terms import ADJACENCY
 
+GREATEST_STEPS = 10**7
+
 
 @click.command(
     epilog="Example: bract calibrate --examples 6000 --batch 300 --rounds 100 "
@@ -34,7 +36,7 @@ def calibrate(
     """Print the least σ that keeps a run within (ε, δ), and what it buys."""
     with garbage.unwatched():
         from bract.shared.policy import check_delta
-        from bract.shared.privacy import accounting, calibration, orders, prv
+        from bract.shared.privacy import accounting, calibration, forecast, orders, prv
         from bract.shared.privacy.events import PoissonGaussian
 
     calibration.check_budget(epsilon, delta)
@@ -48,6 +50,11 @@ def calibrate(
     sigma = calibration.noise_multiplier(
         epsilon_target=epsilon, delta=delta, sampling_rate=rate, steps=total
     )
+
+    def within(total: int) -> bool:
+        events = [PoissonGaussian(rate, sigma, total)]
+        return accounting.fits(events, limit=epsilon, delta=delta, order=None)
+
     event, order = PoissonGaussian(rate, sigma, total), orders.best_order(epsilon, delta)
     report = Calibration(
         noise_multiplier=sigma,
@@ -58,14 +65,7 @@ def calibrate(
         delta=delta,
         sampling_rate=rate,
         steps=total,
-        max_steps=calibration.max_steps(
-            prior=(),
-            sampling_rate=rate,
-            noise_multiplier=sigma,
-            limit=epsilon,
-            delta=delta,
-            order=None,
-        ),
+        max_steps=forecast.greatest_that_fits(within, GREATEST_STEPS),
         adjacency=ADJACENCY,
     )
     if as_json:

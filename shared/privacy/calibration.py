@@ -1,15 +1,15 @@
-"""From a budget to a noise multiplier, and from a noise multiplier to steps."""
+"""From a budget to a noise multiplier."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from scipy import optimize
 
 from bract.shared.errors import UsageError
-from bract.shared.privacy.accounting import epsilon, filter_epsilon, fits
+from bract.shared.privacy.accounting import epsilon, filter_epsilon
 from bract.shared.privacy.events import Event, PoissonGaussian
 from bract.shared.privacy.orders import best_order
 from bract.shared.terms import GREATEST_NOISE, LEAST_DELTA, LEAST_NOISE
@@ -165,35 +165,6 @@ def rate_of(batch: float, nominal_sizes: Sequence[int]) -> float:
             "fewer sites"
         )
     return batch / mean
-
-
-def max_steps(
-    *,
-    prior: Iterable[Event],
-    sampling_rate: float,
-    noise_multiplier: float,
-    limit: float,
-    delta: float,
-    order: int | None,
-) -> int:
-    """Returns how many further steps of one kind a budget still holds, on top of `prior`."""
-    events = tuple(prior)
-
-    def within(steps: int) -> bool:
-        if steps == 0:
-            return fits(events, limit=limit, delta=delta, order=order)
-        event = PoissonGaussian(sampling_rate, noise_multiplier, steps)
-        return fits((*events, event), limit=limit, delta=delta, order=order)
-
-    if not within(1):
-        return 0
-    low, high = 1, 2
-    while high < 10**7 and within(high):
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if within(middle) else (low, middle)
-    return low
 
 
 def _out_of_reach(limit: float, rate: float, steps: int, beside: Sequence[Event]) -> str:

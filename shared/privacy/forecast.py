@@ -111,16 +111,16 @@ def more_rounds(chain: Chain, domain: DomainPolicy, contract: Contract) -> int |
         return accounting.filter_epsilon(ahead(rounds), domain.delta, order) <= domain.epsilon
 
     # The filter alone is a thousand times cheaper, and nearly always what binds.
-    most = _most(may_fit, GREATEST)
-    return most if most == 0 or fits(most) else _most(fits, most)
+    most = greatest_that_fits(may_fit, GREATEST)
+    return most if most == 0 or fits(most) else greatest_that_fits(fits, most)
 
 
-def _most(fits: Callable[[int], bool], greatest: int) -> int:
-    """Returns the greatest number up to a bound's order that fits, where fewer always fit too."""
+def greatest_that_fits(fits: Callable[[int], bool], bound: int) -> int:
+    """Returns the greatest number that fits, up to a bound's order, where fewer always fit too."""
     if not fits(1):
         return 0
     low, high = 1, 2
-    while high < greatest and fits(high):
+    while high < bound and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bract.shared.errors import UsageError
-from bract.shared.privacy import accounting, calibration
+from bract.shared.privacy import accounting, calibration, forecast
 from bract.shared.privacy.events import Event, PoissonGaussian
 from bract.shared.privacy.orders import best_order
 from bract.shared.terms import LEAST_NOISE
@@ -116,25 +116,24 @@ def test_the_most_steps_fit_and_one_more_does_not(
     prior: tuple[Event, ...], order: int | None
 ) -> None:
     terms = {"limit": 4.0, "delta": 1e-5, "order": order}
-    most = calibration.max_steps(prior=prior, sampling_rate=0.1, noise_multiplier=1.2, **terms)
+
+    def fits(steps: int) -> bool:
+        return accounting.fits((*prior, PoissonGaussian(0.1, 1.2, steps)), **terms)
+
+    most = forecast.greatest_that_fits(fits, 10**7)
     assert most > 1
-    assert accounting.fits((*prior, PoissonGaussian(0.1, 1.2, most)), **terms)
-    assert not accounting.fits((*prior, PoissonGaussian(0.1, 1.2, most + 1)), **terms)
+    assert fits(most)
+    assert not fits(most + 1)
 
 
 def test_a_spent_budget_holds_no_step() -> None:
     prior = (PoissonGaussian(1.0, 0.5, 4),)
-    assert (
-        calibration.max_steps(
-            prior=prior,
-            sampling_rate=0.1,
-            noise_multiplier=1.0,
-            limit=1.0,
-            delta=1e-5,
-            order=None,
-        )
-        == 0
-    )
+
+    def fits(steps: int) -> bool:
+        events = (*prior, PoissonGaussian(0.1, 1.0, steps))
+        return accounting.fits(events, limit=1.0, delta=1e-5, order=None)
+
+    assert forecast.greatest_that_fits(fits, 10**7) == 0
 
 
 def test_noise_leaves_room_for_what_else_the_budget_must_hold() -> None:
