@@ -20,14 +20,13 @@ from bract.shared.privacy.entries import (
     NO_PREVIOUS,
     Charge,
     Evaluation,
-    Genesis,
     Head,
     Joined,
     Recovered,
     Release,
 )
 from bract.shared.privacy.transaction import Transaction
-from bract.shared.terms import ADJACENCY, SiteTerms, Unit
+from bract.shared.terms import SiteTerms, Unit
 from bract.shared.updates import ProtectedScore
 
 
@@ -64,16 +63,9 @@ class Book:
         key = self.key.public
         chain = transaction.chain(self.policy.site, domain, key=key, rounds=rounds)
         if chain.genesis is None:
-            terms = self.policy.domains[domain]
-            body = Genesis(
-                **self.common(chain, 0),
-                kind="genesis",
-                nonce=secrets.token_hex(16),  # a ledger begun anew is another ledger
-                simulation=self.simulation,
-                unit=unit,
-                adjacency=ADJACENCY,
-                delta=terms.delta.hex(),
-                composition=budget.fixed_rule(terms),
+            nonce = secrets.token_hex(16)  # a ledger begun anew is another ledger
+            body = budget.genesis(
+                self.policy, domain, key, nonce=nonce, simulation=self.simulation, unit=unit
             )
             transaction.append(chain, body, self.key)
         elif chain.genesis.simulation != self.simulation:

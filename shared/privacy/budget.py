@@ -16,7 +16,7 @@ from bract.shared.privacy.chain import Chain
 from bract.shared.privacy.entries import NO_PREVIOUS, Genesis
 from bract.shared.privacy.events import Event, PoissonGaussian, merge
 from bract.shared.privacy.orders import best_order
-from bract.shared.terms import ADJACENCY
+from bract.shared.terms import ADJACENCY, Unit
 
 
 def fixed_rule(domain: DomainPolicy) -> dict[str, Any]:
@@ -28,12 +28,22 @@ def fixed_rule(domain: DomainPolicy) -> dict[str, Any]:
     return rule.model_dump(mode="json")
 
 
-def unbegun(policy: Policy, domain: str, *, key: str) -> Chain:
-    """Returns the chain that a site's first charge would begin; nothing is written."""
+def genesis(
+    policy: Policy, domain: str, key: str, *, nonce: str, simulation: bool, unit: Unit
+) -> Genesis:
+    """Returns the first entry of a domain's chain: it fixes what no policy may change later.
+
+    Args:
+        policy: the site's.
+        domain: of the policy.
+        key: the site's.
+        nonce: 32 hexadecimal digits that make a ledger begun anew another ledger.
+        simulation: whether the ledger is a simulation's.
+        unit: what the ledger protects.
+    """
     terms = policy.domains[domain]
-    chain = Chain(site=policy.site, domain=domain, key=key)
-    chain.genesis = Genesis(
-        schema_version=1,
+    return Genesis(
+        schema_version=entries.SCHEMA_VERSION,
         site=policy.site,
         key=key,
         domain=domain,
@@ -43,13 +53,19 @@ def unbegun(policy: Policy, domain: str, *, key: str) -> Chain:
         policy=policy.sha256,
         attempt=0,
         kind="genesis",
-        nonce="0" * 32,
-        simulation=False,
-        unit="example",
+        nonce=nonce,
+        simulation=simulation,
+        unit=unit,
         adjacency=ADJACENCY,
         delta=terms.delta.hex(),
         composition=fixed_rule(terms),
     )
+
+
+def unbegun(policy: Policy, domain: str, *, key: str) -> Chain:
+    """Returns the chain that a site's first charge would begin; nothing is written."""
+    chain = Chain(site=policy.site, domain=domain, key=key)
+    chain.genesis = genesis(policy, domain, key, nonce="0" * 32, simulation=False, unit="example")
     return chain
 
 

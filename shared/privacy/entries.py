@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -14,7 +14,7 @@ from bract.shared.errors import VerificationFailed
 from bract.shared.privacy import events
 from bract.shared.terms import EvaluationTerms, Hex32, Mechanism, Name, Unit
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 NO_PREVIOUS = "0" * 64
 FloatHex = Annotated[str, Field(pattern=r"^-?0x[01]\.[0-9a-f]+p[+-][0-9]+$")]
 
