@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,8 +12,8 @@ from bract.client import holdings, settings
 from bract.client.holdings import Roots
 from bract.client.installed import SiteState, head_file_of
 from bract.client.settings import SiteSettings
+from bract.shared import canonical, keys, locks
 from bract.shared import contract as contracts
-from bract.shared import keys, locks
 from bract.shared.contract import Contract
 from bract.shared.errors import Refusal, RolledBack, VerificationFailed
 from bract.shared.policy import check as check_policy
@@ -82,15 +81,13 @@ def _costs(chain: Chain, agreed: Contract, delta: float) -> dict[str, float | No
     ahead = budget.ahead(chain, agreed)
     if agreed.rows_per_person is not None:
         replaced = accounting.epsilon_replace_one([*chain.events, *ahead], delta)
-        found["epsilon_replaced_after"] = _finite(replaced)
+        found["epsilon_replaced_after"] = canonical.finite(replaced)
     for when, more in (("before", ()), ("after", ahead)):
-        found[f"epsilon_{when}"] = _finite(accounting.epsilon([*chain.events, *more], delta))
-        found[f"epsilon_filter_{when}"] = _finite(budget.filtered(chain, delta, more))
+        found[f"epsilon_{when}"] = canonical.finite(
+            accounting.epsilon([*chain.events, *more], delta)
+        )
+        found[f"epsilon_filter_{when}"] = canonical.finite(budget.filtered(chain, delta, more))
     return found
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def lines(report: ContractCheck) -> list[str]:
@@ -196,9 +193,9 @@ def _number(value: float | None) -> str:
 def _domain_status(chain: Chain, limit: float, delta: float) -> DomainStatus:
     spent, filtered = accounting.epsilon(chain.events, delta), budget.filtered(chain, delta)
     return DomainStatus(
-        epsilon=_finite(spent),
-        epsilon_filter=_finite(filtered),
-        epsilon_menu=_finite(budget.of_menu(chain, delta)),
+        epsilon=canonical.finite(spent),
+        epsilon_filter=canonical.finite(filtered),
+        epsilon_menu=canonical.finite(budget.of_menu(chain, delta)),
         menu=budget.menu_left(chain),
         limit=limit,
         left=budget.left(chain, limit, spent, budget.adaptive(chain, delta)),

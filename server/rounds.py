@@ -174,7 +174,10 @@ class RoundLoop:
         if average is not None:
             if state.charges > expected:
                 epsilon = self._epsilon(grid, state.charges, number)
-            told = {"weights_bytes": packing.bytes_of(packed), "epsilon_run": _finite(epsilon())}
+            told = {
+                "weights_bytes": packing.bytes_of(packed),
+                "epsilon_run": canonical.finite(epsilon()),
+            }
             state = self._completed(state, packing.unpack(average), told)
         state = replace(state, seconds=state.seconds + time.monotonic() - started)
         checkpoint.save(state, self.out / "checkpoint")
@@ -323,10 +326,6 @@ def initial_state(contract: Contract, weights: Arrays) -> RoundState:
         weights=dict(weights),
         velocity={name: np.zeros_like(value) for name, value in weights.items()},
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 def _line(values: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import ssl
 import threading
@@ -232,14 +231,14 @@ def _summary(chosen: Federation, agreed: Contract, result: dict[str, Any]) -> Se
     charges, delta = result.pop("charges"), chosen.privacy.delta
     spent = entries.events_of_attempts(agreed, attempts=charges, completed=result["rounds"])
     rows = agreed.data.rows_per_person
-    person = accounting.epsilon_of_person(spent, delta, rows) if rows else math.inf
-    replaced = accounting.epsilon_replace_one(spent, delta) if rows else math.inf
+    person = accounting.epsilon_of_person(spent, delta, rows) if rows else None
+    replaced = accounting.epsilon_replace_one(spent, delta) if rows else None
     return ServerSummary(
         **facts_of(agreed),
         epsilon_run=accounting.epsilon(spent, delta),
-        epsilon_person=person if math.isfinite(person) else None,
+        epsilon_person=canonical.finite(person),
         rows_kept=rows,
-        epsilon_replaced=replaced if math.isfinite(replaced) else None,
+        epsilon_replaced=canonical.finite(replaced),
         delta=delta,
         guarantee=GUARANTEE_PRIVATE,
         out=chosen.server.out,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,16 @@ def decode(text: bytes) -> Any:
     if canonical != text:
         raise VerificationFailed("not canonical JSON")
     return value
+
+
+def finite(value: float | None) -> float | None:
+    """Returns a number that JSON has a word for, or None where it has none.
+
+    Example:
+        >>> finite(1.5), finite(math.inf), finite(None)
+        (1.5, None, None)
+    """
+    return value if value is not None and math.isfinite(value) else None
 
 
 def sha256(data: bytes) -> str:

@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from bract.shared import tasks
+from bract.shared import canonical, tasks
 from bract.shared.arrays import Arrays
 from bract.shared.data import Examples, Groups
 from bract.shared.models import released_parameters
@@ -112,7 +112,7 @@ class Evaluator:
 
     def _score(self, outcome: _Outcome) -> Score:
         count = max(int(outcome.known.sum()), 1)
-        loss = _finite(float(outcome.losses.sum()) / count)
+        loss = canonical.finite(float(outcome.losses.sum()) / count)
         return Score(
             accuracy=None if self._data.task == "value" else int(outcome.right.sum()) / count,
             loss=loss,
@@ -273,10 +273,6 @@ def _by_group(
     if groups is None:
         return None
     return {n: figure(rows) for n, rows in groups.rows().items() if outcome.known[rows].any()}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _exponential(loss: float | None) -> float | None:

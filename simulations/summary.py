@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -162,8 +161,8 @@ def _privacy(chain: Chain | None, domain: str, agreed: Contract, delta: float) -
     events = chain.events if chain else ()
     in_run = chain.events_of(agreed.sha256) if chain else ()
     return SitePrivacy(
-        epsilon=_finite(accounting.epsilon(events, delta)),
-        epsilon_run=_finite(accounting.epsilon(in_run, delta)),
+        epsilon=canonical.finite(accounting.epsilon(events, delta)),
+        epsilon_run=canonical.finite(accounting.epsilon(in_run, delta)),
         unbounded=accounting.is_unbounded(events),
         charges=chain.attempts[agreed.sha256] if chain else 0,
         domain=domain,
@@ -179,7 +178,7 @@ def _of_person(held: list[Verified], agreed: Contract, delta: float) -> dict[str
     spent = [accounting.epsilon_of_person(events, delta, rows) for events, rows in set(bounded)]
     return {
         "rows_per_person": max((rows for _, rows in bounded), default=agreed.rows_per_person),
-        "epsilon_person": _finite(max(spent, default=0.0)),
+        "epsilon_person": canonical.finite(max(spent, default=0.0)),
     }
 
 
@@ -189,9 +188,5 @@ def _of_rows(held: list[Verified], delta: float) -> dict[str, Any]:
     spent = [accounting.epsilon_replace_one(events, delta) for events in {e for e, _ in some}]
     return {
         "rows_kept": min((rows for _, rows in some), default=None),
-        "epsilon_replaced": _finite(max(spent)) if spent else None,
+        "epsilon_replaced": canonical.finite(max(spent)) if spent else None,
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable
 
 import numpy as np
 from opacus.accountants import PRVAccountant
 
+from bract.shared import canonical
 from bract.shared.privacy.accounting import epsilon, lost
 from bract.shared.privacy.events import Event, PoissonGaussian, merge
 
@@ -39,4 +39,4 @@ def epsilon_prv(events: Iterable[Event], delta: float) -> float | None:
     with np.errstate(divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         value = float(accountant.get_epsilon(delta=delta))
-    return value if math.isfinite(value) else None
+    return canonical.finite(value)

@@ -206,14 +206,14 @@ def _spent(found: Verified, agreed: Contract, seen: Mapping[str, int]) -> Spent:
     return Spent(
         site=chain.site,
         domain=chain.domain,
-        epsilon=_finite(spent),
-        epsilon_run=_finite(accounting.epsilon(in_run, limit.delta)),
-        epsilon_filter=None if filtered is None else _finite(filtered),
+        epsilon=canonical.finite(spent),
+        epsilon_run=canonical.finite(accounting.epsilon(in_run, limit.delta)),
+        epsilon_filter=canonical.finite(filtered),
         rows_per_person=found.rows_per_person,
         epsilon_person=_of_person(events, limit.delta, found.rows_per_person),
         rows_kept=found.rows_kept,
         epsilon_replaced=_replaced(events, limit.delta) if found.rows_kept else None,
-        epsilon_menu=None if whole is None else _finite(whole),
+        epsilon_menu=None if whole is None else canonical.finite(whole),
         menu=None if menu is None else tuple(menu),
         ceiling=limit.epsilon,
         ceilings=tuple(found.ceilings),
@@ -272,12 +272,8 @@ def _curve(
 def _of_person(events: tuple[Event, ...], delta: float, rows: int | None) -> float | None:
     if rows is None:
         return None
-    return _finite(accounting.epsilon_of_person(events, delta, rows))
+    return canonical.finite(accounting.epsilon_of_person(events, delta, rows))
 
 
 def _replaced(events: tuple[Event, ...], delta: float) -> float | None:
-    return _finite(accounting.epsilon_replace_one(events, delta))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return canonical.finite(accounting.epsilon_replace_one(events, delta))

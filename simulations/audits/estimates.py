@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
+from bract.shared import canonical
 from bract.simulations.audits.trial import Answers, Trial
 
 Scores = npt.NDArray[np.float64]
@@ -98,10 +99,10 @@ def _recovered(sites: list[Scored], more: list[Scored], unit: float) -> Paramete
     first, spread = float(inside.mean()), float(inside.var()) - noise
     clip = first + spread / first if first > 0 and spread > 0 else None
     return Parameters(
-        noise_multiplier=_finite(math.sqrt(noise) / clip) if clip else None,
-        clip_norm=_finite(clip * unit) if clip else None,
-        sampling_rate=_finite(first / clip) if clip else None,
-        steps=_finite(later / noise) if noise > 0 else None,
+        noise_multiplier=canonical.finite(math.sqrt(noise) / clip) if clip else None,
+        clip_norm=canonical.finite(clip * unit) if clip else None,
+        sampling_rate=canonical.finite(first / clip) if clip else None,
+        steps=canonical.finite(later / noise) if noise > 0 else None,
     )
 
 
@@ -120,7 +121,7 @@ def _spread(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     if len(known) < _GROUPS:
         return None
-    return _finite(math.sqrt((_GROUPS - 1) * float(np.var(known))))
+    return canonical.finite(math.sqrt((_GROUPS - 1) * float(np.var(known))))
 
 
 def _noise(sites: list[Scored]) -> float:
@@ -130,7 +131,3 @@ def _noise(sites: list[Scored]) -> float:
 def _mean_square(parts: list[Scores]) -> float:
     together = np.concatenate([part.ravel() for part in parts])
     return float(np.square(together).mean())
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
@@ -193,7 +192,7 @@ def report(
         ],
         failed=sorted(failed),
         threshold=checks.threshold(findings.checks),
-        epsilon_ledger=ledger if math.isfinite(ledger) else None,
+        epsilon_ledger=canonical.finite(ledger),
         epsilon_claimed=accounting.epsilon(findings.trials["main"].claimed(main.rounds), DELTA),
         epsilon_recovered=_epsilon_recovered(findings.recovered, rounds),
         epsilon_lower={

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ def test_a_value_has_one_byte_string_and_comes_back_from_it(value: Any) -> None:
     text = canonical.encode(value)
     assert canonical.encode(canonical.decode(text)) == text
     assert canonical.decode(text) == value
+
+
+def test_what_json_has_no_word_for_is_none() -> None:
+    for value in (math.inf, -math.inf, math.nan, None):
+        assert canonical.finite(value) is None
+    assert canonical.finite(0.0) == 0.0
+    with pytest.raises(ValueError, match="not JSON compliant"):  # the negative control
+        canonical.encode(math.inf)
 
 
 @given(VALUES)
