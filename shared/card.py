@@ -11,6 +11,7 @@ from bract.shared.reports.runs import (
     GUARANTEE_PRIVATE,
     GUARANTEE_SIMULATION,
     GUARANTEE_UNPROTECTED,
+    SCORES,
     Guarantee,
     ServerSummary,
     Summary,
@@ -35,19 +36,6 @@ _LOADING: Final = {
     ),
 }
 _SITES: Final = 100  # of them a card lists
-_FIGURES: Final = {
-    "test_accuracy": "accuracy",
-    "test_accuracy_mean_of_groups": "accuracy, mean of the groups",
-    "precision": "precision, macro",
-    "recall": "recall, macro",
-    "f1": "F1, macro",
-    "auc": "area under the ROC curve",
-    "test_perplexity": "perplexity of a token",
-    "test_loss": "loss",
-    "test_mean_squared_error": "mean squared error",
-    "test_mean_absolute_error": "mean absolute error",
-    "test_r2": "R²",
-}
 
 
 def card(
@@ -163,7 +151,7 @@ def _sites(agreed: Contract) -> Iterator[str]:
 
 
 def _figures(summary: Summary | ServerSummary) -> Iterator[str]:
-    for name, words in _FIGURES.items():
+    for name, words in SCORES.items():
         value = getattr(summary, name)
         if value is not None:
             yield f"| {words} | {value:.4f} |"

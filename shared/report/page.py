@@ -15,7 +15,7 @@ from bract.shared.report import checks as checking
 from bract.shared.report import figures, wording
 from bract.shared.report.checks import Check
 from bract.shared.report.evidence import Evidence
-from bract.shared.reports.runs import Summary
+from bract.shared.reports.runs import SCORES, Summary
 from bract.shared.terms import PrivacyTerms, counted
 
 _RANDOMNESS: Final = {
@@ -25,18 +25,7 @@ _RANDOMNESS: Final = {
 PACKAGE: Final = "bract.shared.report"
 SITES = 200  # that a table lists
 P_VALUES = 12
-_SCORES: Final = {
-    "test_accuracy": "accuracy",
-    "test_accuracy_mean_of_groups": "accuracy, mean of the groups",
-    "precision": "precision, macro",
-    "recall": "recall, macro",
-    "f1": "F1, macro",
-    "auc": "area under the ROC curve",
-    "test_loss": "loss",
-    "test_perplexity": "perplexity of a token",
-    "test_mean_squared_error": "mean squared error",
-    "test_mean_absolute_error": "mean absolute error",
-    "test_r2": "R²",
+_SCORES: Final = SCORES | {
     "plain_accuracy": "accuracy without privacy, simulated",
     "plain_accuracy_mean_of_groups": "the same, mean of the groups",
 }

@@ -16,6 +16,20 @@ GUARANTEE_PRIVATE: Final = "(ε, δ)-DP per example"
 GUARANTEE_SIMULATION: Final = "none: simulation"
 GUARANTEE_UNPROTECTED: Final = "none: unprotected"
 Guarantee = Literal["none: simulation", "none: unprotected", "(ε, δ)-DP per example"]
+# What each score is called where a person reads it.
+SCORES: Final = {
+    "test_accuracy": "accuracy",
+    "test_accuracy_mean_of_groups": "accuracy, mean of the groups",
+    "precision": "precision, macro",
+    "recall": "recall, macro",
+    "f1": "F1, macro",
+    "auc": "area under the ROC curve",
+    "test_loss": "loss",
+    "test_perplexity": "perplexity of a token",
+    "test_mean_squared_error": "mean squared error",
+    "test_mean_absolute_error": "mean absolute error",
+    "test_r2": "R²",
+}
 Probability = Field(ge=0, le=1)
 _ROUNDING = 1e-2
 
