@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bract.shared import garbage
+from bract.shared.canonical import finite
 from bract.shared.cli import AS_JSON, print_json, shown
 from bract.shared.commands.ledgers import (
     HEAD,
@@ -116,11 +116,11 @@ def _domain(path: Path, found: Verified, interval: float, rounds: RoundsLeft) ->
         ledger=str(path),
         site=chain.site,
         domain=chain.domain,
-        epsilon=_finite(spent),
+        epsilon=finite(spent),
         epsilon_prv=_by_prv(found, limit.delta) if again else None,
-        epsilon_filter=_finite(filtered),
+        epsilon_filter=finite(filtered),
         filter_order=order,
-        epsilon_menu=_finite(budget.of_menu(chain, limit.delta)),
+        epsilon_menu=finite(budget.of_menu(chain, limit.delta)),
         menu=budget.menu_left(chain),
         unbounded=accounting.is_unbounded(events),
         limit=limit.epsilon,
@@ -161,16 +161,16 @@ def _others(
     rows = found.rows_per_person
     asked: dict[str, float | int | None] = {"group": group, "rows_per_person": rows}
     if rows is not None:
-        asked["epsilon_person"] = _finite(accounting.epsilon_of_person(events, delta, rows))
+        asked["epsilon_person"] = finite(accounting.epsilon_of_person(events, delta, rows))
     if replace_one or found.rows_kept is not None:
         exact = accounting.epsilon_replace_one(events, delta, interval=interval)
-        asked["epsilon_replace_one"] = _finite(exact)
+        asked["epsilon_replace_one"] = finite(exact)
     if group is not None:
-        asked["epsilon_group"] = _finite(accounting.epsilon_of_person(events, delta, group))
+        asked["epsilon_group"] = finite(accounting.epsilon_of_person(events, delta, group))
     if replace_one and group is not None:
         # m removed and m added: two groups of m.
         both = accounting.epsilon_of_person(events, delta, 2 * group)
-        asked["epsilon_group_replace_one"] = _finite(both)
+        asked["epsilon_group_replace_one"] = finite(both)
     return asked
 
 
@@ -192,7 +192,7 @@ def _runs(found: Verified, delta: float, interval: float) -> list[RunCost]:
                 charges=chain.attempts[name],
                 evaluations=chain.evaluated[name],
                 steps=sum(getattr(event, "steps", 0) for event in events),
-                epsilon=_finite(accounting.epsilon(events, delta, interval=interval)),
+                epsilon=finite(accounting.epsilon(events, delta, interval=interval)),
             )
         )
     return costs
@@ -298,7 +298,3 @@ def _other_lines(domain: DomainBudget) -> list[str]:
         for what, value in named.items()
         if value is not None
     ]
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

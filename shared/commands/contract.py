@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -198,9 +197,7 @@ def _shown(agreed: Contract, delta: float) -> ContractShown:
         return entries.events_of_attempts(agreed, attempts=attempts, completed=agreed.rounds)
 
     def finite(spent: Callable[[], float]) -> float | None:
-        if _untold(agreed) is not None:
-            return None
-        return found if math.isfinite(found := spent()) else None
+        return None if _untold(agreed) is not None else canonical.finite(spent())
 
     every, rows = events(agreed.max_attempts), agreed.data.rows_per_person
     facts: dict[str, Any] = agreed.model_dump(mode="json")
