@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,27 +95,8 @@ class Reader:
         return self._part(folder, "train")
 
     def _own(self, terms: DataTerms, path: Path) -> Examples:
-        """Returns the examples of who reads: to him an error may say what is in them."""
         self.demand(terms, path)
-        found = self.read(terms, path)
-        unread = len(found) - len(found.readable())
-        if unread == len(found):
-            raise UsageError(
-                f"{path} has no example that can be read: {self._first_fault(terms, path)}"
-            )
-        if unread:
-            logger.warning(
-                "%s: %d of %d examples cannot be read and add nothing: correct them or take them "
-                "out; the first: %s",
-                path,
-                unread,
-                len(found),
-                self._first_fault(terms, path),
-            )
-        return found
-
-    def _first_fault(self, terms: DataTerms, path: Path) -> str:
-        return next(iter(self.check(terms, path)), f"{path} is empty")
+        return vouched(self.read(terms, path), path, partial(self.check, terms, path))
 
     def _cut(self, terms: DataTerms, path: Path) -> Splits:
         cut = whole(self._own(terms, path), path)
@@ -135,6 +117,34 @@ class Reader:
                 f"train{first}, or validation{first} and test{first}"
             )
         return where
+
+
+def vouched(found: Examples, path: Path, check: Callable[[], list[str]]) -> Examples:
+    """Returns what was found in the reader's own file: to him an error may say what is in it.
+
+    Args:
+        found: the file's examples.
+        path: the file.
+        check: what is wrong with it; first what keeps examples from being read.
+
+    Raises:
+        UsageError: where none of them can be read. Where some cannot, the log says so.
+    """
+    unread = len(found) - len(found.readable())
+    if not unread and len(found):
+        return found
+    first = next(iter(check()), f"{path} is empty")
+    if unread == len(found):
+        raise UsageError(f"{path} has no example that can be read: {first}")
+    logger.warning(
+        "%s: %d of %d examples cannot be read and add nothing: correct them or take them out; "
+        "the first: %s",
+        path,
+        unread,
+        len(found),
+        first,
+    )
+    return found
 
 
 def whole(everything: Examples, where: Path) -> Splits:

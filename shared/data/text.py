@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from bract.shared.data import labelled, tokens
 from bract.shared.data.examples import Examples, Splits
+from bract.shared.data.parts import vouched
 from bract.shared.data.pretrained import PACKAGED
 from bract.shared.data.shares import dealt_rows
 from bract.shared.errors import UsageError
@@ -27,6 +30,7 @@ UNREADABLE: Final = -1  # no class: such an example adds nothing
 OTHERWISE: Final[Mapping[str, Scalar]] = {"tokens": "bytes", "source": PACKAGED, "length": 256}
 TRAIN, VALIDATION = 0.8, 0.05
 FEWEST: Final = 20
+PUBLIC: Final = ("validation.jsonl", "test.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +77,32 @@ def prepare(
 def load_text(terms: DataTerms, where: Path | None) -> Splits:
     """Returns the three parts, of a folder as they lie in it, of a file by one fixed shuffle.
 
+    Of the public parts without what cannot be read.
+
     Raises:
-        UsageError: where a file is missing, or one file is too short to be split.
+        UsageError: where a file is missing or nothing in it can be read, or one file is too short
+            to be split.
     """
-    train, validation, test = (_encoded(terms, rows) for rows in _parts(where))
+    path = _somewhere(where)
+    if not path.is_dir():
+        return _split(terms, path)
+    train = _vouched(terms, path / "train.jsonl")
+    validation, test = load_public_text(terms, path)
     return Splits(train=train, validation=validation, test=test)
 
 
 def load_public_text(terms: DataTerms, where: Path | None) -> tuple[Examples, Examples]:
-    """Returns validation and test; of a folder, train.jsonl is not opened."""
-    validation, test = _public_parts(where)
-    return _encoded(terms, validation), _encoded(terms, test)
+    """Returns validation and test, without what cannot be read; of a folder, opens no train.jsonl.
+
+    Raises:
+        UsageError: as `load_text` does.
+    """
+    path = _somewhere(where)
+    if not path.is_dir():
+        cut = _split(terms, path)
+        return cut.validation, cut.test
+    validation, test = (_vouched(terms, path / name).readable() for name in PUBLIC)
+    return validation, test
 
 
 def load_part(terms: DataTerms, folder: Path | None, part: str) -> Examples:
@@ -99,14 +118,7 @@ def load_part(terms: DataTerms, folder: Path | None, part: str) -> Examples:
 
 def check_part(terms: DataTerms, folder: Path | None, part: str) -> list[str]:
     """Returns what is wrong with a site's rows: file, row and key, never a value."""
-    path, rows = _own(folder, part)
-    known = labelled.of(terms).labels
-    return [
-        f"{path}, row {row.number}: {problem}"
-        for row in rows
-        for problem in (row.problem, _of_label(row, known))
-        if problem is not None
-    ]
+    return _problems(terms, *_own(folder, part))
 
 
 def files(folder: Path) -> list[Path]:
@@ -136,33 +148,43 @@ def _own(folder: Path | None, part: str) -> tuple[Path, list[Row]]:
     return path, [rows[place] for place in dealt_rows(keys, part)]
 
 
-def _parts(where: Path | None) -> tuple[list[Row], list[Row], list[Row]]:
-    path = _somewhere(where)
-    if path.is_dir():
-        return _rows(path / "train.jsonl"), *_public_parts(path)
+def _vouched(terms: DataTerms, path: Path) -> Examples:
     rows = _rows(path)
-    if len(rows) < FEWEST:
-        raise UsageError(f"{path} has {len(rows)} rows: to be split it needs {FEWEST} or more")
-    # Looks at nothing but the number of rows.
-    order = np.random.default_rng([805, 15]).permutation(len(rows))
-    train, validation = round(TRAIN * len(rows)), round(VALIDATION * len(rows))
-    one, two, three = (
-        [rows[place] for place in np.sort(cut)]
-        for cut in np.split(order, [train, train + validation])
-    )
-    return one, two, three
+    return vouched(_encoded(terms, rows), path, partial(_problems, terms, path, rows))
 
 
-def _public_parts(where: Path | None) -> tuple[list[Row], list[Row]]:
-    path = _somewhere(where)
-    if path.is_dir():
-        return _rows(path / "validation.jsonl"), _rows(path / "test.jsonl")
-    return _parts(path)[1:]
+def _split(terms: DataTerms, path: Path) -> Splits:
+    everything = _vouched(terms, path)
+    train, validation, test = map(everything.take, _cuts(len(everything), path))
+    return Splits(train=train, validation=validation.readable(), test=test.readable())
+
+
+def _cuts(count: int, path: Path) -> list[npt.NDArray[np.int64]]:
+    """Returns which rows of one file are train, validation and test: by their number alone."""
+    if count < FEWEST:
+        raise UsageError(f"{path} has {count} rows: to be split it needs {FEWEST} or more")
+    order = np.random.default_rng([805, 15]).permutation(count)
+    train, validation = round(TRAIN * count), round(VALIDATION * count)
+    return [np.sort(cut) for cut in np.split(order, [train, train + validation])]
+
+
+def _problems(terms: DataTerms, path: Path, rows: Iterable[Row]) -> list[str]:
+    """Returns what is wrong with a file's rows; first what keeps one from being read."""
+    known = labelled.of(terms).labels
+    return [
+        f"{path}, row {row.number}: {problem}"
+        for row in sorted(rows, key=lambda row: row.label in known)
+        for problem in (_of_label(row, known), row.problem)
+        if problem is not None
+    ]
 
 
 def _public(where: Path | None) -> list[Row]:
-    validation, test = _public_parts(where)
-    return [*validation, *test]
+    path = _somewhere(where)
+    if path.is_dir():
+        return [row for name in PUBLIC for row in _rows(path / name)]
+    rows = _rows(path)
+    return [rows[place] for cut in _cuts(len(rows), path)[1:] for place in cut]
 
 
 def _labels_of(rows: Sequence[Row]) -> tuple[str, ...]:

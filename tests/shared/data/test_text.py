@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,53 @@ def test_labels_without_a_schema_are_those_of_the_public_part(tmp_path: Path) ->
     assert (described.shape, described.classes, described.vocabulary) == ((8,), 3, 257)
     file_of(folder, "train.jsonl", line("d", 9), line("e", "9"), line("f", 11))
     assert data.load_part(described, folder, "1/1").targets.tolist() == [1, 1, -1]
+
+
+def test_training_rows_none_of_which_can_be_read_are_an_error_that_says_why(tmp_path: Path) -> None:
+    folder = file_of(tmp_path, "train.jsonl", b"garbage\n" * 40)
+    for name in user_text.PUBLIC:
+        file_of(folder, name, *opinions(20))
+    path = folder / "train.jsonl"
+    told = f"{path} has no example that can be read: {path}, row 1: not JSON"
+    with pytest.raises(UsageError, match=f"^{re.escape(told)}$"):
+        data.load(terms(), folder)
+    path.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"no example that can be read: .*train\.jsonl is empty"):
+        data.load(terms(), folder)
+    path.write_bytes(b"garbage\n" * 40)
+    with pytest.raises(UsageError, match=r"no example that can be read: .* row 1: not JSON"):
+        data.load(terms(), path)  # one file, to be split
+    site = data.load_part(terms(), folder, "1/1")  # a joined site goes on without effect
+    assert site.targets.tolist() == [user_text.UNREADABLE] * 40
+
+
+def test_public_rows_that_cannot_be_read_are_told_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    not_utf8 = b'{"text": "caf\xe9", "label": "no"}\n'  # it is read, so it is not the first fault
+    for name in user_text.PUBLIC:
+        file_of(tmp_path, name, line("a", "yes"), not_utf8, line("b", "maybe"))
+    found = data.load_public(terms(), tmp_path)
+    assert [part.targets.tolist() for part in found] == [[1, 0], [1, 0]]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"{path}: 1 of 3 examples cannot be read and add nothing: correct them or take them out; "
+        f"the first: {path}, row 3: key 'label': not a label of the contract"
+        for path in (tmp_path / name for name in user_text.PUBLIC)
+    ]
+
+
+def test_a_split_file_keeps_its_training_rows_and_rids_its_public_ones_of_what_cannot_be_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b"".join([*opinions(100), b"garbage\n" * 100]))
+    splits, (validation, test) = data.load(terms(), path), data.load_public(terms(), path)
+    assert len(splits.train) == 160
+    assert user_text.UNREADABLE in splits.train.targets
+    for part in (splits.validation, splits.test, validation, test):
+        assert user_text.UNREADABLE not in part.targets
+    assert 0 < len(test) == len(splits.test) < 30
 
 
 def test_too_few_public_labels_ask_for_a_schema(tmp_path: Path) -> None:
