@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from bract.shared import canonical
 from bract.shared.data import text as user_text
 from bract.shared.data import tokens
 from bract.shared.data.images import decoded, fault
@@ -55,31 +53,6 @@ def encode(data: DataTerms, paths: Sequence[Path]) -> Rows:
     rows = _reader(data, paths)()
     _check(rows.inputs, data, paths[0])
     return rows
-
-
-def check_new(output: Path) -> None:
-    """Returns where a file can be written without overwriting one.
-
-    Raises:
-        UsageError: otherwise.
-    """
-    if os.path.lexists(output):
-        raise UsageError(f"{output} exists: nothing is overwritten; name another file")
-    if not output.parent.is_dir():
-        raise UsageError(f"no folder {output.parent} to write {output.name} into: make it first")
-
-
-def write(content: bytes, output: Path) -> None:
-    """Writes a new file.
-
-    Raises:
-        UsageError: where it exists by now, or the folder cannot be written.
-    """
-    check_new(output)
-    try:
-        canonical.write_atomically(output, content)
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}") from error
 
 
 def table_inputs(table: Table, rows: Sequence[Mapping[str, str]]) -> np.ndarray:

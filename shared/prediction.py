@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bract.shared import encoding
+from bract.shared import encoding, new_file
 from bract.shared.evaluation import BATCH, softmax
 from bract.shared.trained import Trained, labels_of
 
@@ -46,9 +46,9 @@ def predict(trained: Trained, paths: tuple[Path, ...], output: Path) -> int:
         UsageError: where a file is of a kind that the contract does not name, or a row of it
             cannot be read (by row and column, never by value), or `output` exists.
     """
-    encoding.check_new(output)
+    new_file.check(output)
     rows = encoding.encode(trained.contract.data, paths)
-    encoding.write(rows.answered(answers(trained, rows.inputs)), output)
+    new_file.write(rows.answered(answers(trained, rows.inputs)), output)
     return len(rows.inputs)
 
 

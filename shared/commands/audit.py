@@ -99,19 +99,15 @@ def export(ledger: Path, output: Path, as_json: bool) -> None:
 
     It is written as it stands, and verified by whoever reads it: bract audit verify FILE.
     """
-    from bract.shared import canonical
+    from bract.shared import canonical, new_file
     from bract.shared.privacy import export as exporting
 
-    if output.exists():
-        raise UsageError(f"{output} exists: name a new file")
+    new_file.check(output)
     held = exporting.contents(ledger)
     if not held.rows:
         raise VerificationFailed(f"{ledger}: the ledger is empty")
     text = exporting.to_bytes(held)
-    try:
-        canonical.write_atomically(output, text)
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}") from error
+    new_file.write(text, output)
     kinds = [kind for kind, _ in held.documents]
     report = LedgerExport(
         output=str(output),

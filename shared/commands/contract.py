@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from bract.shared import canonical
 from bract.shared.cli import AS_JSON, print_json
 from bract.shared.contract import Contract
-from bract.shared.errors import UsageError
 from bract.shared.preparation import Images, Numeric, Table, Text
 from bract.shared.reports.services import ContractShown
 from bract.shared.terms import ADJACENCY, LEAST_NOISE, DataTerms, counted, of_rows_kept
@@ -38,18 +37,12 @@ def contract() -> None:
 def make(federation: Path, output: Path, as_json: bool) -> None:
     """Sign the contract that a federation file describes, with σ calibrated to its budget."""
     from bract.shared import federation as federations
+    from bract.shared import new_file
 
-    if os.path.lexists(output):
-        raise _exists(output)
+    new_file.check(output)
     chosen = federations.read(federation)
     signed = federations.propose(chosen)
-    try:
-        with output.open("xb") as file:
-            file.write(signed.to_bytes())
-    except FileExistsError:  # made by another process since the look above
-        raise _exists(output) from None
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}") from error
+    new_file.write(signed.to_bytes(), output)
     _tell(signed.contract, chosen.privacy.delta, as_json)
 
 
@@ -69,13 +62,6 @@ def show(path: Path, delta: float, as_json: bool) -> None:
     check_budget(1.0, delta)
     signed = contracts.read(path)
     _tell(signed.verify(signed.contract.coordinator), delta, as_json)
-
-
-def _exists(output: Path) -> UsageError:
-    return UsageError(
-        f"{output} exists: a contract is never overwritten; name another file, or remove it "
-        "and every site will see a new run"
-    )
 
 
 def _tell(agreed: Contract, delta: float, as_json: bool) -> None:

@@ -147,19 +147,19 @@ def export(run: Path, form: str, output: Path, as_json: bool) -> None:
     the model on made-up inputs before they are written.
     """
     with garbage.unwatched():
-        from bract.shared import canonical, card, encoding, exports
+        from bract.shared import canonical, card, exports, new_file
         from bract.shared import trained as runs
 
     beside = output.with_name(f"{output.name}.md")
     for path in (output, beside):
-        encoding.check_new(path)
+        new_file.check(path)
     trained = runs.read(run)
     summary = trained.summary()
     made = exports.export(trained, form)
     unproven = trained.unproven(summary)
     text = card.card(trained.contract, summary, file=output, form=form, unproven=unproven)
-    encoding.write(made.content, output)
-    encoding.write(text.encode(), beside)
+    new_file.write(made.content, output)
+    new_file.write(text.encode(), beside)
     report = ModelExport.model_validate(
         {
             "run": trained.contract.run,

@@ -51,16 +51,16 @@ def report(
     is verified anew, against receipts and witnesses that lie there too; where anything fails the
     page says so first, and the exit code is 1.
     """
-    from bract.shared import encoding
+    from bract.shared import new_file
     from bract.shared.report import checks, evidence, page
     from bract.shared.report import folder as folders
 
-    encoding.check_new(output)
+    new_file.check(output)
     found = evidence.gather(
         folders.find(folder, mechanism=experiment, membership=membership, agreement=agreement)
     )
     made = checks.checks(found)
-    encoding.write(page.page(found, made).encode(), output)
+    new_file.write(page.page(found, made).encode(), output)
     failed = checks.failed(made)
     if failed:
         raise VerificationFailed(f"{output} says why: {failed[0].name}: {failed[0].detail}")

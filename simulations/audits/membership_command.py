@@ -55,14 +55,14 @@ def membership(
     from rich.progress import Progress
 
     with garbage.unwatched():
-        from bract.shared import canonical, encoding
+        from bract.shared import canonical, new_file
         from bract.simulations.audits import membership as audits
 
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers} must be at least 1")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        encoding.check_new(out / FILE)
+        new_file.check(out / FILE)
     plan = audits.planned(
         experiment,
         settings=settings,
@@ -76,7 +76,7 @@ def membership(
     found = audits.audit(plan, told=lambda: progress.update(task, advance=1, refresh=True))
     report = found.model_dump(mode="json")
     if out is not None:
-        encoding.write(canonical.encode(report), out / FILE)
+        new_file.write(canonical.encode(report), out / FILE)
     if as_json:
         print_json(report)
     else:

@@ -128,7 +128,11 @@ def test_an_export_does_not_replace_a_file_and_is_not_made_of_nothing(
 ) -> None:
     path = exported(bract, site)
     again = bract("audit", "export", str(site.ledger_path), "-o", str(path))
-    assert (again.returncode, "exists: name a new file" in again.stderr) == (2, True)
+    assert (again.returncode, "nothing is overwritten" in again.stderr) == (2, True)
+    Path("dangling").symlink_to("x")
+    link = bract("audit", "export", str(path), "-o", "dangling")
+    assert (link.returncode, "nothing is overwritten" in link.stderr) == (2, True)
+    assert Path("dangling").is_symlink()
     missing = bract("audit", "export", "none.sqlite", "-o", "y.jsonl")
     assert (missing.returncode, "no ledger at" in missing.stderr) == (1, True)
     header = path.read_bytes().splitlines(keepends=True)[0]
@@ -136,7 +140,7 @@ def test_an_export_does_not_replace_a_file_and_is_not_made_of_nothing(
     empty = bract("audit", "export", "empty.jsonl", "-o", "y.jsonl")
     assert (empty.returncode, "the ledger is empty" in empty.stderr) == (1, True)
     nowhere = bract("audit", "export", str(path), "-o", "none/y.jsonl")
-    assert (nowhere.returncode, "cannot write" in nowhere.stderr) == (2, True)
+    assert (nowhere.returncode, "no folder none" in nowhere.stderr) == (2, True)
     assert sorted(p.name for p in Path().glob("*.jsonl")) == [
         "empty.jsonl",
         "receipts.jsonl",

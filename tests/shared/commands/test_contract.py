@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 
 from bract.shared import canonical, keys
 from bract.shared import contract as contracts
-from bract.shared.commands import contract as command
 from bract.shared.preparation import Categorical, Images, Numeric, Table, Target, Text
 from bract.shared.privacy import accounting, entries, events
 from bract.shared.reports import schema
@@ -20,6 +20,7 @@ from bract.shared.terms import DataTerms, EvaluationTerms
 from bract.simulations.federations.loopback import Layout
 
 Bract = Callable[..., Any]
+FileLimit = Callable[[int], AbstractContextManager[None]]
 
 
 FAINT = EvaluationTerms(every=1, noise_multiplier=1e-6)
@@ -119,20 +120,20 @@ def test_nothing_is_ever_overwritten(
     before = sorted(tmp_path.iterdir())
     done = make(layout, bract, str(output))
     assert done.returncode == 2
-    assert "is never overwritten" in done.stderr
+    assert "nothing is overwritten" in done.stderr
     assert sorted(tmp_path.iterdir()) == before
     for file in (output, tmp_path / "target"):
         assert not file.is_file() or file.read_text() == "mine"
 
 
-def test_a_file_that_another_process_makes_meanwhile_is_left_alone(
-    layout: Layout, bract: Bract, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_leaves_no_part_of_a_contract_and_it_can_be_made_once_there_is_room(
+    layout: Layout, bract: Bract, file_limit: FileLimit
 ) -> None:
-    Path("theirs.json").write_text("theirs")
-    monkeypatch.setattr(command.os.path, "lexists", lambda path: False)
-    done = make(layout, bract, "theirs.json")
-    assert (done.returncode, "is never overwritten" in done.stderr) == (2, True)
-    assert Path("theirs.json").read_text() == "theirs"
+    with file_limit(512):
+        done = make(layout, bract, "new.json")
+    assert (done.returncode, done.stderr) == (2, "bract: cannot write new.json: File too large\n")
+    assert not Path("new.json").exists()
+    assert make(layout, bract, "new.json").returncode == 0
 
 
 def altered(layout: Layout, change: Callable[[dict[str, Any]], Any]) -> bytes:
@@ -206,7 +207,7 @@ def test_bad_input_is_one_line(bract: Bract, words: tuple[str, ...], said: str) 
 def test_an_output_in_a_folder_that_is_not_there_is_bad_usage(layout: Layout, bract: Bract) -> None:
     done = make(layout, bract, "nowhere/new.json")
     assert done.returncode == 2
-    assert "cannot write nowhere/new.json: No such file or directory" in done.stderr
+    assert "no folder nowhere to write new.json into: make it first" in done.stderr
 
 
 @pytest.mark.parametrize(
