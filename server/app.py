@@ -1,8 +1,8 @@
 """The ServerApp: the same object in every grid.
 
 Its run configuration names files on the server's own disk: `contract` (signed), `out` (the run
-folder), `data-dir` or `data-folder` (public examples; private ones beside them are not opened),
-`delta`, `init-seed`, `wait-seconds` (how long to wait for the whole cohort before the first round),
+folder), `data-folder` (public examples; private ones beside them are not opened), `delta`,
+`init-seed`, `wait-seconds` (how long to wait for the whole cohort before the first round),
 `minimum-cohort`, `sites-seconds`, `pause-seconds`, `round-seconds` and `close-seconds` (see
 `rounds.Patience`),
 `witness-key`, by which ledger heads are countersigned, `head-file`, which keeps them over runs, and
@@ -47,11 +47,7 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(str(configured["out"]))
     model = _initial_model(agreed, int(configured["init-seed"]))
     evaluator = Evaluator(model, agreed.data, str(configured.get("device", "cpu")))
-    folder = folder_of(
-        agreed.data.name,
-        folder=_path(configured.get("data-folder")),
-        root=_path(configured.get("data-dir")),
-    )
+    folder = folder_of(agreed.data.name, folder=_path(configured.get("data-folder")), root=None)
     validation, test = load_public(agreed.data, folder)
     if agreed.data.public not in (None, public.sha256(agreed.data, folder)):
         raise VerificationFailed(

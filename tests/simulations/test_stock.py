@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import socket
+import tomllib
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bract.server import app
 from bract.shared.errors import BractError
 from bract.shared.privacy import verification
 from bract.simulations import simulation, stock
@@ -63,8 +66,20 @@ def test_a_federation_that_cannot_start_says_which_log_to_read(
             pass
 
 
-def test_the_bundles_hold_names_and_no_code() -> None:
+def test_whatever_the_server_reads_can_be_set_in_the_bundle() -> None:
+    read = set()
+    for node in ast.walk(ast.parse(Path(app.__file__).read_text())):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(ast.Name("configured"), "get"), args=[ast.Constant(key), *_]
+            ) | ast.Subscript(ast.Name("configured"), ast.Constant(key)):
+                read.add(key)
+    bundle = resources.files("bract.simulations") / "federations/stock/pyproject.toml"
+    assert set(tomllib.loads(bundle.read_text())["tool"]["flwr"]["app"]["config"]) == read
+    assert {"contract", "minimum-cohort", "round-seconds"} < read
 
+
+def test_the_bundles_hold_names_and_no_code() -> None:
     for bundle in ("stock", "trivial"):
         folder = resources.files("bract.simulations") / "federations" / bundle
         assert [file.name for file in folder.iterdir()] == ["pyproject.toml"]
