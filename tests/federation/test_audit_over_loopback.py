@@ -13,7 +13,6 @@ from bract.simulations.audits.proposal import Subject
 from bract.simulations.audits.settings import suite
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")  # of Flower's own
 def test_real_clients_pass_the_audit_and_keep_real_ledgers(tmp_path: Path) -> None:
     subject, small = (

@@ -130,7 +130,7 @@ def test_killed_server_goes_on_when_started_again(
     assert near(outcome, undisturbed)
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [3, 30])
 def test_clients_outlast_a_server_that_is_away(
     seconds: int, federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
 ) -> None:
@@ -147,7 +147,6 @@ def test_clients_outlast_a_server_that_is_away(
     assert near(outcome, undisturbed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("answers", ["never", "late"])
 def test_round_closes_without_a_client_that_does_not_answer(
     answers: str, federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
@@ -595,7 +594,6 @@ def test_second_server_on_the_same_files_leaves_the_first_alone(
     assert near(outcome, undisturbed)
 
 
-@pytest.mark.slow
 def test_processes_started_cold_give_the_same(
     federate: Callable[..., Any], undisturbed: Any, fault: Callable[[str], None]
 ) -> None:

@@ -20,7 +20,6 @@ from bract.shared.reports.runs import FederationSummary
 from bract.simulations import experiment, simulation
 from bract.simulations.federations import heart_disease
 
-pytestmark = pytest.mark.slow
 RUN = Path(__file__).parents[2] / "simulations/federations/heart-disease/run"
 
 

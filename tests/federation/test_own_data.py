@@ -16,7 +16,6 @@ from bract.shared import canonical
 from bract.simulations.federations import loopback
 from bract.simulations.federations.loopback import Layout, Processes, SitePlan
 
-pytestmark = pytest.mark.slow
 Bract = Callable[..., Any]
 ROWS, PUBLIC = 120, 40
 SITES = ("alpha", "beta")

@@ -32,7 +32,6 @@ def weights(run: Path) -> bytes:
 
 
 @needs_ray
-@pytest.mark.slow
 def test_ray_gives_the_weights_of_the_local_engine_through_the_same_gates(
     bract: Bract, bract_process: Bract, tmp_path: Path
 ) -> None:
@@ -69,7 +68,6 @@ class Stop(Exception):
 
 
 @needs_ray
-@pytest.mark.slow
 def test_a_run_stopped_on_one_engine_goes_on_with_the_other(
     bract: Bract, bract_process: Bract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

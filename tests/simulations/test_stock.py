@@ -25,7 +25,6 @@ ROUNDS, SITES = 2, 2
 SETTINGS = {"rounds": ROUNDS, "sites": SITES, "seed": 11}
 
 
-@pytest.mark.slow
 def test_stock_flower_trains_through_each_sites_gate_to_the_same_weights(
     bract: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

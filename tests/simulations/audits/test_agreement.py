@@ -16,7 +16,6 @@ def test_there_are_fifty_settings_and_none_twice() -> None:
     assert len(set(chosen)) == len(chosen) >= 50
 
 
-@pytest.mark.slow
 def test_every_setting_agrees_with_both_others() -> None:
     rows = agreement.table()
     assert len(rows) >= 50

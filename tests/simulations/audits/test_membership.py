@@ -31,7 +31,6 @@ def reported(done: Any) -> Any:
     return found
 
 
-@pytest.mark.slow
 def test_both_attacks_on_both_kinds_are_reported_with_their_intervals(
     bract: Bract, hospitals: Path, tmp_path: Path
 ) -> None:
@@ -57,7 +56,6 @@ def test_both_attacks_on_both_kinds_are_reported_with_their_intervals(
     assert bract(*command, *SHORT, *root).returncode == 2, "nothing is overwritten"
 
 
-@pytest.mark.slow
 def test_a_model_that_learns_by_heart_is_found_out(hospitals: Path) -> None:
     """The negative control of the audit: many long steps of a wide model, without privacy."""
     wide = ("model.name=mlp", "model.options={hidden=256}", "privacy.mechanism=none", "rounds=6")
