@@ -12,7 +12,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 
 help:
 	@echo 'make demo   a private federated run of five sites on this machine, then its audit'
-	@echo 'make audit  the audit of a mechanism, then the table of faults that it finds'
+	@echo 'make audit  the audit of a mechanism, ε by three accountants, the table of faults that are found'
 	@echo 'make test   lint, types and tests'
 	@echo 'make bench  what things cost, beside rivals in an environment of their own'
 
@@ -31,6 +31,7 @@ demo: .venv/installed
 
 audit: .venv/installed
 	$(BIN)/bract audit experiment digits
+	$(BIN)/python -m bract.simulations.audits.agreement
 	$(BIN)/python -m bract.simulations.benchmarks.planted_faults
 
 lint: .venv/installed
