@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import sqlite3
@@ -18,9 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,6 +47,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from google.protobuf.message import Message as Protobuf
+from processes import WAIT_SECONDS, Forked, forkserver, held_port, until
 
 from bract.client import settings
 from bract.client.gate import Gate
@@ -64,9 +62,8 @@ from bract.shared.messages import RefusalReply, TrainOrder, TrainReply
 from bract.shared.privacy.ledger import Ledger
 from bract.shared.updates import ProtectedUpdate
 from bract.simulations.federations import loopback
-from bract.simulations.federations.loopback import LOOPBACK, Layout, Processes, SitePlan, free_port
+from bract.simulations.federations.loopback import LOOPBACK, Layout, Processes, SitePlan
 
-WAIT_SECONDS = 120.0
 HONEST, HOSTILE = ("alpha", "beta"), "mallory"
 TERMS: dict[str, Any] = {
     "run": "attacked",
@@ -87,69 +84,13 @@ TERMS: dict[str, Any] = {
 }
 
 
-def until(holds: Callable[[], Any], what: str, *, seconds: float = WAIT_SECONDS) -> Any:
-    """Returns the first true value; a condition that never comes is named."""
-    deadline = time.monotonic() + seconds
-    while not (value := holds()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-        time.sleep(0.05)
-    return value
-
-
 def lay_out(root: Path, names: Sequence[str], **terms: Any) -> Layout:
     """Returns a federation on digits, its true sizes unlike its nominal ones."""
     plans = [
         SitePlan(name, nominal_size=400, data_name="digits", part=f"{place}/{len(names)}")
         for place, name in enumerate(names, start=1)
     ]
-    return loopback.lay_out(root, sites=plans, port=free_port(), terms={**TERMS, **terms})
-
-
-class Forked:
-    """A process forked from one whose imports are done; used as a Popen is."""
-
-    def __init__(self, process: Any) -> None:
-        self._process = process
-        self.pid = int(process.pid)
-
-    @property
-    def returncode(self) -> int | None:
-        return self.poll()
-
-    def poll(self) -> int | None:
-        code = self._process.exitcode
-        return None if code is None else int(code)
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        code = self.poll()
-        if code is None:
-            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
-        return code
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-@cache
-def _forks() -> Any:
-    """Returns where processes are forked: each start would cost seconds of a core in imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["bract.client.service", "bract.client.flower", "bract.server.service", "sklearn.metrics"]
-    )
-    before = dict(os.environ)
-    os.environ.update(loopback.ENVIRONMENT)
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return context
+    return loopback.lay_out(root, sites=plans, port=held_port(), terms={**TERMS, **terms})
 
 
 def _command(arguments: list[str], log: str) -> None:
@@ -167,7 +108,7 @@ class Logged(Processes):
     def _start(self, name: str, arguments: Sequence[str]) -> Any:
         before = self.running.get(name)
         assert before is None or before.poll() is not None, f"{name} is running already"
-        process = _forks().Process(
+        process = forkserver().Process(
             target=_command, args=(list(arguments), str(self.log_path(name)))
         )
         process.start()

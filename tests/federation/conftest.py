@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import runpy
 import shutil
-import signal
 import socket
 import struct
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from functools import partial
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, Self
 
+import processes
 import pytest
+from processes import Forked, reserved_port
 
 from bract.server import checkpoint
 from bract.shared import canonical, contract, trained
@@ -51,50 +51,10 @@ TERMS: dict[str, Any] = {
 }
 
 
-class Forked:
-    """A process forked from one whose imports are done; used as a Popen is."""
-
-    def __init__(self, process: ForkServerProcess) -> None:
-        self._process = process
-        self.pid = int(process.pid or 0)
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
-        return self._process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
 @pytest.fixture(scope="session")
 def forkserver() -> ForkServerContext:
     """Forks processes whose imports are done, so that a start takes no seconds of each core."""
-    from multiprocessing import forkserver as module
-
-    source = runpy.run_path(str(LAUNCH))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(source["WARM"]))
-    before = dict(os.environ)
-    os.environ.update(source["ENVIRONMENT"])
-    try:
-        module.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return context
+    return processes.forkserver()
 
 
 @dataclass(slots=True)
@@ -120,6 +80,12 @@ class ForkedProcesses(Processes):
         process.start()
         self.running[name] = Forked(process)  # type: ignore[assignment]
         return self.running[name]
+
+
+@pytest.fixture
+def forked(forkserver: ForkServerContext) -> Callable[[Layout], Processes]:
+    """Starts the processes of a federation without faults."""
+    return partial(ForkedProcesses, context=forkserver)
 
 
 @dataclass(slots=True)
@@ -158,10 +124,7 @@ class Federation:
 
     def until(self, holds: Callable[[], Any], what: str, *, seconds: float = 60.0) -> None:
         """Returns once a condition holds; one that never comes is named."""
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
-            time.sleep(0.05)
+        processes.until(holds, what, seconds=seconds)
 
     def connected(self, *names: str, times: int = 1) -> None:
         """Returns once the server has let these sites in, over all its lives."""
@@ -443,15 +406,6 @@ def small_disk() -> Iterator[Callable[[Path], None]]:
             stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
 
         yield mount
-
-
-@contextlib.contextmanager
-def reserved_port() -> Iterator[int]:
-    """Yields a port that no other process is given, even while no server listens on it."""
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind((loopback.LOOPBACK, 0))
-        yield int(held.getsockname()[1])
 
 
 def _merged(tables: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -22,35 +22,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "OMP_NUM_THREADS": "1",
-}
-# What a forked process need not import again.
-WARM = (
-    "bract.client.service",
-    "bract.client.commands",
-    "bract.server.service",
-    "bract.server.commands",
-    "bract.client.training.trainer",
-    "bract.shared.privacy.accounting",
-    "opacus",
-    "torch._dynamo",  # of the first backward pass
-    "anyio._backends._asyncio",
-    "bract.shared.logs",
-    "cryptography.hazmat.backends.openssl.backend",
-    "httpcore",
-    "httptools",
-    "pydantic.v1",
-    "uvicorn.lifespan.off",
-    "uvicorn.protocols.http.httptools_impl",
-    "uvicorn.protocols.websockets.websockets_impl",
-    "sklearn.datasets",
-    "sklearn.metrics",
-    "pytest",  # its script is the main module of the test run, which a fork imports
-)
-
 
 def main(words: Sequence[str]) -> None:
     """Runs a bract command with faults; what stands before `--` are points."""

@@ -20,7 +20,6 @@ import pytest
 from attack_helpers import (
     HONEST,
     HOSTILE,
-    WAIT_SECONDS,
     Caller,
     Insider,
     Logged,
@@ -30,7 +29,6 @@ from attack_helpers import (
     memory_mib,
     summary,
     trust,
-    until,
 )
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -48,6 +46,7 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.date import now
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from processes import WAIT_SECONDS, until
 
 from bract.server.flower import connections, doorman, routes
 from bract.server.flower.host import Host, Listener

@@ -27,11 +27,11 @@ from attack_helpers import (
     message,
     raw_object,
     train_message,
-    until,
 )
 from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.proto.message_pb2 import ObjectTree
+from processes import until
 
 from bract.client.faults import Disconnected
 from bract.client.flower import Address, Connection

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tomli_w
 from PIL import Image
+from processes import held_port
 
 from bract.shared import canonical
 from bract.simulations.federations import loopback
@@ -70,7 +71,7 @@ CASES: dict[str, tuple[str, str, Callable[[Path, str, int], None]]] = {
 }
 
 
-def laid_out(root: Path, case: str) -> Layout:
+def laid_out(root: Path, case: str, port: int) -> Layout:
     name, model, write = CASES[case]
     data: dict[str, Any] = {"name": name}
     if case in SCHEMAS:
@@ -94,7 +95,7 @@ def laid_out(root: Path, case: str) -> Layout:
             )
             for place, site in enumerate(SITES, 1)
         ],
-        port=loopback.free_port(),
+        port=port,
         public_data=None if case == "factory" else str(root / "public"),
         terms={
             "run": "own",
@@ -116,13 +117,15 @@ def laid_out(root: Path, case: str) -> Layout:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_own_data_is_checked_trained_on_and_scored(tmp_path: Path, bract: Bract, case: str) -> None:
-    layout = laid_out(tmp_path / "federation", case)
+def test_own_data_is_checked_trained_on_and_scored(
+    tmp_path: Path, bract: Bract, forked: Callable[[Layout], Processes], case: str
+) -> None:
+    layout = laid_out(tmp_path / "federation", case, held_port())
     for site in SITES:
         checked = bract("client", str(layout.site(site)), "--check", str(layout.contract), "--json")
         said = json.loads(checked.stdout)
         assert (said["accepted"], said["problems"]) == (True, []), checked.stdout
-    with Processes(layout) as processes:
+    with forked(layout) as processes:
         processes.start_server()
         for site in SITES:
             processes.start_client(site)
@@ -135,7 +138,7 @@ def test_own_data_is_checked_trained_on_and_scored(tmp_path: Path, bract: Bract,
 
 
 def test_a_row_that_does_not_fit_is_named_before_a_site_joins(tmp_path: Path, bract: Bract) -> None:
-    layout = laid_out(tmp_path / "federation", "table")
+    layout = laid_out(tmp_path / "federation", "table", port=1)
     path = tmp_path / "federation/sites/alpha/own/train.csv"
     path.write_text(path.read_text() + "7x31,a,no\n")
     checked = bract("client", str(layout.site("alpha")), "--check", str(layout.contract))
