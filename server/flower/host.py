@@ -25,9 +25,10 @@ from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.state.schema.linkstate_models import Node as NodeModel
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
-from sqlalchemy import event
+from sqlalchemy import event, update
 from sqlalchemy.exc import DatabaseError
 
 from bract.server.flower.connections import PatientUntil
@@ -287,24 +288,29 @@ def _be_patient(connection: Any, _: object) -> None:
 
 
 def _register(state: LinkState, keys: Mapping[bytes, str]) -> dict[int, str]:
-    """Returns the nodes of the listed keys; every other node that was ever known is removed.
+    """Returns the nodes of the listed keys, alone of all that were ever known.
 
-    None of them is online: a killed process leaves those that it knew, and they may be gone.
+    The others stay, and nobody speaks for them: Flower keeps a deleted node's key for good, and its
+    site could never be listed again. None is online: a killed process leaves those that it knew,
+    and they may be gone.
     """
+    _take_back_deleted(state)
+    for online in state.get_node_info(statuses=[NodeStatus.ONLINE]):
+        state.deactivate_node(online.node_id)
     names: dict[int, str] = {}
     for key, name in keys.items():
         node = state.get_node_id_by_public_key(key)
         if node is None:
             node = state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0, name=name)
-        state.deactivate_node(node)
         names[node] = name
-    known = state.get_node_info(
-        statuses=[NodeStatus.REGISTERED, NodeStatus.ONLINE, NodeStatus.OFFLINE]
-    )
-    for info in known:
-        if info.node_id not in names:
-            state.delete_node(NOOP_FLWR_AID, info.node_id)
     return names
+
+
+def _take_back_deleted(state: LinkState) -> None:
+    """Gives back the nodes that an earlier version deleted, for which Flower has no call."""
+    deleted = update(NodeModel).where(NodeModel.status == NodeStatus.UNREGISTERED)
+    with state.session() as session:  # type: ignore[attr-defined]
+        session.execute(deleted.values(status=NodeStatus.REGISTERED, unregistered_at=None))
 
 
 def _end_earlier_runs(state: LinkState) -> None:
