@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
-from types import FrameType
 
 import click
 
+from bract.server import stopping
 from bract.shared import garbage
 from bract.shared.cli import AS_JSON, LOG_FORMAT, TRACK, print_json, shown
 from bract.shared.errors import BractError
@@ -39,8 +38,8 @@ def _serve(federation: Path, track: tuple[str, ...], log_format: str, as_json: b
         from bract.shared import logs
 
     logs.begin("json" if log_format == "json" else "text")
-    signal.signal(signal.SIGTERM, _interrupt)
-    summary = service.serve(federation, track)
+    with stopping.stoppable():
+        summary = service.serve(federation, track)
     if as_json and summary.rounds:
         print_json(summary.model_dump(mode="json"))
     elif not as_json:
@@ -65,7 +64,3 @@ def _status(federation: Path, as_json: bool) -> None:
             f"{report.rounds}, connected {', '.join(report.connected) or 'none'}, ε of this run "
             f"{shown(report.epsilon_run)}"
         )
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

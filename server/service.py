@@ -15,7 +15,7 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 
-from bract.server import auditing, checkpoint, memory
+from bract.server import auditing, checkpoint, memory, stopping
 from bract.server.app import app
 from bract.server.checkpoint import RoundState
 from bract.server.flower.grid import FleetGrid
@@ -91,6 +91,7 @@ def _serve(
         grid = FleetGrid(host, reply_seconds=chosen.deadlines.reply)
         app(grid, _context(chosen, host.run))
     finally:
+        stopping.heard()
         if desk is not None:
             desk.stop()
         journal.stop()
