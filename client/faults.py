@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 
+from bract.client import proxies
 from bract.shared import clocks
 from bract.shared.errors import BractError
 from bract.shared.logs import printable
@@ -87,4 +88,5 @@ def unreachable(error: Exception, server: str, authority: Path) -> BractError:
                 f"({cause.verify_message}): nothing was sent"
             )
         cause = cause.__cause__ or cause.__context__
-    return Disconnected(f"{server} cannot be reached: {type(error).__name__}")
+    way = proxies.used_for(server)
+    return Disconnected(f"{server} cannot be reached: {type(error).__name__}{way}")

@@ -48,7 +48,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from bract.client import bounds, faults
+from bract.client import bounds, faults, proxies
 from bract.client.faults import TOO_LARGE, UNREADABLE, Disconnected, NotTaken, Unknown
 from bract.shared import clocks, flower, incarnation
 from bract.shared.errors import BractError, VerificationFailed
@@ -80,6 +80,7 @@ class Connection:
     def __init__(
         self, address: Address, key: ec.EllipticCurvePrivateKey, *, greatest_order: int
     ) -> None:
+        proxies.check()
         self._address, self._greatest = address, greatest_order
         self._public = public_key_to_bytes(key.public_key())
         self._client = FleetHttpClient.from_server_address(

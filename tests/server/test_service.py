@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 
 from bract.server import checkpoint, service
-from bract.server.flower.host import Host
+from bract.server.flower.host import Host, Listener
 from bract.shared import canonical, federation, keys, logs, pki
 from bract.shared import contract as contracts
 from bract.shared.contract import Contract
@@ -265,6 +265,14 @@ def test_the_state_is_let_go_of_when_a_server_ends(
 # What is said of a run
 
 
+@pytest.fixture
+def free() -> int:
+    """A port that nobody serves any more."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
 def test_the_status_of_a_run_that_was_never_started_is_that(layout: Layout, bract: Bract) -> None:
     before = contents(layout.root)
     done = bract("server", str(layout.federation), "--status", "--json")
@@ -282,23 +290,46 @@ def test_the_status_of_a_run_that_was_never_started_is_that(layout: Layout, brac
 
 @pytest.mark.parametrize("certificate", ["there", "gone", "no certificate"])
 def test_the_status_of_a_server_that_was_killed_is_not_what_it_last_said(
-    layout: Layout, taken: int, certificate: str
+    layout: Layout, free: int, certificate: str
 ) -> None:
     state = layout.federation.parent / "state"
     state.mkdir()
-    said = {"doing": "serving", "port": taken, "connected": ["alpha"], "written": "then"}
-    (state / "status.json").write_bytes(canonical.encode(said))
     path = layout.federation.parent / "server.pem"
     if certificate == "gone":
         path.unlink()
     elif certificate == "no certificate":
         path.write_text("x")
-    with socket.socket() as free:  # a port that nobody serves any more
-        free.bind(("127.0.0.1", 0))
-        said["port"] = free.getsockname()[1]
+    said = {"doing": "serving", "port": free, "connected": ["alpha"], "written": "then"}
     (state / "status.json").write_bytes(canonical.encode(said))
     report = service.status(layout.federation)
     assert (report.doing, report.healthy, report.connected) == ("not running", False, [])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flower's own state
+def test_the_status_of_a_server_that_serves_asks_no_proxy(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    chosen = federation.read(layout.federation)
+    state = Path(chosen.server.state)
+    state.mkdir()
+    host = Host(
+        database=state / "superlink.sqlite",
+        sites={site.name: site.node_key for site in chosen.sites},
+        listener=Listener("127.0.0.1", 0, Path(chosen.server.certificate), Path(chosen.server.key)),
+        greatest_reply=2**20,
+    )
+    host.start()
+    try:
+        said = {"doing": "serving", "port": host.port, "connected": [], "written": "then"}
+        (state / "status.json").write_bytes(canonical.encode(said))
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{free}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        report = service.status(layout.federation)
+    finally:
+        host.close()
+    assert (report.doing, report.healthy) == ("serving", True)
 
 
 def test_a_run_without_a_round_fails_and_prints_one_object(
