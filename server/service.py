@@ -32,6 +32,7 @@ from bract.shared.reports.services import ServerStatus
 logger = logging.getLogger("bract.server")
 
 DATABASE = "superlink.sqlite"
+LOCK = ".lock"  # in out; apart from the state's, where one folder is both
 STATUS_SECONDS = 1.0
 PAUSE_SECONDS = 60.0  # at most, before sites that refused for what may pass are asked again
 
@@ -44,7 +45,8 @@ def serve(path: Path, trackers: Sequence[str] = ()) -> ServerSummary:
 
     Raises:
         UsageError: where contract and federation file do not fit together.
-        BractError: where another process serves it, the port cannot be had, or too few sites come.
+        BractError: where another process serves it or writes its out, the port cannot be had, or
+            too few sites come.
     """
     tracking.check(trackers)
     chosen = federation.read(path)
@@ -59,7 +61,11 @@ def serve(path: Path, trackers: Sequence[str] = ()) -> ServerSummary:
                 f"cannot make the folder {folder}: {error.strerror}; correct server.{name}"
             ) from error
     door = auditing.door_of(chosen)
-    with locks.held(state / "lock", "one server carries a run; stop the other"):
+    with (
+        locks.held(state / "lock", "one server carries a run; stop the other"),
+        # Another federation file may name another state, and the same folder for its run.
+        locks.held(out / LOCK, "one server writes it; stop the other or correct server.out"),
+    ):
         for folder in (state, out, out / "checkpoint"):
             canonical.remove_leftovers(folder)
         # Before anything in it is replaced: an out of another run is not this one's.

@@ -28,7 +28,9 @@ def hold(path: Path, remedy: str) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; correct state") from error
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}; mend its rights, or name another folder"
+        ) from error
     deadline = time.monotonic() + LOCK_SECONDS
     while not _try(descriptor):
         if time.monotonic() > deadline:

@@ -15,7 +15,7 @@ import pytest
 
 from bract.server import checkpoint, service
 from bract.server.flower.host import Host, Listener
-from bract.shared import canonical, federation, keys, logs, pki
+from bract.shared import canonical, federation, keys, locks, logs, pki
 from bract.shared import contract as contracts
 from bract.shared.contract import Contract
 from bract.shared.errors import BractError, UsageError, VerificationFailed
@@ -233,33 +233,48 @@ def test_a_port_that_is_taken_is_one_line(layout: Layout, bract: Bract, taken: i
     assert done.stderr.endswith(f"bract: {message}\n")
 
 
+@pytest.mark.parametrize(
+    ("lock", "said"),
+    [
+        ("state/lock", "/state: one server carries a run; stop the other"),
+        ("run/.lock", "/run: one server writes it; stop the other or correct server.out"),
+    ],
+    ids=["of one state", "of one out"],
+)
 def test_a_second_server_leaves_the_run_of_the_first_alone(
-    layout: Layout, bract: Bract, monkeypatch: pytest.MonkeyPatch
+    layout: Layout, bract: Bract, monkeypatch: pytest.MonkeyPatch, lock: str, said: str
 ) -> None:
     monkeypatch.setattr("bract.shared.locks.LOCK_SECONDS", 0.1)
-    state = layout.federation.parent / "state"
-    state.mkdir()
+    folder = layout.federation.parent
+    for name in ("state", "run"):
+        (folder / name).mkdir()
+    (folder / "state" / "lock").touch()
     monkeypatch.setattr(Host, "__init__", None)  # it would end the run that it finds
-    with (state / "lock").open("w") as held:
+    with (folder / lock).open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         before = contents(layout.root)
         done = bract("server", str(layout.federation))
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert "one server carries a run; stop the other" in done.stderr
-        after = contents(layout.root)
-    assert after == before
+        assert done.stderr.endswith(f"{said}\n")
+        assert contents(layout.root) == before
+        assert bract("server", str(layout.federation), "--status").returncode == 0
 
 
-def test_the_state_is_let_go_of_when_a_server_ends(
+def test_a_server_holds_state_and_out_and_lets_go_of_them_when_it_ends(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = layout.federation.parent
+    places = [folder / "state" / "lock", folder / "run" / ".lock"]
+
     def fail(*_: Any) -> None:
+        assert all(map(locks.is_held, places))
         raise BractError("it ended")
 
     monkeypatch.setattr(service, "_serve", fail)
     for _ in range(2):
         with pytest.raises(BractError, match="it ended"):
             service.serve(layout.federation)
+        assert not any(map(locks.is_held, places))
 
 
 # What is said of a run
