@@ -56,14 +56,13 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Returns the tables of a TOML file.
+    """Returns the tables of a TOML file; what some editors put before UTF-8 is no part of it.
 
     Raises:
         UsageError: where the file is missing or is not TOML.
     """
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # of what it says, how, and how deep

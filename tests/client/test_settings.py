@@ -207,3 +207,10 @@ def test_what_is_no_toml_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("server", ["localhost:1", "hospital.example:65535", "[::1]:8443"])
 def test_a_server_is_a_name_or_an_address_with_its_port(tmp_path: Path, server: str) -> None:
     assert read(tmp_path, server=server).server == server
+
+
+def test_a_mark_before_the_text_is_no_part_of_it(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    expected = settings.read(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert settings.read(path) == expected
