@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import threading
 import time
@@ -83,6 +84,7 @@ class Host:
         self.bells: dict[int, asyncio.Event] = {}
         self.newest_wait: dict[int, object] = {}
         self.closing = False
+        self._fault = "see the log"
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listener = listener
         self._server = uvicorn.Server(
@@ -115,14 +117,14 @@ class Host:
         """Returns once the port answers.
 
         Raises:
-            BractError: where the port cannot be had or the certificate cannot be used.
+            BractError: where the port cannot be had, in the system's words.
         """
         self._thread.start()
         while not self._server.started:
             if not self._thread.is_alive():
                 raise BractError(
-                    f"cannot serve on {self._listener.host}:{self._listener.port}: the port is "
-                    "taken, or the certificate and key do not fit; see the log"
+                    f"cannot serve on {self._listener.host}:{self._listener.port}: {self._fault}; "
+                    "correct server.listen"
                 )
             time.sleep(0.01)
         self._beats.start()
@@ -192,10 +194,10 @@ class Host:
 
         try:
             asyncio.run(serve())
-        except SystemExit:  # uvicorn's way to say that it cannot bind
-            return
+        except SystemExit as error:  # uvicorn's way to say that it cannot bind
+            self._fault = _words(error.__context__)
         except OSError as error:
-            logger.error("the server cannot start: %s", error.strerror)
+            self._fault = _words(error)
 
     def _beat(self) -> None:
         while not self._stop.wait(TASK_HEARTBEAT_SECONDS):
@@ -221,6 +223,12 @@ class Host:
         facts = envelope.metadata
         facts.__dict__["_run_id"], facts.created_at = self.run, time.time()
         return self.state.store_message_ins(envelope) is not None
+
+
+def _words(fault: BaseException | None) -> str:
+    if isinstance(fault, OSError) and fault.errno == errno.EADDRINUSE:
+        return "the port is taken"
+    return getattr(fault, "strerror", None) or str(fault)
 
 
 @contextmanager

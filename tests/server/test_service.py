@@ -229,8 +229,22 @@ def test_a_port_that_is_taken_is_one_line(layout: Layout, bract: Bract, taken: i
     done = bract("server", str(layout.federation), "--json")
     assert done.returncode == 1
     message = json.loads(done.stdout)["error"]["message"]
-    assert f"cannot serve on 127.0.0.1:{taken}: the port is taken" in message
+    assert message == (
+        f"cannot serve on 127.0.0.1:{taken}: the port is taken; correct server.listen"
+    )
     assert done.stderr.endswith(f"bract: {message}\n")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flower's own state
+def test_an_address_of_another_machine_is_one_line(layout: Layout, bract: Bract) -> None:
+    replaced(layout, f"127.0.0.1:{layout.port}", "192.0.2.1:8443")
+    done = bract("server", str(layout.federation))
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("bract: cannot serve on 192.0.2.1:8443: ")
+    assert last.endswith("; correct server.listen")
+    assert "taken" not in last
+    assert "certificate" not in last
 
 
 @pytest.mark.parametrize(
