@@ -29,7 +29,7 @@ class UpdateStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def keep(self, values: Arrays) -> str:
         """Returns the update's hash once its bytes are durable; earlier updates are dropped.

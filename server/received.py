@@ -16,7 +16,9 @@ NAME = "receipts.jsonl"
 
 def append(out: Path, found: Sequence[Received]) -> None:
     """Adds receipts to a run folder's file, on disk before this returns."""
-    with (out / NAME).open("ab") as file:
+    # Nobody but this process adds to it, whatever the umask.
+    descriptor = os.open(out / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    with os.fdopen(descriptor, "ab") as file:
         file.write(receipts.to_lines(found))
         file.flush()
         os.fsync(file.fileno())
