@@ -9,9 +9,11 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 from pathlib import Path
@@ -283,3 +285,20 @@ def test_the_wheel_holds_every_package_and_runs_outside_the_checkout(tmp_path: P
         check=True,
     )
     assert str(site) in where.stdout
+
+
+def test_the_source_distribution_holds_what_the_checkout_holds(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a checkout of git")
+    listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True)  # noqa: S607  whichever git
+    # Links for type checkers, and what only a checkout has, are of no use in it.
+    tracked = {name for name in listed.splitlines() if not name.startswith(".")}
+    for name in tracked:  # without what an earlier build left, which would be taken along
+        copy = tmp_path / "checkout" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy)
+    build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run([*build, str(tmp_path / "checkout")], check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("bract-*.tar.gz"))) as held:
+        names = {name.partition("/")[2] for name in held.getnames()}
+    assert tracked - names == set()
