@@ -49,7 +49,6 @@ def test_ray_gives_the_weights_of_the_local_engine_through_the_same_gates(
 
 
 @needs_ray
-@pytest.mark.slow
 def test_a_seed_repeats_whom_a_round_asks_on_ray_too(
     bract: Bract, bract_process: Bract, tmp_path: Path
 ) -> None:
