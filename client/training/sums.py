@@ -20,7 +20,7 @@ from bract.client.training.bookkeeping import BookKeepingSum, Loss
 from bract.client.training.execution import Execution
 from bract.client.training.gradients import ClippedSum, PlainSum
 from bract.client.training.randomness import RandomStream
-from bract.client.training.sizes import LEAST, Sizes, are_equal, fill
+from bract.client.training.sizes import LEAST, Sizes, are_equal, fill, filled
 from bract.client.training.together import Job, SharedStep
 from bract.client.training.views import Moves
 from bract.shared import models, tasks
@@ -95,18 +95,35 @@ class BatchSums:
             moves: their views, if there are any.
             expected: how many are drawn on the mean at a site of the contract's nominal size.
         """
+        adder = self._adder
+        if isinstance(adder, PlainSum):
+            sums = self._in_pieces(lambda most: self._plain(adder, examples, batch, moves, most))
+            return list(sums.values())
+
+        def pieces(most: int) -> Iterator[tuple[slice, int]]:
+            return self._sizes.pieces(len(batch), expected=expected, most=most)
+
+        with rounding.one_thread(self._uneven):
+            return self._summed(adder, examples, batch, moves, pieces)
+
+    def _summed(
+        self,
+        adder: ClippedSum,
+        examples: Examples | Ready,
+        batch: npt.NDArray[np.int64],
+        moves: Moves | None,
+        pieces: Callable[[int], Iterable[tuple[slice, int]]],
+    ) -> list[Tensor]:
+        """Returns the clipped sums over a batch, in passes of sizes that hold its parts."""
 
         def run(most: int) -> dict[str, Tensor]:
-            adder = self._adder
-            if isinstance(adder, PlainSum):
-                return self._plain(adder, examples, batch, moves, most)
             sums = gradients.zeros(self.parameters)
-            for part, size in self._sizes.pieces(len(batch), expected=expected, most=most):
+            for part, size in pieces(most):
                 seen = None if moves is None else moves.take(part)
                 given = self.batch(examples, batch[part], seen)
                 inputs, targets = (fill(side, size) for side in given)
                 counted = torch.arange(size, device=self._device) < part.stop - part.start
-                with self._weights_stay(), rounding.one_thread(self._uneven):
+                with self._weights_stay():
                     adder.add_(sums, inputs, targets, counted)
             return sums
 
@@ -187,18 +204,24 @@ class BatchSums:
         return inputs, tasks.targets_of(examples.targets[piece], data, self._device)
 
     def rehearse(self) -> None:
-        """Runs one sum on zeros: a mode that cannot take the model says so before any charge.
+        """Runs a pass of zeros: a mode that cannot take the model says so before any charge.
 
         Raises:
             ModelRejected: with its reason.
         """
         data = self._contract.data
-        targets = (2, *data.shape) if data.task == "next-token" else (2,)
-        blank = Examples(inputs=np.zeros((2, *data.shape)), targets=np.zeros(targets, np.int64))
+        targets = (1, *data.shape) if data.task == "next-token" else (1,)
+        blank = Examples(inputs=np.zeros((1, *data.shape)), targets=np.zeros(targets, np.int64))
         try:
             with gradients.expected_warnings():
-                moves = self.moves(2, RandomStream(bytes(32)))  # no secret: of zeros
-                self.of(blank, np.arange(2), moves, 2.0)
+                one, moves = np.arange(1), self.moves(1, RandomStream(bytes(32)))  # no secret
+                if isinstance(self._adder, PlainSum):
+                    self.of(blank, one, moves, 1.0)
+                    return
+                # How sizes round is asked where a batch is summed.
+                self._summed(
+                    self._adder, blank, one, moves, lambda most: [(slice(0, 1), filled(1, most))]
+                )
         except NotImplementedError as error:
             raise ModelRejected(f"model {self._contract.model.name!r}: {error}") from error
         except Exception as error:
