@@ -85,7 +85,8 @@ def test_an_example_with_all_its_views_never_adds_more_than_the_clip_norm(
 @pytest.mark.parametrize("mode", TWO_MODES)
 def test_equal_views_that_are_not_averaged_would_pass_the_bound(mode: Mode) -> None:
     """A negative control: on the axis of the examples, views would be clipped one by one."""
-    inputs = 5 * torch.randn(1, 1, 1, 8, 8).expand(1, 6, 1, 8, 8).contiguous()
+    drawn = torch.randn(1, 1, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    inputs = 5 * drawn.expand(1, 6, 1, 8, 8).contiguous()
     one = norm(summed(mode, network(1), inputs, 0.01))
     apart = norm(summed(mode, network(1), inputs.transpose(0, 1), 0.01))
     assert one <= 0.01 < apart
