@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -20,8 +20,9 @@ from bract.client.training.bookkeeping import BookKeepingSum, Loss
 from bract.client.training.execution import Execution
 from bract.client.training.gradients import ClippedSum, PlainSum
 from bract.client.training.randomness import RandomStream
-from bract.client.training.sizes import LEAST, Sizes, are_equal, fill, filled
+from bract.client.training.sizes import fill, filled
 from bract.client.training.together import Job, SharedStep
+from bract.client.training.trials import NotedLoss, Trials
 from bract.client.training.views import Moves
 from bract.shared import models, tasks
 from bract.shared.contract import Contract
@@ -65,20 +66,12 @@ class BatchSums:
         self._contract, self._features = contract, features
         self._weights = list(models.released_parameters(model).values())
         self._pieces = max(1, execution.at_once // contract.training.views)
-        self._summer, self.parameters, self._loss = _summer(contract, execution, model)
+        self._summer, self.parameters, loss = _summer(contract, execution, model)
         self._device = self._weights[0].device
         self._adder: ClippedSum | PlainSum = self._summer
+        self._trials = Trials(self._summer, loss, self.parameters, self._made_up)
         if not isinstance(self._summer, PlainSum):
             self._adder = graphs.replayed(self._summer, self.parameters, contract.model.name)
-
-    @cached_property
-    def _uneven(self) -> bool:
-        """Whether an operation of a pass rounds by the place of a number."""
-        return self._device.type == "cpu" and not rounding.is_even(self._tried)
-
-    @cached_property
-    def _sizes(self) -> Sizes:
-        return Sizes(self._probed, self._is_even, rounding.UNIT if self._uneven else 1)
 
     def of(
         self,
@@ -101,9 +94,9 @@ class BatchSums:
             return list(sums.values())
 
         def pieces(most: int) -> Iterator[tuple[slice, int]]:
-            return self._sizes.pieces(len(batch), expected=expected, most=most)
+            return self._trials.sizes.pieces(len(batch), expected=expected, most=most)
 
-        with rounding.one_thread(self._uneven):
+        with rounding.one_thread(self._trials.uneven):
             return self._summed(adder, examples, batch, moves, pieces)
 
     def _summed(
@@ -275,89 +268,22 @@ class BatchSums:
                 f"model {self._contract.model.name!r} changes its weights while it answers"
             )
 
-    def _probed(self, size: int, counted: Tensor | None = None) -> list[Tensor]:
-        """Returns the mean clipped gradient of equal, made-up examples, or of those that count.
-
-        At made-up weights: a server's may be such that every kernel gives the same.
-        """
-        with self._on_trial(size) as (inputs, targets), rounding.one_thread(self._uneven):
-            sums = gradients.zeros(self.parameters)
-            self._summer.add_(sums, inputs, targets, *([] if counted is None else [counted]))
-        number = size if counted is None else int(counted.sum())
-        return [total / number for total in sums.values()]
-
-    def _is_even(self, size: int) -> bool:
-        """Returns whether equal, made-up examples have equal answers and gradients in one pass.
-
-        Every second one is looked at apart, and every one of the second half: what differs at an
-        end, or wherever a pass is cut, is in more of some than of others.
-        """
-        if size == 1:
-            return True
-        answers, mean = self._loss.noting(lambda: self._probed(size))
-        if not answers.isfinite().all() or not are_equal(mean, mean):
-            return True  # such numbers prove nothing
-        rows = torch.arange(size, device=self._device)
-        some = (rows % 2 == 1, rows >= size // 2)
-        return torch.equal(answers, answers[:1].expand_as(answers)) and all(
-            are_equal(self._probed(size, counted), mean) for counted in some
-        )
-
-    def _tried(self) -> None:
-        """Runs a pass of a few made-up examples."""
-        with self._on_trial(LEAST) as (inputs, targets):
-            self._summer.add_(gradients.zeros(self.parameters), inputs, targets)
-
-    @contextmanager
-    def _on_trial(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Gives equal, made-up examples, while the model has made-up weights."""
+    def _made_up(self, size: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Returns made-up weights, and so many equal, made-up examples as the model takes them."""
         weights, one = admission.trial(self._weights, self._contract.data)
         rows, moves = np.zeros(size, np.int64), self.moves(1, RandomStream(bytes(32)))
         seen = None if moves is None else moves.take(rows)
-        kept = [parameter.detach().clone() for parameter in self._weights]
-        try:
-            load(self._weights, weights)
-            yield self.batch(one, rows, seen)
-        finally:
-            load(self._weights, kept)
-
-
-@torch.no_grad()
-def load(parameters: Iterable[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Sets parameters to values, wherever they are."""
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
-
-
-class _Noted:
-    """A loss that can tell which answers it was asked about."""
-
-    def __init__(self, loss: Loss) -> None:
-        self._loss, self._notes, self._answers = loss, False, torch.empty(0)
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if self._notes:
-            self._answers = outputs.detach()
-        return self._loss(outputs, targets)
-
-    def noting(self, run: Callable[[], T]) -> tuple[Tensor, T]:
-        """Returns the answers of a model in a pass, and what running it gives."""
-        self._notes = True
-        try:
-            found = run()
-            return self._answers, found
-        finally:
-            self._notes, self._answers = False, torch.empty(0)
+        return weights, *self.batch(one, rows, seen)
 
 
 def _summer(
     contract: Contract, execution: Execution, model: nn.Module
-) -> tuple[ClippedSum | PlainSum, dict[str, nn.Parameter], _Noted]:
+) -> tuple[ClippedSum | PlainSum, dict[str, nn.Parameter], NotedLoss]:
     """Returns the way to sum, the parameters by the names that it gives them, and its loss."""
     losses: Loss = partial(tasks.losses, task=contract.data.task)
     if contract.training.augmentation != "none":
         model, losses = views.Viewed(model), views.mean_loss(losses)
-    loss, parameters = _Noted(losses), models.released_parameters(model)
+    loss, parameters = NotedLoss(losses), models.released_parameters(model)
     if contract.privacy.mechanism == "dp-sgd":
         clip_norm = contract.privacy.clip_norm
         chosen = gradients.clipped_sum(execution.mode, model, loss, clip_norm, execution.precision)

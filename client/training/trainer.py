@@ -18,8 +18,9 @@ from bract.client.training.execution import Execution
 from bract.client.training.isolation import GREATEST_WEIGHT
 from bract.client.training.optimizer import PlainOptimizer, PrivateOptimizer, Sgd
 from bract.client.training.randomness import RandomStream, check_turning
-from bract.client.training.sums import BatchSums, load
+from bract.client.training.sums import BatchSums
 from bract.client.training.together import Job, SharedStep
+from bract.client.training.trials import load
 from bract.shared import arrays, models
 from bract.shared.arrays import Array, Arrays
 from bract.shared.contract import Contract

@@ -281,7 +281,7 @@ def test_a_model_that_answers_by_the_place_runs_each_example_alone(
     install("placed", PLACED)
     data = DataTerms(name="made-up", shape=(1, 8, 8), classes=10)
     trainer = Trainer(contract_of(world, name, data, sampling_rate=0.2), Execution(mode=mode))
-    pieces = trainer._sums._sizes.pieces(3, expected=20.0, most=256)
+    pieces = trainer._sums._trials.sizes.pieces(3, expected=20.0, most=256)
     assert [size for _, size in pieces] == [1, 1, 1]
 
 
@@ -322,7 +322,7 @@ def test_what_tries_a_size_leaves_the_weights_as_they_were(world: Any, name: str
         updates.append(
             trainer.train(terms=job.terms, examples=data, weights=weights, stream=job.stream).arrays
         )
-    assert trainer._sums._sizes._alike
+    assert trainer._sums._trials.sizes._alike
     for value in updates[0]:
         np.testing.assert_array_equal(updates[0][value], updates[1][value])
 
