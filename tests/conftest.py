@@ -167,6 +167,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture
+def open_to_all() -> Iterator[None]:
+    """A umask that takes no rights away."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Installs a module of one's own, by name and text, here and in processes that are started."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +9,7 @@ import pytest
 from bract.client.updates import UpdateStore
 
 
-@pytest.fixture
-def _open_to_all() -> Iterator[None]:
-    before = os.umask(0)
-    yield
-    os.umask(before)
-
-
-@pytest.mark.usefixtures("_open_to_all")
+@pytest.mark.usefixtures("open_to_all")
 def test_stored_updates_are_their_sites_alone_whatever_the_umask(tmp_path: Path) -> None:
     UpdateStore(tmp_path / "updates").keep({})
     assert f"{(tmp_path / 'updates').stat().st_mode:o}" == "40700"

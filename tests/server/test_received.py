@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +10,7 @@ from bract.server import received
 from bract.shared import canonical
 
 
-@pytest.fixture
-def _open_to_all() -> Iterator[None]:
-    before = os.umask(0)
-    yield
-    os.umask(before)
-
-
-@pytest.mark.usefixtures("_open_to_all")
+@pytest.mark.usefixtures("open_to_all")
 def test_receipts_have_the_rights_of_their_neighbours_whatever_the_umask(tmp_path: Path) -> None:
     received.append(tmp_path, [])
     canonical.write_atomically(tmp_path / "summary.json", b"{}")

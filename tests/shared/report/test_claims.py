@@ -15,7 +15,7 @@ from bract.shared.contract import Contract
 from bract.shared.policy import DomainPolicy, Filter, Menu, MenuClass
 from bract.shared.preparation import Numeric, Table, Target
 from bract.shared.privacy import accounting, entries
-from bract.shared.privacy.events import PoissonGaussian
+from bract.shared.privacy.events import Event, PoissonGaussian
 from bract.shared.report import checks, evidence, folder, wording
 from bract.shared.report.checks import Check
 from bract.shared.report.evidence import Evidence
@@ -261,16 +261,23 @@ def about(found: Evidence) -> str:
     return wording.about(found, checks.checks(found))
 
 
-@pytest.mark.parametrize("words", [Sites.told, Sites.proven])
-def test_a_persons_epsilon_is_the_ledgers_whatever_a_summary_says(
-    sites: Sites, words: Callable[..., None], bract: Bract
-) -> None:
+def of_persons(
+    sites: Sites, words: Callable[..., None]
+) -> tuple[Contract, Evidence, tuple[Event, ...]]:
+    """Returns a run of persons with two records that agrees with itself, and what a site spent."""
     agreed = sites.contract(data=PERSONS)
     sites.run(agreed, deltas=dict.fromkeys(OWN, 1e-5))
     words(sites, agreed)
     found = sites.gather()
     assert checks.failed(checks.checks(found)) == []
-    events = found.spent[0].events
+    return agreed, found, found.spent[0].events
+
+
+@pytest.mark.parametrize("words", [Sites.told, Sites.proven])
+def test_a_persons_epsilon_is_the_ledgers_whatever_a_summary_says(
+    sites: Sites, words: Callable[..., None], bract: Bract
+) -> None:
+    agreed, found, events = of_persons(sites, words)
     bound = accounting.epsilon_of_person(events, 1e-5, 2)
     assert bound > accounting.epsilon(events, 1e-5)
     said = f"A person with up to 2 records: ε at most {bound:.4f} at δ\u00a0=\u00a01e-05"
@@ -293,12 +300,7 @@ def test_a_record_is_claimed_for_persons_of_no_more_than_are_kept_and_replaced_f
     sites: Sites, words: Callable[..., None], bract: Bract
 ) -> None:
     """One row less of a person with more lets another in: two records differ, not one."""
-    agreed = sites.contract(data=PERSONS)
-    sites.run(agreed, deltas=dict.fromkeys(OWN, 1e-5))
-    words(sites, agreed)
-    found = sites.gather()
-    assert checks.failed(checks.checks(found)) == []
-    events = found.spent[0].events
+    agreed, found, events = of_persons(sites, words)
     bound = accounting.epsilon_replace_one(events, 1e-5)
     assert bound > accounting.epsilon(events, 1e-5)
     whose = (
